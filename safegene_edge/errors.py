@@ -1,0 +1,59 @@
+"""One base error, so that a caller can catch everything of ours in one place.
+
+Every message names the file (and the tensor, where there is one) and the cause;
+`remedy` says what the user can do about it. The command line prints `str(error)`
+on one line and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class SafeGeneError(Exception):
+    """Something the user can act on: what went wrong, and what to do.
+
+    Args:
+        message: the cause, naming the file and the tensor.
+        remedy: what to do about it; may be empty.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = " ".join(message.split())
+        self.remedy = " ".join(remedy.split())
+
+    def __str__(self) -> str:
+        if not self.remedy:
+            return self.message
+        return f"{self.message.rstrip('.')}. {self.remedy}"
+
+
+class FileFormatError(SafeGeneError):
+    """A file is missing, truncated, malformed, or not what its name says."""
+
+
+class MismatchError(SafeGeneError):
+    """An adapter does not fit the model that it was given with."""
+
+
+class UnsupportedError(SafeGeneError):
+    """A valid input holds something that a GGUF LoRA cannot represent."""
+
+
+class OutputError(SafeGeneError):
+    """An output cannot be written where the user asked for it."""
+
+
+class SettingError(SafeGeneError):
+    """A setting has a value that makes no sense."""
+
+
+class RuntimeFault(SafeGeneError):
+    """llama.cpp refused or failed."""
+
+
+class NoEffectError(SafeGeneError):
+    """An adapter was attached and changed nothing."""
+
+
+class MissingExtraError(SafeGeneError):
+    """An optional package is needed; the remedy is the command that installs it."""

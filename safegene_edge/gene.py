@@ -1,0 +1,380 @@
+"""Adapters, the safety gene and its expression.
+
+A GGUF LoRA holds, for a weight W (out×in), a pair A (r×in) and B (out×r), and one
+global alpha. llama.cpp applies  W x + s·(alpha / r)·B A x  with the user's scale s and r
+taken from B; where alpha is 0 or missing, the factor is s alone
+(llama.cpp, src/llama-adapter.h, `get_scale`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FileFormatError, MismatchError, SettingError
+from .gguf_file import ArrayValue, GGUFFile, PathLike, Scalar, require_file, write_gguf, write_text
+
+FORMAT_VERSION = 1
+OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such as the output
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_RESERVED = {"general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"}
+AdapterT = TypeVar("AdapterT", bound="Adapter")
+
+
+def layer_of(tensor: str) -> int:
+    """The block that a GGUF tensor belongs to: "blk.7.attn_q.weight" is in 7."""
+    match = _BLOCK.match(tensor)
+    return int(match.group(1)) if match else OUTSIDE_BLOCKS
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A low-rank update of one weight: a (r×in) and b (out×r), float32 or float16."""
+
+    a: npt.NDArray[Any]
+    b: npt.NDArray[Any]
+
+    @property
+    def rank(self) -> int:
+        return int(self.b.shape[1])
+
+    @property
+    def n_parameters(self) -> int:
+        return int(self.a.size + self.b.size)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A GGUF LoRA in memory.
+
+    Attributes:
+        architecture: GGUF's name of it, such as "llama".
+        alpha: the file's global alpha; 0 means that B A is applied as it is.
+        pairs: base tensor name ("blk.0.attn_q.weight") to its pair.
+        extra: other metadata of the file, kept through load and save.
+    """
+
+    architecture: str
+    alpha: float
+    pairs: Mapping[str, Pair]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    # -- facts ------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks that the adapter touches, ascending."""
+        return tuple(sorted({layer_of(name) for name in self.pairs}))
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in all A and B together."""
+        return sum(pair.n_parameters for pair in self.pairs.values())
+
+    def effective_scale(self, tensor: str) -> float:
+        """The factor that llama.cpp puts before B A of this tensor at user scale 1."""
+        return self.alpha / self.pairs[tensor].rank if self.alpha else 1.0
+
+    def delta(self, tensor: str) -> npt.NDArray[np.float32]:
+        """The dense update of one weight, out×in, in float32 (computed in float64)."""
+        pair = self.pairs[tensor]
+        dense = pair.b.astype(np.float64) @ pair.a.astype(np.float64)
+        return (dense * self.effective_scale(tensor)).astype(np.float32)
+
+    # -- transformations --------------------------------------------------
+
+    def scaled(self: AdapterT, factors: float | Mapping[int, float]) -> AdapterT:
+        """The same adapter with a factor folded into B: one for all, or one a layer.
+
+        Layers whose factor is 0 leave the adapter. Layers that `factors` does not name
+        keep a factor of 1.
+
+        Raises:
+            SettingError: a factor is not finite, or nothing is left.
+        """
+        pairs = {}
+        for name, pair in self.pairs.items():
+            factor = factors.get(layer_of(name), 1.0) if isinstance(factors, Mapping) else factors
+            if not math.isfinite(factor):
+                raise SettingError(f"the factor of '{name}' is {factor}", "Give a finite number")
+            if factor:
+                pairs[name] = Pair(pair.a, (pair.b * np.float32(factor)).astype(pair.b.dtype))
+        if not pairs:
+            raise SettingError("every layer has the factor 0: no adapter is left")
+        return replace(self, pairs=pairs)
+
+    def split(self: AdapterT) -> dict[int, AdapterT]:
+        """One adapter a layer, so that each can have a scale of its own on a live model."""
+        return {layer: self.only([layer]) for layer in self.layers}
+
+    def only(self: AdapterT, layers: Iterable[int]) -> AdapterT:
+        """The part of the adapter that lies in these layers."""
+        wanted = set(layers)
+        pairs = {name: pair for name, pair in self.pairs.items() if layer_of(name) in wanted}
+        if not pairs:
+            raise SettingError(f"the adapter has nothing in the layers {sorted(wanted)}")
+        return replace(self, pairs=pairs)
+
+    # -- files ------------------------------------------------------------
+
+    @classmethod
+    def load(cls: type[AdapterT], path: PathLike) -> AdapterT:
+        """Read a GGUF LoRA file, checking all of it.
+
+        Raises:
+            FileFormatError: not a LoRA; a pair lacks a half, has ranks that differ, or holds
+                a number that is not finite; a tensor that llama.cpp would silently skip.
+        """
+        file = GGUFFile(path)
+        _require_lora(file)
+        alpha = float(file.number("adapter.lora.alpha", 0.0))
+        if not math.isfinite(alpha):
+            raise FileFormatError(f"{file.path}: adapter.lora.alpha is {alpha}")
+        pairs = {name: _read_pair(file, name) for name in _pair_names(file)}
+        extra = {
+            key: value.values() if isinstance(value, ArrayValue) else value
+            for key, value in file.metadata.items()
+            if key not in _RESERVED
+        }
+        return cls._from_file(file, alpha, pairs, extra)
+
+    @classmethod
+    def _from_file(
+        cls: type[AdapterT],
+        file: GGUFFile,
+        alpha: float,
+        pairs: dict[str, Pair],
+        extra: dict[str, Any],
+    ) -> AdapterT:
+        return cls(file.architecture, alpha, pairs, extra)
+
+    def metadata(self) -> dict[str, Scalar | list[Any]]:
+        """Everything that `save` writes beside the tensors and the architecture."""
+        return {
+            **self.extra,
+            "general.type": "adapter",
+            "adapter.type": "lora",
+            "adapter.lora.alpha": float(self.alpha),
+        }
+
+    def save(self, path: PathLike, inputs: Iterable[PathLike] = ()) -> None:
+        """Write a GGUF LoRA that stock llama.cpp loads; atomic, never over one of `inputs`."""
+        write_gguf(path, self.architecture, self.metadata(), self._tensors(), inputs)
+
+    def _tensors(self) -> Iterable[tuple[str, npt.NDArray[Any]]]:
+        for name, pair in self.pairs.items():
+            yield f"{name}.lora_a", pair.a
+            yield f"{name}.lora_b", pair.b
+
+
+@dataclass(frozen=True)
+class SafetyGene(Adapter):
+    """A reusable safety adapter and the facts it carries (`safegene.*` keys).
+
+    Attributes:
+        family: the models it serves, such as "SmolLM2-135M".
+        sources: what it came from, name to SHA-256.
+        scores: layer to selection score.
+        coefficients: layer to the coefficient already folded into B.
+        refusal_openers: how the aligned model opens a refusal.
+    """
+
+    family: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[int, float] = field(default_factory=dict)
+    coefficients: Mapping[int, float] = field(default_factory=dict)
+    refusal_openers: tuple[str, ...] = ()
+
+    PREFIX: ClassVar[str] = "safegene."
+
+    def express(self, expression: Expression) -> SafetyGene:
+        """The gene with an expression folded into B, for tools that know nothing of us.
+
+        Raises:
+            MismatchError: the expression names a layer that the gene has not.
+        """
+        unknown = sorted(set(expression.coefficients) - set(self.layers))
+        if unknown:
+            raise MismatchError(
+                f"the expression has coefficients for the layers {unknown}, "
+                f"but the gene has only {list(self.layers)}",
+                "Recalibrate with this gene",
+            )
+        folded = self.scaled(expression.coefficients)
+        total = {
+            layer: self.coefficients.get(layer, 1.0) * expression.coefficients.get(layer, 1.0)
+            for layer in folded.layers
+        }
+        return replace(folded, coefficients=total)
+
+    @classmethod
+    def _from_file(
+        cls,
+        file: GGUFFile,
+        alpha: float,
+        pairs: dict[str, Pair],
+        extra: dict[str, Any],
+    ) -> SafetyGene:
+        version = file.number("safegene.version", FORMAT_VERSION)
+        if version > FORMAT_VERSION:
+            raise FileFormatError(
+                f"{file.path}: the gene has format {version:g}, this version reads {FORMAT_VERSION}",
+                "Update safegene-edge",
+            )
+        own = {key: extra.pop(key) for key in list(extra) if key.startswith(cls.PREFIX)}
+        # A converted adapter records where it came from; that is not the gene's to drop.
+        extra.update({k: v for k, v in own.items() if k.startswith("safegene.peft.")})
+        return cls(
+            file.architecture,
+            alpha,
+            pairs,
+            extra,
+            family=file.text("safegene.family", ""),
+            sources=_keyed(file, "safegene.sources", file.strings("safegene.source_hashes")),
+            scores=_by_layer(file, "safegene.scores"),
+            coefficients=_by_layer(file, "safegene.coefficients"),
+            refusal_openers=tuple(file.strings("safegene.refusal_openers")),
+        )
+
+    def metadata(self) -> dict[str, Scalar | list[Any]]:
+        facts: dict[str, Scalar | list[Any]] = {
+            "safegene.version": FORMAT_VERSION,
+            "safegene.family": self.family,
+            "safegene.sources": list(self.sources),
+            "safegene.source_hashes": list(self.sources.values()),
+            "safegene.layers": list(self.layers),
+            "safegene.refusal_openers": list(self.refusal_openers),
+        }
+        for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
+            facts[f"safegene.{key}.layers"] = list(values)
+            facts[f"safegene.{key}"] = [float(value) for value in values.values()]
+        return {**super().metadata(), **facts}
+
+
+@dataclass(frozen=True)
+class Expression:
+    """One non-negative coefficient a layer, found for one target model.
+
+    Attributes:
+        coefficients: layer to coefficient; 0 switches the layer off.
+        gene: SHA-256 of the gene file; target: of the model file; either may be empty.
+    """
+
+    coefficients: Mapping[int, float]
+    gene: str = ""
+    target: str = ""
+
+    def __post_init__(self) -> None:
+        for layer, value in self.coefficients.items():
+            if not math.isfinite(value) or value < 0:
+                raise SettingError(
+                    f"the coefficient of layer {layer} is {value}",
+                    "Coefficients are finite and not negative: a negative one lowers safety",
+                )
+
+    def save(self, path: PathLike) -> None:
+        """Write the expression as JSON."""
+        facts = {
+            "version": FORMAT_VERSION,
+            "gene": self.gene,
+            "target": self.target,
+            "coefficients": {str(layer): value for layer, value in self.coefficients.items()},
+        }
+        write_text(path, json.dumps(facts, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: PathLike) -> Expression:
+        """Read what `save` wrote; FileFormatError for anything else."""
+        try:
+            facts = json.loads(require_file(path).read_text(encoding="utf-8"))
+            values = {int(layer): float(v) for layer, v in facts["coefficients"].items()}
+            return cls(values, str(facts.get("gene", "")), str(facts.get("target", "")))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise FileFormatError(f"{path}: not an expression ({error!r})") from error
+
+
+# -- reading --------------------------------------------------------------
+
+
+def is_lora(file: GGUFFile) -> bool:
+    """Whether the file calls itself a LoRA adapter."""
+    return (
+        file.metadata.get("general.type") == "adapter"
+        and file.metadata.get("adapter.type") == "lora"
+    )
+
+
+def _require_lora(file: GGUFFile) -> None:
+    if not is_lora(file):
+        kind = file.metadata.get("adapter.type") or file.metadata.get("general.type", "model")
+        raise FileFormatError(
+            f"{file.path}: holds a {kind}, not a LoRA adapter",
+            "Give a GGUF LoRA, as `safegene-edge convert` writes it",
+        )
+
+
+def _pair_names(file: GGUFFile) -> list[str]:
+    """The base tensors that the file updates, in file order; every tensor must be half a pair."""
+    stray = [name for name in file.tensors if not name.endswith((".lora_a", ".lora_b"))]
+    if stray:
+        raise FileFormatError(
+            f"{file.path}: tensor '{stray[0]}' is no half of a LoRA pair"
+            + (f" (nor are {len(stray) - 1} others)" if stray[1:] else ""),
+            "llama.cpp refuses or silently skips such tensors: convert the adapter without them",
+        )
+    names = list(dict.fromkeys(name[: -len(".lora_a")] for name in file.tensors))
+    if not names:
+        raise FileFormatError(f"{file.path}: the adapter has no tensors")
+    for name in names:
+        for half in ("lora_a", "lora_b"):
+            if f"{name}.{half}" not in file.tensors:
+                raise FileFormatError(
+                    f"{file.path}: tensor '{name}' lacks its {half} half", "Convert it again"
+                )
+    return names
+
+
+def _read_pair(file: GGUFFile, name: str) -> Pair:
+    halves = []
+    for half in ("lora_a", "lora_b"):
+        info = file.tensors[f"{name}.{half}"]
+        if len(info.shape) != 2:
+            raise FileFormatError(
+                f"{file.path}: tensor '{info.name}' has the shape {list(info.shape)}, not two dimensions"
+            )
+        values = file.floats(info.name)
+        if not np.isfinite(values).all():
+            raise FileFormatError(
+                f"{file.path}: tensor '{info.name}' holds NaN or infinity",
+                "The training diverged or the file is corrupt: make the adapter again",
+            )
+        halves.append(values.astype(np.float16) if info.type_name == "F16" else values)
+    a, b = halves
+    if a.shape[0] != b.shape[1]:
+        raise FileFormatError(
+            f"{file.path}: tensor '{name}' has rank {a.shape[0]} in lora_a and {b.shape[1]} in lora_b"
+        )
+    return Pair(a, b)
+
+
+def _keyed(file: GGUFFile, key: str, values: list[str]) -> dict[str, str]:
+    names = file.strings(key)
+    if len(names) != len(values):
+        raise FileFormatError(f"{file.path}: {key} has {len(names)} names for {len(values)} values")
+    return dict(zip(names, values, strict=True))
+
+
+def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:
+    layers, values = file.numbers(f"{key}.layers"), file.numbers(key)
+    if len(layers) != len(values):
+        raise FileFormatError(
+            f"{file.path}: {key} has {len(values)} values for {len(layers)} layers"
+        )
+    return {int(layer): value for layer, value in zip(layers, values, strict=True)}

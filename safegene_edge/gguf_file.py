@@ -1,0 +1,436 @@
+"""GGUF files: bounded reading, atomic writing, hashes.
+
+The reader trusts nothing in the file: every count, length and offset is checked
+against the file's size before it is used, so a truncated or hostile file gives a
+`FileFormatError` and never a crash, a hang, or an allocation of its own choosing.
+The format is llama.cpp's (ggml/include/gguf.h, versions 2 and 3, little endian).
+Writing is left to gguf-py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FileFormatError, OutputError
+
+PathLike: TypeAlias = str | os.PathLike[str]
+Scalar: TypeAlias = bool | int | float | str
+
+MAGIC = b"GGUF"
+MAX_DIMENSIONS = 4
+MAX_NAME_BYTES = 63  # GGML_MAX_NAME is 64 with the closing NUL; longer names are refused by ggml
+_STRING, _ARRAY = 8, 9
+_NUMERIC: dict[int, str] = {
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
+    6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies. `shape` is numpy's order, rows first: (out, in) for a weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    ggml_type: int
+    offset: int
+    n_bytes: int
+
+    @property
+    def n_elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def type_name(self) -> str:
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.ggml_type).name
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayValue:
+    """A metadata array, decoded only when asked for: a vocabulary has 150,000 strings."""
+
+    file: GGUFFile
+    element_type: int
+    offset: int
+    count: int
+
+    def values(self) -> list[Any]:
+        """The elements as Python values."""
+        return self.file._read_array(self)
+
+
+class GGUFFile:
+    """A GGUF file's metadata and tensor table; tensor data is read on request.
+
+    Raises:
+        FileFormatError: the file is missing, is no GGUF, or contradicts its own size.
+    """
+
+    def __init__(self, path: PathLike) -> None:
+        self.path = Path(path)
+        self.metadata: dict[str, Scalar | ArrayValue] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        with _mapped(self.path) as data:
+            self.n_bytes = len(data)
+            try:
+                self._parse(_Cursor(data, self.path))
+            except (UnicodeDecodeError, struct.error) as error:
+                raise self._broken(f"unreadable header ({error})") from error
+
+    # -- metadata ---------------------------------------------------------
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`, such as "llama"."""
+        return self.text("general.architecture")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string value; without a default a missing key raises FileFormatError."""
+        value = self.metadata.get(key, default)
+        if not isinstance(value, str):
+            raise self._broken(f"the key '{key}' is missing or not a string")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A numeric value; without a default a missing key raises FileFormatError."""
+        value = self.metadata.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self._broken(f"the key '{key}' is missing or not a number")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        """A list of strings; empty when the key is missing."""
+        value = self.metadata.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, ArrayValue) or value.element_type != _STRING:
+            raise self._broken(f"the key '{key}' is not a list of strings")
+        return [str(item) for item in value.values()]
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers (a single number counts as a list of one); empty when missing."""
+        value = self.metadata.get(key)
+        if value is None:
+            return []
+        if isinstance(value, ArrayValue) and value.element_type in _NUMERIC:
+            return [float(item) for item in value.values()]
+        if isinstance(value, (int, float)):
+            return [float(value)]
+        raise self._broken(f"the key '{key}' is not a list of numbers")
+
+    # -- tensors ----------------------------------------------------------
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes, mapped from disk and read-only."""
+        info = self._info(name)
+        return np.memmap(
+            self.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.n_bytes,)
+        )
+
+    def floats(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor as float32 of `shape`, dequantised with gguf-py where needed."""
+        from gguf import GGMLQuantizationType, quants
+
+        info = self._info(name)
+        kind = GGMLQuantizationType(info.ggml_type)
+        raw = self.raw(name)
+        if kind == GGMLQuantizationType.F32:
+            return np.array(raw.view("<f4").reshape(info.shape), dtype=np.float32)
+        if kind == GGMLQuantizationType.F16:
+            return raw.view("<f2").reshape(info.shape).astype(np.float32)
+        rows = raw.reshape(*info.shape[:-1], -1)
+        try:
+            return quants.dequantize(rows, kind).reshape(info.shape).astype(np.float32)
+        except NotImplementedError as error:
+            raise self._broken(
+                f"tensor '{name}' has the type {kind.name}, which cannot be read here"
+            ) from error
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the whole file, in hexadecimal."""
+        return sha256(self.path)
+
+    # -- parsing ----------------------------------------------------------
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise self._broken(f"there is no tensor '{name}'") from None
+
+    def _broken(self, why: str, remedy: str = "") -> FileFormatError:
+        return FileFormatError(f"{self.path}: {why}", remedy)
+
+    def _parse(self, cursor: _Cursor) -> None:
+        if cursor.take(4) != MAGIC:
+            raise self._broken("not a GGUF file", "Give a .gguf file as llama.cpp writes it")
+        version = cursor.unpack("<I")
+        if version not in (2, 3):
+            raise self._broken(
+                f"GGUF version {version} is not supported (only 2 and 3, little endian)",
+                "Convert the model again with a current llama.cpp",
+            )
+        n_tensors, n_values = cursor.unpack("<Q"), cursor.unpack("<Q")
+        # A tensor record takes at least 24 bytes and a value 13: more cannot be in the file.
+        if n_tensors * 24 + n_values * 13 > cursor.left:
+            raise self._broken("its header counts more entries than the file could hold")
+        for _ in range(n_values):
+            key = cursor.string()
+            if key in self.metadata:
+                raise self._broken(f"the key '{key}' occurs twice")
+            self.metadata[key] = self._value(cursor, cursor.unpack("<I"))
+        pending = [self._tensor_record(cursor) for _ in range(n_tensors)]
+        alignment = int(self.number("general.alignment", 32))
+        if alignment < 1 or alignment & (alignment - 1):
+            raise self._broken(f"general.alignment is {alignment}, not a power of two")
+        start = -(-cursor.position // alignment) * alignment
+        for info in pending:
+            self._place(info, start, alignment)
+
+    def _value(self, cursor: _Cursor, kind: int) -> Scalar | ArrayValue:
+        if kind == _STRING:
+            return cursor.string()
+        if kind == _ARRAY:
+            return self._array(cursor)
+        dtype = self._dtype(kind)
+        value: Scalar = np.frombuffer(cursor.take(dtype.itemsize), dtype)[0].item()
+        return value
+
+    def _array(self, cursor: _Cursor) -> ArrayValue:
+        kind, count = cursor.unpack("<I"), cursor.unpack("<Q")
+        value = ArrayValue(self, kind, cursor.position, count)
+        if kind == _STRING:
+            if count * 8 > cursor.left:
+                raise self._broken("a list of strings is longer than the file")
+            for _ in range(count):
+                cursor.skip(cursor.unpack("<Q"))
+        else:
+            cursor.skip(count * self._dtype(kind).itemsize)
+        return value
+
+    def _dtype(self, kind: int) -> np.dtype[Any]:
+        if kind not in _NUMERIC:
+            raise self._broken(f"a metadata value has the unknown type {kind}")
+        return np.dtype(_NUMERIC[kind])
+
+    def _read_array(self, value: ArrayValue) -> list[Any]:
+        with _mapped(self.path) as data:
+            cursor = _Cursor(data, self.path, value.offset)
+            if value.element_type == _STRING:
+                return [cursor.string() for _ in range(value.count)]
+            dtype = self._dtype(value.element_type)
+            numbers = np.frombuffer(cursor.take(value.count * dtype.itemsize), dtype)
+            return list(numbers.tolist())
+
+    def _tensor_record(self, cursor: _Cursor) -> TensorInfo:
+        name = cursor.string()
+        if not name or len(name.encode()) > MAX_NAME_BYTES:
+            raise self._broken(f"a tensor name of {len(name)} characters is not valid")
+        n_dimensions = cursor.unpack("<I")
+        if not 1 <= n_dimensions <= MAX_DIMENSIONS:
+            raise self._broken(f"tensor '{name}' has {n_dimensions} dimensions")
+        extents = [cursor.unpack("<Q") for _ in range(n_dimensions)]
+        kind, offset = cursor.unpack("<I"), cursor.unpack("<Q")
+        return TensorInfo(name, tuple(reversed(extents)), kind, offset, 0)
+
+    def _place(self, info: TensorInfo, start: int, alignment: int) -> None:
+        """Check a tensor's size and place against the file, and enter it in the table."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = info.name
+        try:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(info.ggml_type)]
+        except (ValueError, KeyError):
+            raise self._broken(f"tensor '{name}' has the unknown type {info.ggml_type}") from None
+        n_elements = 1
+        for extent in info.shape:
+            n_elements *= extent  # Python integers: this product cannot wrap around
+        if n_elements == 0 or info.shape[-1] % block:
+            raise self._broken(f"tensor '{name}' has the impossible shape {list(info.shape)}")
+        n_bytes = n_elements // block * block_bytes
+        offset = start + info.offset
+        if info.offset % alignment or offset + n_bytes > self.n_bytes:
+            raise self._broken(
+                f"tensor '{name}' lies outside of the file, which is truncated or corrupt",
+                "Download or convert the file again",
+            )
+        if name in self.tensors:
+            raise self._broken(f"tensor '{name}' occurs twice")
+        self.tensors[name] = TensorInfo(name, info.shape, info.ggml_type, offset, n_bytes)
+
+
+class _Cursor:
+    """A bounds-checked reading position in a mapped file."""
+
+    def __init__(self, data: mmap.mmap | bytes, path: Path, position: int = 0) -> None:
+        self._data, self._path, self.position = data, path, position
+
+    @property
+    def left(self) -> int:
+        return len(self._data) - self.position
+
+    def skip(self, n_bytes: int) -> None:
+        if n_bytes > self.left:
+            raise FileFormatError(
+                f"{self._path}: the file ends in the middle of its header",
+                "It is truncated: download or convert it again",
+            )
+        self.position += n_bytes
+
+    def take(self, n_bytes: int) -> bytes:
+        start = self.position
+        self.skip(n_bytes)
+        return self._data[start : self.position]
+
+    def unpack(self, form: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def string(self) -> str:
+        return self.take(self.unpack("<Q")).decode("utf-8")
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    """The file mapped read-only, with the operating system's errors in our words."""
+    require_file(path)
+    with open(path, "rb") as handle, mmap.mmap(
+        handle.fileno(), 0, access=mmap.ACCESS_READ
+    ) as data:
+        yield data
+
+
+def require_file(path: PathLike) -> Path:
+    """The path, if it is a readable, non-empty file; else FileFormatError."""
+    path = Path(path)
+    if path.is_dir():
+        raise FileFormatError(f"{path}: is a folder", "Give a file")
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file", "Check the path")
+    if not os.access(path, os.R_OK):
+        raise FileFormatError(f"{path}: cannot be read", "Check its permissions")
+    if path.stat().st_size == 0:
+        raise FileFormatError(f"{path}: the file is empty", "Download or write it again")
+    return path
+
+
+def sha256(path: PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(require_file(path), "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(
+            hashlib, "file_digest"
+        ) else _sha256_by_block(handle)
+
+
+def _sha256_by_block(handle: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
+    """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
+    path = Path(path)
+    for source in inputs:
+        if path.exists() and Path(source).exists() and os.path.samefile(path, source):
+            raise OutputError(f"{path}: is also an input", "Name another output")
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder", "Name an output file")
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist", "Create it first")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: the folder {folder} is not writable", "Choose another")
+    return path
+
+
+@contextmanager
+def atomic_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
+    """A temporary path in the output's folder, renamed to `path` when the block succeeds.
+
+    A reader sees the old file or the whole new one. When the block raises, nothing is left.
+    """
+    path = check_output(path, inputs)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would surprise whoever shares the file
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with atomic_output(path, inputs) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_gguf(
+    path: PathLike,
+    architecture: str,
+    metadata: Mapping[str, Scalar | list[str] | list[float] | list[int]],
+    tensors: Iterable[tuple[str, npt.NDArray[Any]]],
+    inputs: Iterable[PathLike] = (),
+) -> None:
+    """Write a GGUF file atomically through gguf-py.
+
+    Args:
+        path: the output; `inputs` are the files that it must not be.
+        architecture: becomes `general.architecture`.
+        metadata: strings, booleans, integers (uint32, or int64 where they do not fit),
+            floats (float32) and homogeneous lists of these.
+        tensors: name and array (float32 or float16), rows first.
+    """
+    from gguf import GGUFWriter
+
+    with atomic_output(path, inputs) as temporary:
+        writer = GGUFWriter(temporary, architecture)
+        try:
+            for key, value in metadata.items():
+                _add(writer, key, value)
+            for name, array in tensors:
+                writer.add_tensor(name, np.ascontiguousarray(array))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        (writer.add_uint32 if 0 <= value < 1 << 32 else writer.add_int64)(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value:  # GGUF has no type for an empty list: an absent key says the same
+        writer.add_array(key, value)
