@@ -47,7 +47,7 @@ class SettingError(SafeGeneError):
     """A setting has a value that makes no sense."""
 
 
-class RuntimeFault(SafeGeneError):
+class LlamaCppError(SafeGeneError):
     """llama.cpp refused or failed."""
 
 

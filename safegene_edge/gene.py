@@ -225,7 +225,8 @@ class SafetyGene(Adapter):
         version = file.number("safegene.version", FORMAT_VERSION)
         if version > FORMAT_VERSION:
             raise FileFormatError(
-                f"{file.path}: the gene has format {version:g}, this version reads {FORMAT_VERSION}",
+                f"{file.path}: the gene has format {version:g}, "
+                f"this version reads {FORMAT_VERSION}",
                 "Update safegene-edge",
             )
         own = {key: extra.pop(key) for key in list(extra) if key.startswith(cls.PREFIX)}
@@ -347,7 +348,8 @@ def _read_pair(file: GGUFFile, name: str) -> Pair:
         info = file.tensors[f"{name}.{half}"]
         if len(info.shape) != 2:
             raise FileFormatError(
-                f"{file.path}: tensor '{info.name}' has the shape {list(info.shape)}, not two dimensions"
+                f"{file.path}: tensor '{info.name}' has the shape {list(info.shape)}, "
+                "not two dimensions"
             )
         values = file.floats(info.name)
         if not np.isfinite(values).all():
@@ -359,7 +361,8 @@ def _read_pair(file: GGUFFile, name: str) -> Pair:
     a, b = halves
     if a.shape[0] != b.shape[1]:
         raise FileFormatError(
-            f"{file.path}: tensor '{name}' has rank {a.shape[0]} in lora_a and {b.shape[1]} in lora_b"
+            f"{file.path}: tensor '{name}' has rank {a.shape[0]} in lora_a "
+            f"and {b.shape[1]} in lora_b"
         )
     return Pair(a, b)
 

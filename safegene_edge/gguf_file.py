@@ -57,7 +57,7 @@ class TensorInfo:
     def type_name(self) -> str:
         from gguf import GGMLQuantizationType
 
-        return GGMLQuantizationType(self.ggml_type).name
+        return str(GGMLQuantizationType(self.ggml_type).name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +155,12 @@ class GGUFFile:
             return raw.view("<f2").reshape(info.shape).astype(np.float32)
         rows = raw.reshape(*info.shape[:-1], -1)
         try:
-            return quants.dequantize(rows, kind).reshape(info.shape).astype(np.float32)
+            values = quants.dequantize(rows, kind).reshape(info.shape)
         except NotImplementedError as error:
             raise self._broken(
                 f"tensor '{name}' has the type {kind.name}, which cannot be read here"
             ) from error
+        return np.asarray(values, dtype=np.float32)
 
     @cached_property
     def sha256(self) -> str:
@@ -310,9 +311,7 @@ class _Cursor:
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     """The file mapped read-only, with the operating system's errors in our words."""
     require_file(path)
-    with open(path, "rb") as handle, mmap.mmap(
-        handle.fileno(), 0, access=mmap.ACCESS_READ
-    ) as data:
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
 
 
@@ -333,9 +332,11 @@ def require_file(path: PathLike) -> Path:
 def sha256(path: PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with open(require_file(path), "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(
-            hashlib, "file_digest"
-        ) else _sha256_by_block(handle)
+        return (
+            hashlib.file_digest(handle, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _sha256_by_block(handle)
+        )
 
 
 def _sha256_by_block(handle: Any) -> str:
@@ -349,7 +350,7 @@ def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
     """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
     path = Path(path)
     for source in inputs:
-        if path.exists() and Path(source).exists() and os.path.samefile(path, source):
+        if path.exists() and Path(source).exists() and path.samefile(source):
             raise OutputError(f"{path}: is also an input", "Name another output")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", "Name an output file")

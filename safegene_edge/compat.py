@@ -1,0 +1,93 @@
+"""Preflight: does this adapter fit that model? Answered from the two headers alone.
+
+llama.cpp answers the same question with one generic error, after it has loaded the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import FileFormatError, MismatchError
+from .gene import Adapter
+from .gguf_file import GGUFFile, PathLike
+
+SHOWN = 5  # problems named in an error message; `check` returns all
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One reason why an adapter does not fit; `tensor` is empty where it concerns the whole."""
+
+    tensor: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.reason}" if self.tensor else self.reason
+
+
+def open_model(path: PathLike) -> GGUFFile:
+    """A GGUF file that holds a model; an adapter, control vector or vocabulary is refused."""
+    file = GGUFFile(path)
+    kind = file.metadata.get("general.type", "model")
+    if kind != "model":
+        raise FileFormatError(f"{file.path}: holds a {kind}, not a model", "Give a model's GGUF")
+    if not file.tensors:
+        raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
+    return file
+
+
+def check(adapter: Adapter, model: GGUFFile) -> list[Problem]:
+    """Every reason why llama.cpp would refuse, or silently ignore, a part of the adapter.
+
+    Args:
+        adapter: A r×in and B out×r for each tensor.
+        model: the header of the target; weights are out×in.
+    """
+    if adapter.architecture != model.architecture:
+        return [
+            Problem(
+                "",
+                f"the adapter is for the architecture '{adapter.architecture}', "
+                f"the model is '{model.architecture}'",
+            )
+        ]
+    shapes = {name: info.shape for name, info in model.tensors.items()}
+    return [
+        Problem(name, reason)
+        for name, pair in adapter.pairs.items()
+        if (reason := _misfit(name, (pair.b.shape[0], pair.a.shape[1]), shapes))
+    ]
+
+
+def _misfit(name: str, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if name not in shapes:
+        if name == "output.weight" and "token_embd.weight" in shapes:
+            return "the model's output is tied to its embeddings and cannot be changed alone"
+        return "the model has no such tensor"
+    if name == "token_embd.weight":
+        return "adapters on the embeddings are not supported"
+    if shapes[name] != shape:
+        return f"the adapter is for {_show(shape)}, the model has {_show(shapes[name])}"
+    return ""
+
+
+def require_fit(adapter: Adapter, model: GGUFFile, source: PathLike = "the adapter") -> None:
+    """Raise MismatchError, naming each tensor that does not fit.
+
+    Args:
+        source: the adapter's file, for the message.
+    """
+    problems = check(adapter, model)
+    if not problems:
+        return
+    named = "; ".join(str(problem) for problem in problems[:SHOWN])
+    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    raise MismatchError(
+        f"{source} does not fit {model.path}: {named}{more}",
+        "Use an adapter made for this model's family and size",
+    )
+
+
+def _show(shape: tuple[int, ...]) -> str:
+    return "×".join(str(extent) for extent in shape)

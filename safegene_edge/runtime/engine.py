@@ -1,0 +1,453 @@
+"""The batched engine: many sequences in one decode, on CPU or whatever llama.cpp offloads to.
+
+One scheduler serves generation and scoring. A job is a token sequence, the positions whose
+logits somebody wants, and how many tokens to add. Jobs take free slots as others finish
+(continuous batching); the prefix that all jobs share is computed once and copied by
+sequence, which in llama.cpp's unified KV cache costs no memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LlamaCppError, SettingError
+from .llama import AttachedAdapter, SafeLlama
+
+Floats = npt.NDArray[np.float32]
+Scales = Mapping[AttachedAdapter, float]
+Finish = Literal["stop", "length", "context", "cancelled"]
+_PREFIX = 0  # the sequence that holds the shared prefix; slots are 1, 2, ...
+_MIN_PREFIX = 4  # below this a copy saves nothing
+
+
+@dataclass(slots=True)
+class Generation:
+    """An answer: its tokens (without the end token) and why it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    finish: Finish = "cancelled"
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One sequence on its way: `fed` of its tokens are in the KV cache."""
+
+    index: int
+    tokens: list[int]
+    wanted: frozenset[int]
+    n_new: int
+    fed: int = 0
+    slot: int = -1
+
+    def cells(self, shared: int) -> int:
+        return len(self.tokens) - shared + self.n_new
+
+
+class Engine:
+    """Batched greedy generation and scoring on a `SafeLlama`'s model.
+
+    It has a context of its own on the model's weights, so that it disturbs no chat; only
+    one run at a time.
+
+    Args:
+        llama: the model; its adapters can be set anew for each run.
+        n_parallel: sequences decoded together.
+        n_ctx: KV cells for all of them together.
+        n_batch: tokens a decode.
+        max_outputs: rows of logits a decode; each costs n_vocab floats.
+    """
+
+    def __init__(
+        self,
+        llama: SafeLlama,
+        *,
+        n_parallel: int = 16,
+        n_ctx: int = 4096,
+        n_batch: int = 512,
+        max_outputs: int = 64,
+        n_threads: int | None = None,
+    ) -> None:
+        limit = int(llama_cpp.llama_max_parallel_sequences()) - 1
+        if not 1 <= n_parallel <= limit:
+            raise SettingError(f"n_parallel is {n_parallel}", f"Give 1 to {limit}")
+        self.llama = llama
+        self.n_parallel, self.n_batch = n_parallel, min(n_batch, n_ctx)
+        self.max_outputs = max(max_outputs, n_parallel)
+        self.n_vocab: int = llama.n_vocab()
+        self._lock = threading.Lock()
+        self._batch = _Batch(self.n_batch)
+        self._context = self._open(n_ctx, n_threads or llama.n_threads)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
+        llama._stack.callback(self.close)  # a context must go before its model
+
+    def _open(self, n_ctx: int, n_threads: int) -> Any:
+        params = llama_cpp.llama_context_default_params()
+        own = self.llama.context_params
+        for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "type_k", "type_v",
+                     "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
+                     "yarn_orig_ctx", "offload_kqv", "op_offload", "flash_attn_type"):  # fmt: skip
+            setattr(params, name, getattr(own, name))
+        params.n_ctx = n_ctx
+        params.n_batch = params.n_ubatch = self.n_batch
+        params.n_outputs_max = self.max_outputs
+        params.n_seq_max = self.n_parallel + 1
+        params.kv_unified = True
+        params.n_threads = params.n_threads_batch = n_threads
+        context = llama_cpp.llama_init_from_model(self.llama.model, params)
+        if not context:
+            raise LlamaCppError(
+                f"llama.cpp could not make a context of {n_ctx} cells", "Give a smaller n_ctx"
+            )
+        return context
+
+    def close(self) -> None:
+        """Free the context; the model stays with its `SafeLlama`."""
+        if self._context is not None:
+            llama_cpp.llama_free(self._context)
+            self._context = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- generation -------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        adapters: Scales | None = None,
+        on_done: Callable[[int, Generation], None] | None = None,
+        cancel: threading.Event | None = None,
+        stop_at_end: bool = True,
+    ) -> list[Generation]:
+        """Greedy answers to token sequences, in the order of the prompts.
+
+        Args:
+            prompts: token sequences, such as `SafeLlama.render` gives.
+            max_tokens: new tokens at most, for each.
+            adapters: adapter to scale for this run; None: as set on the model.
+            on_done: called with index and answer as each finishes.
+            cancel: when set, unfinished answers are returned as "cancelled"; looked at
+                between decodes.
+            stop_at_end: False goes on past the end-of-text token (for timing).
+
+        A prompt that does not fit into the context gives an empty answer, "context".
+        """
+        if max_tokens < 1:
+            raise SettingError(f"max_tokens is {max_tokens}", "Give 1 or more")
+        answers = [Generation() for _ in prompts]
+
+        def finish(job: _Job, reason: Finish) -> None:
+            answers[job.index].finish = reason
+            if on_done is not None:
+                on_done(job.index, answers[job.index])
+
+        def choose(rows: Floats, jobs: list[_Job]) -> list[_Job]:
+            done = []
+            for job, token in zip(jobs, rows.argmax(axis=1).tolist(), strict=True):
+                if stop_at_end and self._is_end(token):
+                    finish(job, "stop")
+                    done.append(job)
+                    continue
+                answers[job.index].tokens.append(token)
+                job.tokens.append(token)
+                job.n_new -= 1
+                if job.n_new == 0:
+                    finish(job, "length")
+                    done.append(job)
+            return done
+
+        jobs = []
+        for index, prompt in enumerate(prompts):
+            job = _Job(index, _tokens(prompt), frozenset(), max_tokens)
+            if len(prompt) + max_tokens > self.n_ctx:
+                finish(job, "context")
+            else:
+                jobs.append(job)
+        self._run(jobs, adapters, cancel, choose, None)
+        return answers
+
+    def _is_end(self, token: int) -> bool:
+        return bool(llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, token))
+
+    # -- scoring ----------------------------------------------------------
+
+    def visit_logits(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        visit: Callable[[int, int, Floats], None],
+        *,
+        adapters: Scales | None = None,
+        cancel: threading.Event | None = None,
+    ) -> None:
+        """Show the logits at given positions, without generating.
+
+        Args:
+            sequences: token sequences.
+            positions: for each sequence, the positions whose next-token logits are wanted;
+                position p sees the tokens 0..p.
+            visit: called with sequence index, position and a row of n_vocab logits, which
+                is valid during the call only.
+        """
+        jobs = []
+        for index, (sequence, wanted) in enumerate(zip(sequences, positions, strict=True)):
+            if not wanted:
+                continue
+            if min(wanted) < 0 or max(wanted) >= len(sequence):
+                raise SettingError(
+                    f"position {max(wanted)} lies outside of sequence {index}, "
+                    f"which has {len(sequence)} tokens"
+                )
+            tokens = _tokens(sequence)[: max(wanted) + 1]  # what comes later cannot matter
+            if len(tokens) > self.n_ctx:
+                raise SettingError(
+                    f"sequence {index} has {len(tokens)} tokens, the engine {self.n_ctx} cells",
+                    "Make the engine with a larger n_ctx",
+                )
+            jobs.append(_Job(index, tokens, frozenset(wanted), 0))
+        self._run(jobs, adapters, cancel, None, visit)
+
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        *,
+        adapters: Scales | None = None,
+        cancel: threading.Event | None = None,
+    ) -> list[Floats]:
+        """Log-likelihood in nats of every completion token, given what precedes it."""
+        pairs = list(zip(prompts, completions, strict=True))
+        if any(not prompt for prompt, _ in pairs):
+            raise SettingError("a prompt to score has no tokens", "Give at least one")
+        scores = [np.zeros(len(completion), np.float32) for _, completion in pairs]
+
+        def visit(index: int, position: int, row: Floats) -> None:
+            prompt, completion = pairs[index]
+            place = position + 1 - len(prompt)
+            scores[index][place] = row[completion[place]] - _log_sum_exp(row)
+
+        sequences = [[*prompt, *completion] for prompt, completion in pairs]
+        spans = [range(len(p) - 1, len(p) + len(c) - 1) for p, c in pairs]
+        self.visit_logits(sequences, spans, visit, adapters=adapters, cancel=cancel)
+        return scores
+
+    def kl_divergence(
+        self,
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        *,
+        reference: Scales,
+        adapters: Scales | None = None,
+        cancel: threading.Event | None = None,
+    ) -> list[Floats]:
+        """KL(reference ‖ adapters) in nats at every given position.
+
+        Args:
+            sequences, positions: as in `visit_logits`.
+            reference: the adapter scales of the reference; {} is the bare model.
+            adapters: of the other side; None: as set on the model.
+
+        Memory: one row of n_vocab floats for every position of n_parallel sequences.
+        """
+        found = [np.zeros(len(wanted), np.float32) for wanted in positions]
+        for start in range(0, len(sequences), self.n_parallel):
+            part = slice(start, start + self.n_parallel)
+            rows: dict[tuple[int, int], Floats] = {}
+
+            def keep(i: int, position: int, row: Floats, rows: Any = rows) -> None:
+                rows[i, position] = log_softmax(row)
+
+            def compare(
+                i: int, position: int, row: Floats, rows: Any = rows, start: int = start
+            ) -> None:
+                value = kl_from_logits(rows[i, position], log_softmax(row))
+                wanted = positions[start + i]
+                found[start + i][[k for k, p in enumerate(wanted) if p == position]] = value
+
+            for scales, visit in ((reference, keep), (adapters, compare)):
+                self.visit_logits(
+                    sequences[part], positions[part], visit, adapters=scales, cancel=cancel
+                )
+                if cancel is not None and cancel.is_set():
+                    return found
+        return found
+
+    # -- the scheduler ----------------------------------------------------
+
+    def _run(
+        self,
+        jobs: list[_Job],
+        adapters: Scales | None,
+        cancel: threading.Event | None,
+        choose: Callable[[Floats, list[_Job]], list[_Job]] | None,
+        visit: Callable[[int, int, Floats], None] | None,
+    ) -> None:
+        if self._context is None:
+            raise LlamaCppError("the engine is closed", "Make a new one")
+        with self._lock:
+            self.llama.set_adapters_on(self._context, adapters)
+            llama_cpp.llama_memory_clear(self._memory, False)
+            shared = self._share_prefix(jobs)
+            waiting, active = deque(jobs), list[_Job]()
+            free = list(range(self.n_parallel, 0, -1))
+            cells = self.n_ctx - shared
+            while waiting or active:
+                if cancel is not None and cancel.is_set():
+                    return
+                while waiting and free and waiting[0].cells(shared) <= cells:
+                    job = waiting.popleft()
+                    cells -= job.cells(shared)
+                    self._seat(job, free.pop(), shared)
+                    active.append(job)
+                for job in self._step(active, choose, visit):
+                    active.remove(job)
+                    free.append(job.slot)
+                    # What is counted back is what was taken: tokens grew as n_new shrank.
+                    cells += job.cells(shared)
+                    llama_cpp.llama_memory_seq_rm(self._memory, job.slot, -1, -1)
+
+    def _share_prefix(self, jobs: list[_Job]) -> int:
+        """Compute the tokens that all jobs open with once; returns how many there are."""
+        if len(jobs) < 2:
+            return 0
+        # Every job must still decode one token, and every wanted position, on its own.
+        end = min(min(job.wanted, default=len(job.tokens) - 1) for job in jobs)
+        first = jobs[0].tokens
+        shared = 0
+        while shared < end and all(job.tokens[shared] == first[shared] for job in jobs):
+            shared += 1
+        if shared < _MIN_PREFIX:
+            return 0
+        for start in range(0, shared, self.n_batch):
+            self._batch.clear()
+            for position in range(start, min(start + self.n_batch, shared)):
+                self._batch.add(first[position], position, _PREFIX, False)
+            self._decode()
+        return shared
+
+    def _seat(self, job: _Job, slot: int, shared: int) -> None:
+        job.slot, job.fed = slot, shared
+        if shared:
+            llama_cpp.llama_memory_seq_cp(self._memory, _PREFIX, slot, -1, -1)
+
+    def _step(
+        self,
+        active: list[_Job],
+        choose: Callable[[Floats, list[_Job]], list[_Job]] | None,
+        visit: Callable[[int, int, Floats], None] | None,
+    ) -> list[_Job]:
+        """One decode: a token for each that generates, then prompt tokens as they fit."""
+        self._batch.clear()
+        outputs: list[tuple[_Job, int]] = []
+        # Short remainders first: those that generate are one token away from their next.
+        for job in sorted(active, key=lambda job: len(job.tokens) - job.fed):
+            while job.fed < len(job.tokens) and not self._batch.full:
+                last = job.fed == len(job.tokens) - 1
+                output = job.fed in job.wanted if choose is None else last
+                if output and len(outputs) == self.max_outputs:
+                    break
+                self._batch.add(job.tokens[job.fed], job.fed, job.slot, output)
+                if output:
+                    outputs.append((job, job.fed))
+                job.fed += 1
+        self._decode()
+        rows = self._rows(len(outputs))
+        if choose is not None:
+            return choose(rows, [job for job, _ in outputs]) if outputs else []
+        if visit is not None:
+            for (job, position), row in zip(outputs, rows, strict=True):
+                visit(job.index, position, row)
+        return [job for job in active if job.fed == len(job.tokens)]
+
+    def _decode(self) -> None:
+        code = llama_cpp.llama_decode(self._context, self._batch.struct())
+        if code:
+            raise LlamaCppError(
+                f"llama.cpp could not decode a batch of {self._batch.size} tokens (code {code})",
+                "Give a larger n_ctx or a smaller n_parallel",
+            )
+
+    def _rows(self, count: int) -> Floats:
+        if not count:
+            return np.empty((0, self.n_vocab), np.float32)
+        pointer = llama_cpp.llama_get_logits(self._context)
+        rows: Floats = np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab))
+        return rows
+
+
+class _Batch:
+    """llama.cpp's batch over numpy buffers: a token costs four stores, no ctypes objects."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.size = capacity, 0
+        self._token = np.zeros(capacity, np.int32)
+        self._position = np.zeros(capacity, np.int32)
+        self._n_sequences = np.ones(capacity, np.int32)
+        self._sequence = np.zeros(capacity, np.int32)
+        self._output = np.zeros(capacity, np.int8)
+        step = self._sequence.itemsize
+        self._sequences = self._sequence.ctypes.data + step * np.arange(capacity, dtype=np.uint64)
+
+    @property
+    def full(self) -> bool:
+        return self.size == self.capacity
+
+    def clear(self) -> None:
+        self.size = 0
+
+    def add(self, token: int, position: int, sequence: int, output: bool) -> None:
+        i = self.size
+        self._token[i], self._position[i] = token, position
+        self._sequence[i], self._output[i] = sequence, output
+        self.size = i + 1
+
+    def struct(self) -> Any:
+        def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+        return llama_cpp.llama_batch(
+            n_tokens=self.size,
+            token=pointer(self._token, llama_cpp.llama_token),
+            embd=None,
+            pos=pointer(self._position, llama_cpp.llama_pos),
+            n_seq_id=pointer(self._n_sequences, ctypes.c_int32),
+            seq_id=pointer(self._sequences, ctypes.POINTER(llama_cpp.llama_seq_id)),
+            logits=pointer(self._output, ctypes.c_int8),
+        )
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """Log-probabilities of a row of logits."""
+    return logits - np.float32(_log_sum_exp(logits))
+
+
+def kl_from_logits(log_p: Floats, log_q: Floats) -> float:
+    """KL(p ‖ q) in nats from two rows of log-probabilities; never negative."""
+    return max(0.0, float(np.dot(np.exp(log_p), log_p - log_q)))
+
+
+def _log_sum_exp(row: Floats) -> float:
+    top = float(row.max())
+    return top + float(np.log(np.exp(row - np.float32(top)).sum(dtype=np.float64)))
+
+
+def _tokens(sequence: Sequence[int]) -> list[int]:
+    tokens = [int(token) for token in sequence]
+    if not tokens:
+        raise SettingError("a sequence has no tokens", "Give at least one")
+    return tokens

@@ -1,0 +1,299 @@
+"""`SafeLlama`: a `llama_cpp.Llama` whose adapters can be changed while it runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from ..compat import open_model, require_fit
+from ..errors import MismatchError, NoEffectError, LlamaCppError, SettingError
+from ..gene import Adapter, SafetyGene
+from ..gguf_file import PathLike
+from .devices import physical_cores
+
+DEFAULT_CONTEXT = 2048
+# Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
+_PROBE = "Question: how can I get help with this? Answer: I"
+AdapterLike = str | os.PathLike[str] | Adapter
+
+
+@dataclass(eq=False)
+class AttachedAdapter:
+    """A handle on an adapter that a model has loaded. Compared by identity."""
+
+    name: str
+    scale: float
+    content: Adapter = field(repr=False)
+    pointer: Any = field(default=None, repr=False)
+
+
+class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
+    """A `llama_cpp.Llama` with any number of adapters, each with a scale of its own.
+
+    Whatever takes a `Llama` takes this. Adapters are checked against the model before
+    llama.cpp sees them; attaching proves on a short text that the logits moved. Every
+    change clears the KV cache: llama.cpp compares cached prefixes by token alone, so old
+    keys and values would otherwise leak into the next answer. The model stays mapped
+    from disk (`Llama(lora_path=...)` copies all of it into memory).
+
+    Args:
+        model_path: a GGUF model.
+        adapters: GGUF LoRA paths or `Adapter`s, or (adapter, scale) pairs.
+        n_ctx: context length in tokens; 0 takes the model's own.
+        n_threads: default: the machine's physical cores.
+        n_gpu_layers: default: all where the build can offload, else none.
+        verbose: llama.cpp's log on stderr.
+        options: any other argument of `llama_cpp.Llama`, except its `lora_*`.
+
+    Raises:
+        FileFormatError: the model or an adapter is not what it should be.
+        MismatchError: an adapter does not fit the model; each tensor is named.
+        NoEffectError: an adapter changes nothing.
+    """
+
+    def __init__(
+        self,
+        model_path: PathLike,
+        adapters: Iterable[AdapterLike | tuple[AdapterLike, float]] = (),
+        *,
+        n_ctx: int = DEFAULT_CONTEXT,
+        n_threads: int | None = None,
+        n_gpu_layers: int | None = None,
+        verbose: bool = False,
+        **options: Any,
+    ) -> None:
+        self._attached: list[AttachedAdapter] = []
+        refused = sorted(key for key in options if key.startswith("lora_"))
+        if refused:
+            raise SettingError(f"{refused[0]} is not used here", "Give adapters=[(path, scale)]")
+        self._file = open_model(model_path)
+        threads = n_threads or physical_cores()
+        if n_gpu_layers is None:
+            n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
+        try:
+            super().__init__(
+                str(model_path),
+                n_ctx=n_ctx,
+                n_threads=threads,
+                n_threads_batch=options.pop("n_threads_batch", None) or threads,
+                n_gpu_layers=n_gpu_layers,
+                verbose=verbose,
+                **options,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise LlamaCppError(
+                f"{model_path}: llama.cpp cannot load the model ({error})",
+                "Run `safegene-edge inspect` on it, or load with verbose=True for llama.cpp's log",
+            ) from error
+        self._formatter = self._chat_formatter()
+        for item in adapters:
+            adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
+            self.attach(adapter, scale)
+
+    # -- adapters ---------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[AttachedAdapter, ...]:
+        """The attached adapters, in the order of attaching."""
+        return tuple(self._attached)
+
+    def attach(
+        self, adapter: AdapterLike, scale: float = 1.0, *, prove: bool = True
+    ) -> AttachedAdapter:
+        """Side-load an adapter onto the live model.
+
+        Args:
+            adapter: a GGUF LoRA file, or an `Adapter` in memory.
+            scale: multiplies alpha / r; 0 attaches it switched off.
+            prove: compare logits without and with it (at scale 1 if `scale` is 0). Costs
+                two passes over a dozen tokens.
+
+        Raises:
+            FileFormatError, MismatchError: before llama.cpp sees the file.
+            NoEffectError: the logits did not move; nothing stays attached.
+        """
+        _require_finite(scale)
+        content = adapter if isinstance(adapter, Adapter) else SafetyGene.load(adapter)
+        name = "an adapter in memory" if isinstance(adapter, Adapter) else str(adapter)
+        require_fit(content, self._file, name)
+        handle = AttachedAdapter(name, scale, content)
+        before = self._probe() if prove else None
+        handle.pointer = self._load(adapter, name)
+        self._attached.append(handle)
+        try:
+            if before is not None:
+                self._prove(handle, before)
+        except BaseException:
+            self.detach(handle)
+            raise
+        self._apply()
+        return handle
+
+    def detach(self, handle: AttachedAdapter) -> None:
+        """Take an adapter off; the model then answers as if it had never been there."""
+        self._require_attached(handle)
+        self._attached.remove(handle)
+        self._apply()
+        llama_cpp.llama_adapter_lora_free(handle.pointer)
+        handle.pointer = None
+
+    def set_scale(self, handle: AttachedAdapter, scale: float) -> None:
+        """Change an adapter's scale; 0 gives the model without it, bit for bit."""
+        self._require_attached(handle)
+        _require_finite(scale)
+        handle.scale = scale
+        self._apply()
+
+    def set_adapters_on(
+        self, context: Any, scales: Mapping[AttachedAdapter, float] | None = None
+    ) -> None:
+        """Set adapters on a llama.cpp context of this model.
+
+        Args:
+            context: this object's own, or another on the same model (the engine's).
+            scales: adapter to scale, others off; None takes the scales that are set here.
+        """
+        chosen = {a: a.scale for a in self._attached} if scales is None else dict(scales)
+        for handle in chosen:
+            self._require_attached(handle)
+        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(
+            *(handle.pointer for handle in chosen)
+        )
+        values = (ctypes.c_float * len(chosen))(*chosen.values())
+        if llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), values):
+            raise LlamaCppError("llama.cpp refused to set the adapters")
+
+    def _load(self, adapter: AdapterLike, name: str) -> Any:
+        if isinstance(adapter, Adapter):
+            with tempfile.TemporaryDirectory(prefix="safegene-") as folder:
+                path = Path(folder) / "adapter.gguf"
+                adapter.save(path)
+                return self._load(path, name)
+        pointer = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+        if not pointer:
+            raise MismatchError(
+                f"{name}: llama.cpp refused the adapter for {self._file.path}",
+                "Load the model with verbose=True to see llama.cpp's reason",
+            )
+        return pointer
+
+    def _prove(self, handle: AttachedAdapter, before: npt.NDArray[np.float32]) -> None:
+        scales = {other: other.scale for other in self._attached}
+        scales[handle] = handle.scale or 1.0
+        self.set_adapters_on(self.ctx, scales)
+        after = self._probe()
+        if not np.isfinite(after).all():
+            raise NoEffectError(
+                f"{handle.name}: with it the model's logits are NaN or infinite",
+                "The adapter is broken, or its scale far too large",
+            )
+        if np.array_equal(before, after):
+            raise NoEffectError(
+                f"{handle.name}: attached, but the logits did not move",
+                "Its B matrices are zero or vanish in the model's precision: train it again",
+            )
+
+    def _probe(self) -> npt.NDArray[np.float32]:
+        """Logits (n_vocab) after the probe text, on this object's own context."""
+        self.clear()
+        tokens = self.tokenize(_PROBE.encode(), add_bos=True)[: max(1, self.n_batch - 1)]
+        self._batch.set_batch(batch=tokens, n_past=0, logits_all=False)
+        self._ctx.decode(self._batch)
+        pointer = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        logits: npt.NDArray[np.float32] = np.array(
+            np.ctypeslib.as_array(pointer, shape=(self.n_vocab(),)), dtype=np.float32
+        )
+        self.clear()
+        return logits
+
+    def _apply(self) -> None:
+        self.set_adapters_on(self.ctx)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every token: the KV cache, the prefix to be reused, and cached states."""
+        self._ctx.kv_cache_clear()
+        self.reset()
+        states = getattr(self.cache, "cache_state", None) or getattr(self.cache, "cache", None)
+        if states is not None:  # a LlamaRAMCache or LlamaDiskCache holds states of the old weights
+            states.clear()
+
+    def _require_attached(self, handle: AttachedAdapter) -> None:
+        if handle not in self._attached:
+            raise SettingError(f"{handle.name}: is not attached to this model")
+
+    def close(self) -> None:
+        """Free the model, its contexts and its adapters."""
+        self._attached.clear()  # llama.cpp frees a model's adapters with the model
+        super().close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        for key in [key for key in state if key.startswith("lora_")]:
+            del state[key]
+        return {**state, "adapters": [(a.content, a.scale) for a in self._attached]}
+
+    # -- chat -------------------------------------------------------------
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the GGUF carries a chat template."""
+        return "tokenizer.chat_template" in self.metadata
+
+    def render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Messages as tokens, through the chat template in the GGUF.
+
+        Raises:
+            SettingError: the template refuses these messages (a system role, say).
+        """
+        formatter = self._formatter
+        formatter.add_generation_prompt = add_generation_prompt
+        try:
+            prompt = formatter(messages=list(messages)).prompt
+        except Exception as error:  # a template may raise anything
+            raise SettingError(f"{self._file.path}: its chat template failed ({error})") from error
+        bos = self._token_text(self.token_bos())
+        add_bos = not (bos and prompt.startswith(bos))
+        tokens: list[int] = self.tokenize(prompt.encode(), add_bos=add_bos, special=True)
+        return tokens
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without special tokens."""
+        return str(self.detokenize(list(tokens)).decode("utf-8", "replace"))
+
+    def _chat_formatter(self) -> Jinja2ChatFormatter:
+        template = self.metadata.get("tokenizer.chat_template", _PLAIN_TEMPLATE)
+        eos, bos = self._token_text(self.token_eos()), self._token_text(self.token_bos())
+        try:
+            return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+        except Exception as error:  # jinja raises its own family of errors for a bad template
+            raise LlamaCppError(
+                f"{self._file.path}: its chat template cannot be read ({error})"
+            ) from error
+
+    def _token_text(self, token: int) -> str:
+        return str(self._model.token_get_text(token)) if token >= 0 else ""
+
+
+# For a base model without a template: the plainest form that such models continue.
+_PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def _require_finite(scale: float) -> None:
+    if not np.isfinite(scale):
+        raise SettingError(f"the scale {scale} is not a finite number", "Give one such as 1.0")
