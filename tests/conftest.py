@@ -1,0 +1,29 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny as tiny_models
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> tiny_models.TinyZoo:
+    """Tiny models and adapters, built once a session; skips where they cannot be built."""
+    if missing := tiny_models.missing_training_stack():
+        pytest.skip(f"tiny models need {missing}: pip install 'safegene-edge[train,dev]'")
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    return tiny_models.TinyZoo(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(zoo: tiny_models.TinyZoo) -> tiny_models.ModelFactory:
+    """`tiny(arch)` gives a TinyModel(arch, hf_dir, gguf_path, hf_model)."""
+    return zoo.model
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(zoo: tiny_models.TinyZoo) -> tiny_models.AdapterFactory:
+    """`tiny_adapter(arch, dtype="float32", **lora_config)` gives a PEFT folder."""
+    return zoo.adapter
