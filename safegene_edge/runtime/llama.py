@@ -16,7 +16,7 @@ import numpy.typing as npt
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..compat import open_model, require_fit
-from ..errors import MismatchError, NoEffectError, LlamaCppError, SettingError
+from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
 from ..gene import Adapter, SafetyGene
 from ..gguf_file import PathLike
 from .devices import physical_cores
@@ -235,7 +235,8 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     def close(self) -> None:
         """Free the model, its contexts and its adapters."""
         self._attached.clear()  # llama.cpp frees a model's adapters with the model
-        super().close()
+        if hasattr(self, "_stack"):  # __del__ also runs where the model never loaded
+            super().close()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

@@ -1,0 +1,52 @@
+"""The command line: thin click commands, and the only place that prints.
+
+Nothing heavy is imported at the top of these modules, so that `--help` answers at once.
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a check failed,
+2 the user's input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from .. import __version__
+from ..errors import SafeGeneError
+from .adapters import convert, inspect_file, to_peft
+from .chat import chat
+from .doctor import doctor
+from .evaluation import evaluate_model
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="safegene-edge")
+def cli() -> None:
+    """Give a fine-tuned local LLM its refusals back, on the laptop, through llama.cpp."""
+
+
+for _command in (convert, to_peft, inspect_file, evaluate_model, chat, doctor):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; errors of the user become one line on stderr and exit code 2."""
+    try:
+        cli.main(prog_name="safegene-edge", standalone_mode=False)
+    except SafeGeneError as error:
+        _fail(str(error), 2)
+    except click.UsageError as error:
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _fail(error.format_message() + where, 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of a pipe went away, as `head` does
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,131 @@
+"""`convert`, `to-peft` and `inspect`: adapters as files."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..gene import Adapter
+    from ..gguf_file import GGUFFile
+
+_MODEL = "MODEL.gguf"
+
+
+@click.command()
+@click.argument("peft_dir", type=click.Path())
+@click.option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
+@click.option("-o", "--output", required=True, metavar="ADAPTER.gguf", help="Where to write it.")
+def convert(peft_dir: str, base: str, output: str) -> None:
+    """Turn a PEFT LoRA folder into a GGUF LoRA that llama.cpp loads."""
+    from ..converters import convert as run
+
+    adapter = run(peft_dir, base=base, output=output)
+    click.echo(f"{output}: {_summary(adapter)}", err=True)
+
+
+@click.command("to-peft")
+@click.argument("adapter", type=click.Path())
+@click.option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="A new folder.")
+def to_peft(adapter: str, base: str, output: str) -> None:
+    """Turn a GGUF LoRA back into a PEFT folder."""
+    from ..converters import to_peft as run
+
+    run(adapter, base=base, output_dir=output)
+    click.echo(f"{output}: written", err=True)
+
+
+@click.command("inspect")
+@click.argument("file", type=click.Path())
+@click.option("--base", metavar=_MODEL, help="Also say whether the adapter fits this model.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect_file(file: str, base: str | None, as_json: bool) -> None:
+    """Show what a GGUF model or adapter holds."""
+    from ..compat import check, open_model, require_fit
+    from ..gene import SafetyGene, is_lora
+    from ..gguf_file import GGUFFile
+
+    header = GGUFFile(file)
+    if not is_lora(header):
+        if base:
+            raise click.UsageError(f"{file} is no adapter: --base is for adapters")
+        facts = _model_facts(header)
+    else:
+        gene = SafetyGene.load(file)
+        facts = _adapter_facts(gene, header)
+        if base:
+            facts["misfits"] = [str(problem) for problem in check(gene, open_model(base))]
+    click.echo(json.dumps(facts, indent=2) if as_json else _as_lines(facts))
+    if base and facts["misfits"]:
+        require_fit(gene, open_model(base), file)
+
+
+def _summary(adapter: Adapter) -> str:
+    return (
+        f"{adapter.architecture}, {len(adapter.pairs)} tensors in {len(adapter.layers)} layers, "
+        f"{adapter.n_parameters:,} parameters"
+    )
+
+
+def _model_facts(file: GGUFFile) -> dict[str, Any]:
+    from collections import Counter
+
+    architecture = file.architecture
+    types = Counter(info.type_name for info in file.tensors.values())
+    return {
+        "file": str(file.path),
+        "kind": "model",
+        "name": file.metadata.get("general.name", ""),
+        "architecture": architecture,
+        "layers": int(file.number(f"{architecture}.block_count", 0)),
+        "parameters": sum(info.n_elements for info in file.tensors.values()),
+        "bytes": file.n_bytes,
+        "tensor_types": dict(types.most_common()),
+        "context_length": int(file.number(f"{architecture}.context_length", 0)),
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+        "tied_output": "output.weight" not in file.tensors,
+    }
+
+
+def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "file": str(file.path),
+        "kind": "safety gene" if gene.family else "LoRA adapter",
+        "architecture": gene.architecture,
+        "alpha": gene.alpha,
+        "ranks": sorted({pair.rank for pair in gene.pairs.values()}),
+        "parameters": gene.n_parameters,
+        "bytes": file.n_bytes,
+        "layers": list(gene.layers),
+        "tensors": list(gene.pairs),
+    }
+    if gene.family:
+        facts |= {
+            "family": gene.family,
+            "sources": dict(gene.sources),
+            "scores": dict(gene.scores),
+            "coefficients": dict(gene.coefficients),
+            "refusal_openers": list(gene.refusal_openers),
+        }
+    return facts
+
+
+def _as_lines(facts: dict[str, Any]) -> str:
+    width = max(map(len, facts))
+    return "\n".join(f"{key:<{width}}  {_shown(value)}" for key, value in facts.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if isinstance(value, list):
+        shown = ", ".join(map(str, value[:8]))
+        return f"{shown}, … ({len(value)})" if len(value) > 8 else shown
+    return str(value)

@@ -1,0 +1,27 @@
+"""Random adapters made from a model's own header: no torch needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from safegene_edge.gene import Pair, SafetyGene
+from safegene_edge.gguf_file import GGUFFile
+
+MATRICES = ("attn_q", "attn_v", "attn_output", "ffn_down")
+
+
+def random_adapter(
+    model: Path, *, rank: int = 4, alpha: float = 8.0, size: float = 0.2, seed: int = 0, **facts
+) -> SafetyGene:
+    """Random A and B for some matrices of every block; `size` is B's standard deviation."""
+    file, random = GGUFFile(model), np.random.default_rng(seed)
+    pairs = {}
+    for name, info in file.tensors.items():
+        if name.split(".")[-2] in MATRICES and name.endswith(".weight"):
+            rows, columns = info.shape
+            a = random.normal(0, columns**-0.5, (rank, columns)).astype(np.float32)
+            b = random.normal(0, size, (rows, rank)).astype(np.float32)
+            pairs[name] = Pair(a, b)
+    return SafetyGene(file.architecture, alpha, pairs, **facts)

@@ -1,0 +1,202 @@
+"""The batched engine against llama.cpp one sequence at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import llama_cpp
+import numpy as np
+import pytest
+from adapters import random_adapter
+
+from safegene_edge import Engine, SafeLlama
+from safegene_edge.errors import LlamaCppError, SettingError
+
+F32 = 0  # ggml's number: a KV cache in float32 leaves only the order of sums to differ
+
+
+@pytest.fixture(scope="module")
+def llama(tiny):
+    model = SafeLlama(tiny("llama").gguf_path, n_ctx=512, type_k=F32, type_v=F32)
+    yield model
+    model.close()
+
+
+def prompts_of(llama, count=23, seed=3, opening=()):
+    """Random token sequences of very different lengths."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 60, count)
+    return [[*opening, *random.integers(0, 290, n).tolist()] for n in lengths]
+
+
+def one_by_one(llama, prompt, count):
+    """Greedy tokens from llama-cpp-python's own loop."""
+    llama.clear()
+    found = []
+    for token in llama.generate(prompt, temp=0.0):
+        if llama_cpp.llama_vocab_is_eog(llama._model.vocab, token) or len(found) == count:
+            break
+        found.append(token)
+    return found[:count]
+
+
+def one_sequence_logits(llama, tokens, positions):
+    """Logits at the positions from a one-sequence decode of the whole."""
+    llama.clear()
+    batch = llama._batch
+    batch.set_batch(batch=tokens, n_past=0, logits_all=False)
+    for position in range(len(tokens)):
+        batch.batch.logits[position] = position in positions
+    llama._ctx.decode(batch)
+    rows = {}
+    for position in positions:
+        pointer = llama_cpp.llama_get_logits_ith(llama.ctx, position)
+        rows[position] = np.array(np.ctypeslib.as_array(pointer, shape=(llama.n_vocab(),)))
+    llama.clear()
+    return rows
+
+
+@pytest.mark.parametrize("opening", [(), tuple(range(40, 60))], ids=["no prefix", "shared prefix"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_parallel": 1},
+        {"n_parallel": 7},
+        {"n_parallel": 16, "n_batch": 32},
+        {"n_parallel": 5, "n_ctx": 256},
+    ],
+    ids=str,
+)
+def test_answers_are_those_of_one_by_one(llama, settings, opening):
+    prompts = prompts_of(llama, opening=opening)
+    expected = [one_by_one(llama, prompt, 12) for prompt in prompts]
+    with Engine(llama, **settings) as engine:
+        found = engine.generate(prompts, max_tokens=12)
+    assert [generation.tokens for generation in found] == expected
+    assert {generation.finish for generation in found} <= {"stop", "length"}
+
+
+def test_on_done_is_called_once_for_each(llama):
+    seen = []
+    with Engine(llama, n_parallel=4) as engine:
+        answers = engine.generate(
+            prompts_of(llama), max_tokens=5, on_done=lambda i, answer: seen.append((i, answer))
+        )
+    assert sorted(index for index, _ in seen) == list(range(len(answers)))
+    assert all(answers[index] is answer for index, answer in seen)
+
+
+def test_a_prompt_that_does_not_fit_is_told(llama):
+    with Engine(llama, n_parallel=2, n_ctx=256) as engine:
+        answers = engine.generate([[5] * 10, [6] * 300, [7] * 10], max_tokens=4)
+    assert [answer.finish == "context" for answer in answers] == [False, True, False]
+    assert answers[1].tokens == []
+
+
+def test_cancelling_keeps_what_is_there(llama):
+    cancel = threading.Event()
+    with Engine(llama, n_parallel=2) as engine:
+        answers = engine.generate(
+            [[i + 1] * 5 for i in range(8)],
+            max_tokens=6,
+            on_done=lambda *_: cancel.set(),
+            cancel=cancel,
+            stop_at_end=False,
+        )
+        assert {answer.finish for answer in answers} == {"length", "cancelled"}
+        # The engine is fit for the next run.
+        assert engine.generate([[3, 4, 5]], max_tokens=2)[0].finish in ("length", "stop")
+
+
+@pytest.mark.parametrize("opening", [(), tuple(range(40, 60))], ids=["no prefix", "shared prefix"])
+def test_logits_are_those_of_one_sequence(llama, opening):
+    sequences = prompts_of(llama, opening=opening)
+    positions = [
+        sorted({len(opening), len(s) // 2 + len(opening) // 2, len(s) - 1}) for s in sequences
+    ]
+    expected = [one_sequence_logits(llama, s, p) for s, p in zip(sequences, positions, strict=True)]
+    for exact, tolerance in ((False, 1e-3), (True, 0.0)):
+        worst = 0.0
+        seen = set()
+
+        def visit(index, position, row, seen=seen):
+            nonlocal worst
+            seen.add((index, position))
+            worst = max(worst, float(np.abs(row - expected[index][position]).max()))
+
+        with Engine(llama, n_parallel=6, max_outputs=8) as engine:
+            engine.visit_logits(sequences, positions, visit, exact=exact)
+        assert seen == {(i, p) for i, wanted in enumerate(positions) for p in wanted}
+        assert worst <= tolerance
+
+
+def test_scores_are_log_likelihoods(llama):
+    prompts, completions = [[1, 2, 3], [9] * 20], [[4, 5], list(range(30, 50))]
+    with Engine(llama) as engine:
+        scores = engine.score(prompts, completions)
+    for prompt, completion, score in zip(prompts, completions, scores, strict=True):
+        tokens = prompt + completion
+        rows = one_sequence_logits(llama, tokens, list(range(len(tokens))))
+        for i, token in enumerate(completion):
+            row = rows[len(prompt) + i - 1].astype(np.float64)
+            truth = row[token] - np.log(np.exp(row - row.max()).sum()) - row.max()
+            assert score[i] == pytest.approx(truth, abs=1e-3)
+
+
+def test_kl_divergence_and_adapters_for_one_run(llama, tiny):
+    sequences = prompts_of(llama, count=9)
+    positions = [[0, len(s) - 1, len(s) - 1] for s in sequences]
+    handle = llama.attach(random_adapter(tiny("llama").gguf_path), scale=0.0)
+    try:
+        with Engine(llama, n_parallel=4) as engine:
+            same = engine.kl_divergence(sequences, positions, reference={}, adapters={handle: 0.0})
+            paid = engine.kl_divergence(sequences, positions, reference={}, adapters={handle: 1.0})
+        assert max(values.max() for values in same) == 0.0
+        base = one_sequence_logits(llama, sequences[0], [len(sequences[0]) - 1])
+        llama.set_scale(handle, 1.0)
+        moved = one_sequence_logits(llama, sequences[0], [len(sequences[0]) - 1])
+        (p,), (q,) = base.values(), moved.values()
+        p, q = (
+            row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum()) for row in (p, q)
+        )
+        truth = float((np.exp(p) * (p - q)).sum())
+        assert truth > 0.05
+        assert paid[0][1] == paid[0][2] == pytest.approx(truth, rel=1e-2)
+    finally:
+        llama.detach(handle)
+
+
+def test_a_run_follows_the_models_adapters_unless_told(llama, tiny):
+    prompts = prompts_of(llama, count=6)
+    with Engine(llama) as engine:
+
+        def tokens(**settings):
+            return [answer.tokens for answer in engine.generate(prompts, max_tokens=8, **settings)]
+
+        bare = tokens()
+        handle = llama.attach(random_adapter(tiny("llama").gguf_path))
+        try:
+            with_gene = tokens()
+            assert with_gene != bare
+            assert tokens(adapters={}) == bare
+            assert tokens(adapters={handle: 1.0}) == with_gene
+        finally:
+            llama.detach(handle)
+        assert tokens() == bare
+
+
+def test_bad_calls_are_refused(llama):
+    with pytest.raises(SettingError, match="n_parallel"):
+        Engine(llama, n_parallel=0)
+    engine = Engine(llama, n_parallel=2, n_ctx=256)
+    with pytest.raises(SettingError, match="max_tokens"):
+        engine.generate([[1]], max_tokens=0)
+    with pytest.raises(SettingError, match="no tokens"):
+        engine.generate([[]], max_tokens=1)
+    with pytest.raises(SettingError, match="outside"):
+        engine.visit_logits([[1, 2]], [[2]], lambda *_: None)
+    with pytest.raises(SettingError, match="300 tokens"):
+        engine.visit_logits([[1] * 300], [[299]], lambda *_: None)
+    engine.close()
+    with pytest.raises(LlamaCppError, match="closed"):
+        engine.generate([[1]], max_tokens=1)

@@ -1,0 +1,164 @@
+"""Genes and expressions: exact round trips, folding, splitting, refusing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from adapters import random_adapter
+
+from safegene_edge import Expression, SafetyGene
+from safegene_edge.compat import check, require_fit
+from safegene_edge.errors import FileFormatError, MismatchError, SettingError
+from safegene_edge.gene import Adapter, Pair, layer_of
+from safegene_edge.gguf_file import GGUFFile, write_gguf
+
+FACTS = {
+    "family": "tiny",
+    "sources": {"aligned": "ab" * 32, "degraded": "cd" * 32},
+    "scores": {0: 0.25, 2: 1.5},
+    "coefficients": {0: 1.0, 1: 0.5, 2: 2.0},
+    "refusal_openers": ("I'm sorry", "I can't"),
+}
+
+
+def random_gene(seed=0, dtype=np.float32, layers=3):
+    random = np.random.default_rng(seed)
+    pairs = {
+        f"blk.{layer}.{name}.weight": Pair(
+            random.normal(size=(rank, 8)).astype(dtype), random.normal(size=(6, rank)).astype(dtype)
+        )
+        for layer in range(layers)
+        for name, rank in (("attn_q", 2), ("ffn_down", 3))
+    }
+    return SafetyGene("llama", 4.0, pairs, {"general.name": "a gene"}, **FACTS)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_save_and_load_are_exact(tmp_path, dtype):
+    gene = random_gene(dtype=dtype)
+    gene.save(tmp_path / "gene.gguf")
+    again = SafetyGene.load(tmp_path / "gene.gguf")
+    assert (again.architecture, again.alpha) == ("llama", 4.0)
+    assert {key: getattr(again, key) for key in FACTS} == FACTS
+    assert again.extra["general.name"] == "a gene"
+    assert list(again.pairs) == list(gene.pairs)
+    for name, pair in gene.pairs.items():
+        assert again.pairs[name].b.dtype == dtype
+        np.testing.assert_array_equal(again.pairs[name].a, pair.a)
+        np.testing.assert_array_equal(again.pairs[name].b, pair.b)
+    again.save(tmp_path / "twice.gguf")
+    assert (tmp_path / "twice.gguf").read_bytes() == (tmp_path / "gene.gguf").read_bytes()
+
+
+def test_counts_and_layers():
+    gene = random_gene()
+    assert gene.layers == (0, 1, 2)
+    assert gene.n_parameters == 3 * ((2 * 8 + 6 * 2) + (3 * 8 + 6 * 3))
+    assert layer_of("output.weight") == -1
+
+
+def test_delta_has_llama_cpps_scale():
+    gene = random_gene()
+    pair = gene.pairs["blk.0.ffn_down.weight"]
+    np.testing.assert_allclose(
+        gene.delta("blk.0.ffn_down.weight"), 4.0 / 3 * pair.b @ pair.a, rtol=1e-5, atol=1e-6
+    )
+    bare = Adapter("llama", 0.0, gene.pairs)
+    np.testing.assert_allclose(
+        bare.delta("blk.0.ffn_down.weight"), pair.b @ pair.a, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_an_expression_scales_each_layers_delta_and_drops_zeros():
+    gene = random_gene()
+    expressed = gene.express(Expression({0: 2.0, 1: 0.0}))
+    assert expressed.layers == (0, 2)  # layer 2, not named, keeps its 1
+    np.testing.assert_allclose(
+        expressed.delta("blk.0.attn_q.weight"), 2 * gene.delta("blk.0.attn_q.weight"), rtol=1e-6
+    )
+    assert expressed.coefficients == {0: 2.0, 2: 2.0}
+
+
+def test_parts_make_the_whole():
+    gene = random_gene()
+    parts = gene.split()
+    assert {layer: part.layers for layer, part in parts.items()} == {0: (0,), 1: (1,), 2: (2,)}
+    joined = {name: pair for part in parts.values() for name, pair in part.pairs.items()}
+    assert joined.keys() == gene.pairs.keys()
+    assert sum(part.n_parameters for part in parts.values()) == gene.n_parameters
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_coefficients_are_finite_and_not_negative(value):
+    with pytest.raises(SettingError, match="layer 3"):
+        Expression({3: value})
+
+
+def test_expression_for_other_layers_is_refused():
+    with pytest.raises(MismatchError, match=r"\[7\]"):
+        random_gene().express(Expression({7: 1.0}))
+
+
+def test_expression_round_trip_and_garbage(tmp_path):
+    expression = Expression({0: 0.5, 11: 1.25}, gene="aa", target="bb")
+    expression.save(tmp_path / "e.json")
+    assert Expression.load(tmp_path / "e.json") == expression
+    for garbage in ("[]", "{}", '{"coefficients": {"x": 1}}', '{"coefficients": 3}', "no json"):
+        (tmp_path / "bad.json").write_text(garbage)
+        with pytest.raises(FileFormatError, match=r"bad\.json"):
+            Expression.load(tmp_path / "bad.json")
+
+
+def broken(tmp_path, tensors, metadata=None):
+    facts = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 4.0}
+    write_gguf(tmp_path / "x.gguf", "llama", facts | (metadata or {}), tensors)
+    return tmp_path / "x.gguf"
+
+
+A, B = np.ones((2, 8), np.float32), np.ones((6, 2), np.float32)
+NAN = np.full((6, 2), np.nan, np.float32)
+BROKEN = {
+    "missing half": ([("blk.0.attn_q.weight.lora_a", A)], {}, "lacks its lora_b"),
+    "ranks differ": (
+        [("blk.0.attn_q.weight.lora_a", A), ("blk.0.attn_q.weight.lora_b", B[:, :1])],
+        {},
+        "rank 2 in lora_a and 1",
+    ),
+    "NaN": ([("t.weight.lora_a", A), ("t.weight.lora_b", NAN)], {}, r"t\.weight\.lora_b.*NaN"),
+    "norm vector": (
+        [("t.lora_a", A), ("t.lora_b", B), ("blk.0.attn_norm.weight", np.ones(8, np.float32))],
+        {},
+        "attn_norm",
+    ),
+    "no tensors": ([], {}, "no tensors"),
+    "one dimension": ([("t.lora_a", np.ones(8, np.float32)), ("t.lora_b", B)], {}, "dimensions"),
+    "control vector": ([("t.lora_a", A)], {"adapter.type": "control_vector"}, "not a LoRA"),
+    "infinite alpha": ([("t.lora_a", A)], {"adapter.lora.alpha": float("inf")}, "alpha is inf"),
+    "future format": ([("t.lora_a", A), ("t.lora_b", B)], {"safegene.version": 9}, "format 9"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_adapters_are_refused(name, tmp_path):
+    tensors, metadata, reason = BROKEN[name]
+    with pytest.raises(FileFormatError, match=reason):
+        SafetyGene.load(broken(tmp_path, tensors, metadata))
+
+
+def test_preflight_names_every_tensor(tiny):
+    model = tiny("llama").gguf_path
+    gene, header = random_adapter(model), GGUFFile(model)
+    assert check(gene, header) == []
+    a, b = gene.pairs["blk.0.attn_q.weight"].a, gene.pairs["blk.0.attn_q.weight"].b
+    misfit = {
+        "blk.0.attn_q.weight": Pair(a[:, :32], b),
+        "blk.9.attn_q.weight": Pair(a, b),
+        "token_embd.weight": Pair(a, b),
+        "blk.1.attn_q.weight": Pair(a, b),
+    }
+    problems = check(Adapter("llama", 1.0, misfit), header)
+    assert [problem.tensor for problem in problems] == list(misfit)[:3]
+    with pytest.raises(MismatchError, match=r"64×32.*64×64.*no such tensor.*embeddings"):
+        require_fit(Adapter("llama", 1.0, misfit), header)
+    with pytest.raises(MismatchError, match="'qwen2'"):
+        require_fit(gene, GGUFFile(tiny("qwen2").gguf_path))
