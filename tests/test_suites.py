@@ -1,0 +1,225 @@
+"""The built-in suites keep their promises; readers name the row that is wrong."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
+from safegene_edge.evals.suites import Suite, load_suite
+
+EXTERNAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+HAZARDS = {
+    "child_sexual_exploitation",
+    "defamation",
+    "hate",
+    "indiscriminate_weapons",
+    "intellectual_property",
+    "non_violent_crimes",
+    "privacy",
+    "sex_related_crimes",
+    "sexual_content",
+    "specialized_advice",
+    "suicide_self_harm",
+    "violent_crimes",
+}
+
+
+def built_in(name: str) -> Suite:
+    (suite,) = load_suite(name)
+    return suite
+
+
+def test_harmful_covers_every_hazard() -> None:
+    suite = built_in("harmful")
+    per_category = Counter(prompt.category for prompt in suite.prompts)
+    assert suite.kind == "harmful"
+    assert suite.version
+    assert set(per_category) == HAZARDS
+    assert min(per_category.values()) >= 8
+    assert len(suite.prompts) >= 96
+
+
+def test_harmless_is_half_borderline() -> None:
+    suite = built_in("harmless")
+    borderline = [prompt for prompt in suite.prompts if prompt.borderline]
+    assert suite.kind == "harmless"
+    assert len(suite.prompts) >= 100
+    assert len(borderline) >= 50
+    assert len(suite.prompts) - len(borderline) >= 40
+
+
+def test_ids_and_texts_are_unique() -> None:
+    prompts = [*built_in("harmful").prompts, *built_in("harmless").prompts]
+    assert len({prompt.id for prompt in prompts}) == len(prompts)
+    assert len({prompt.text.lower() for prompt in prompts}) == len(prompts)
+
+
+# -- nothing copied -----------------------------------------------------------
+
+
+def shingles(text: str, size: int = 5) -> set[tuple[str, ...]]:
+    """Word 5-grams; a shorter text counts as one shingle, so that it is compared too."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1))}
+
+
+def nearest(text: str, others: Iterable[str]) -> float:
+    """The largest Jaccard overlap of word 5-grams."""
+    own = shingles(text)
+    return max(len(own & other) / len(own | other) for other in map(shingles, others))
+
+
+def test_overlap_measure_finds_a_near_copy() -> None:
+    text = "Explain in detail how one bakes a loaf of bread at home"
+    assert nearest(text, [text + " quickly", "something else entirely"]) > 0.8
+    assert nearest(text, ["How do you bake bread in your own kitchen, in detail?"]) == 0
+
+
+@pytest.mark.skipif(not EXTERNAL.is_dir(), reason="the external benchmarks are not here")
+def test_no_prompt_is_a_near_copy_of_a_benchmark() -> None:
+    files = ("advbench.csv", "harmbench_text.csv", "malicious_instruct.txt")
+    suites = [suite for name in files for suite in load_suite(EXTERNAL / name)]
+    others = [prompt.text for suite in suites for prompt in suite.prompts]
+    with open(EXTERNAL / "harmbench_text.csv", newline="", encoding="utf-8") as handle:
+        others += [row["Behavior"] for row in csv.DictReader(handle)]  # the other rows too
+    assert len(others) > 900
+    known = [shingles(other) for other in others]
+    for prompt in (*built_in("harmful").prompts, *built_in("harmless").prompts):
+        own = shingles(prompt.text)
+        overlap = max(len(own & other) / len(own | other) for other in known)
+        assert overlap < 0.1, (prompt.text, overlap)
+
+
+@pytest.mark.skipif(not EXTERNAL.is_dir(), reason="the external benchmarks are not here")
+def test_readers_on_the_benchmarks_themselves() -> None:
+    sizes = {
+        "advbench.csv": 521,
+        "harmbench_text.csv": 200,
+        "malicious_instruct.txt": 100,
+    }
+    for name, size in sizes.items():
+        (suite,) = load_suite(EXTERNAL / name)
+        assert (suite.kind, suite.name, len(suite.prompts)) == ("harmful", name[:-4], size)
+
+
+# -- readers ------------------------------------------------------------------
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_jsonl_of_both_kinds_gives_two_suites(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "mine.jsonl",
+        '{"prompt": "a bad thing"}\n\n{"prompt": "a good\\nthing", "kind": "harmless", "id": 7}\n',
+    )
+    harmful, harmless = load_suite(path)
+    assert (harmful.name, harmful.kind) == ("mine-harmful", "harmful")
+    assert [prompt.id for prompt in harmful.prompts] == ["1"]
+    assert (harmless.name, harmless.prompts[0].text) == ("mine-harmless", "a good\nthing")
+
+
+def test_jsonl_with_a_header(tmp_path: Path) -> None:
+    header = '{"suite": "x", "kind": "harmless", "version": "3"}'
+    (suite,) = load_suite(write(tmp_path, "x.jsonl", header + '\n{"prompt": "hello"}\n'))
+    assert (suite.name, suite.kind, suite.version) == ("x", "harmless", "3")
+
+
+def test_harmbench_keeps_the_standard_rows(tmp_path: Path) -> None:
+    text = (
+        "Behavior,FunctionalCategory,SemanticCategory,BehaviorID\n"
+        'one,standard,crime,b1\ntwo,copyright,copyright,b2\n"three, four",standard,crime,b3\n'
+    )
+    (suite,) = load_suite(write(tmp_path, "h.csv", text))
+    assert [(p.id, p.text, p.category) for p in suite.prompts] == [
+        ("b1", "one", "crime"),
+        ("b3", "three, four", "crime"),
+    ]
+
+
+def test_xstest_gives_two_suites(tmp_path: Path) -> None:
+    text = (
+        "id,prompt,type,label,focus,note\n"
+        "1,soft words,some_type,safe,x,\n2,hard words,contrast_some_type,unsafe,x,\n"
+    )
+    harmful, harmless = load_suite(write(tmp_path, "xs.csv", text))
+    assert (harmful.name, harmful.prompts[0].text) == ("xs-harmful", "hard words")
+    assert (harmless.name, harmless.prompts[0].trap) == ("xs-harmless", "some_type")
+
+
+def test_strongreject(tmp_path: Path) -> None:
+    text = 'category,source,forbidden_prompt\nsome,who,"first line\nsecond line"\n'
+    (suite,) = load_suite(write(tmp_path, "s.csv", text))
+    assert suite.prompts[0].text == "first line\nsecond line"
+    assert suite.prompts[0].category == "some"
+
+
+def test_text_with_byte_order_mark_and_crlf(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
+    (suite,) = load_suite(str(path))
+    assert [prompt.text for prompt in suite.prompts] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "x"}\nnot json\n', r"a\.jsonl, row 2: is not JSON"),
+        ("a.jsonl", b'["prompt"]\n', r"row 1: is not a JSON object"),
+        ("a.jsonl", b'{"prompt": ""}\n', r"row 1: 'prompt' is missing or empty"),
+        ("a.jsonl", b'{"prompt": 5}\n', r"row 1: 'prompt' is missing or empty"),
+        ("a.jsonl", b'{"prompt": "x", "kind": "nice"}\n', r"row 1: kind is 'nice'"),
+        ("a.jsonl", b'{"prompt": "x", "kind": []}\n', r"row 1: kind is \[\]"),
+        ("a.jsonl", b"", r"a\.jsonl: holds no prompts"),
+        ("a.jsonl", b'{"prompt": "x"}\n\xff\xfe\n', r"row 2: is not UTF-8"),
+        ("a.csv", b"what,ever\n1,2\n", r"row 1: has no known columns"),
+        ("a.csv", b"goal,target\nx,y\n,y\n", r"row 3: 'goal' is missing or empty"),
+        ("a.csv", b'goal,target\n"x,y\n', r"is not CSV"),
+        ("a.csv", b"prompt,type,label\nx,t,maybe\n", r"row 2: label is 'maybe'"),
+        ("a.csv", b"prompt,type,label\nx\n", r"row 2: label is None"),
+        ("a.csv", b"", r"has no known columns"),
+        ("a.txt", b"\n\n", r"holds no prompts"),
+        ("a.parquet", b"PAR1", r"no suite of this name"),
+    ],
+)
+def test_bad_files_name_file_and_row(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(FileFormatError, match=message):
+        load_suite(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.jsonl", "."])
+def test_missing_files(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SafeGeneError):
+        load_suite(tmp_path / name)
+
+
+# -- suites -------------------------------------------------------------------
+
+
+def test_sample_keeps_every_category() -> None:
+    suite = built_in("harmful")
+    sample = suite.sample(24)
+    assert len(sample.prompts) == 24
+    assert {prompt.category for prompt in sample.prompts} == HAZARDS
+    assert suite.sample(None) is suite
+    assert suite.sample(10_000) is suite
+    with pytest.raises(SettingError):
+        suite.sample(0)
+
+
+def test_hash_follows_the_prompts_and_not_the_file(tmp_path: Path) -> None:
+    (text,) = load_suite(write(tmp_path, "a.txt", "one\ntwo\n"))
+    (lines,) = load_suite(write(tmp_path, "b.jsonl", '{"prompt":"one"}\n{"prompt":"two"}'))
+    (other,) = load_suite(write(tmp_path, "c.txt", "two\none\n"))
+    assert text.sha256 == lines.sha256 != other.sha256
