@@ -22,7 +22,7 @@ def doctor(as_json: bool) -> None:
     rows = {
         "system": found.system,
         "python": found.python,
-        "cores": f"{found.physical_cores} physical (one thread each), {found.logical_cores} logical",
+        "cores": f"{found.physical_cores} physical (a thread each), {found.logical_cores} logical",
         "memory": f"{found.memory_gib} GiB",
         "safegene-edge": found.safegene_edge,
         "llama-cpp-python": found.llama_cpp_python,

@@ -1,0 +1,392 @@
+"""Every mistake of the user: exit code 2, one line with cause and remedy, no output left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from adapters import random_adapter
+from safetensors.numpy import load_file, save_file
+
+from safegene_edge.cli import main
+from safegene_edge.gene import Adapter, Pair
+from safegene_edge.gguf_file import write_gguf
+
+
+class Case:
+    """A folder with a good model, adapter and PEFT folder, for one mistake at a time."""
+
+    def __init__(self, folder, tiny, tiny_adapter):
+        self.folder = folder
+        self.output = folder / "out.gguf"
+        self.model = folder / "model.gguf"
+        shutil.copy(tiny("llama").gguf_path, self.model)
+        self.gene = folder / "gene.gguf"
+        self.adapter = random_adapter(self.model)
+        self.adapter.save(self.gene)
+        self.peft = folder / "peft"
+        shutil.copytree(tiny_adapter("llama"), self.peft)
+        self.tiny, self.tiny_adapter = tiny, tiny_adapter
+
+    def convert(self, **changes):
+        """`convert` of the PEFT folder, its config changed."""
+        path = self.peft / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return ["convert", self.peft, "--base", self.model, "-o", self.output]
+
+    def convert_tensors(self, change):
+        """`convert` of the PEFT folder, its tensors changed by a function."""
+        path = self.peft / "adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        return self.convert()
+
+    def evaluate(self, gene=None):
+        return ["eval", self.model, "--gene", gene or self.gene, "--json", self.output]
+
+    def evaluate_pairs(self, pairs, architecture="llama"):
+        """`eval` with a gene of other pairs."""
+        Adapter(architecture, 4.0, pairs).save(self.gene)
+        return self.evaluate()
+
+
+def first_pair(case):
+    name = next(iter(case.adapter.pairs))
+    return name, case.adapter.pairs[name]
+
+
+def first_key(tensors, half="lora_A"):
+    return next(key for key in tensors if half in key)
+
+
+CASES = {}
+
+
+def case(expected):
+    def register(build):
+        CASES[build.__name__] = (build, expected)
+        return build
+
+    return register
+
+
+# -- the base and the gene -------------------------------------------------
+
+
+@case("'qwen2'")
+def wrong_architecture(c):
+    random_adapter(c.tiny("qwen2").gguf_path).save(c.gene)
+    return c.evaluate()
+
+
+@case("64×32")
+def wrong_family_size(c):
+    name, pair = first_pair(c)
+    return c.evaluate_pairs({name: Pair(pair.a[:, :32], pair.b)})
+
+
+@case("no such tensor")
+def layer_that_the_model_has_not(c):
+    _, pair = first_pair(c)
+    return c.evaluate_pairs({"blk.77.attn_q.weight": pair})
+
+
+@case("rank 4 in lora_a and 3")
+def rank_mismatch(c):
+    name, pair = first_pair(c)
+    return c.evaluate_pairs({name: Pair(pair.a, pair.b[:, :3])})
+
+
+@case("lacks its lora_b")
+def missing_half(c):
+    name, pair = first_pair(c)
+    facts = {"general.type": "adapter", "adapter.type": "lora"}
+    write_gguf(c.gene, "llama", facts, [(f"{name}.lora_a", pair.a)])
+    return c.evaluate()
+
+
+@case("NaN")
+def nan_in_a_gene(c):
+    name, pair = first_pair(c)
+    return c.evaluate_pairs({name: Pair(pair.a, pair.b * np.nan)})
+
+
+@case("logits did not move")
+def gene_that_does_nothing(c):
+    name, pair = first_pair(c)
+    return c.evaluate_pairs({name: Pair(pair.a, pair.b * 0)})
+
+
+@case("truncated")
+def truncated_model(c):
+    c.model.write_bytes(c.model.read_bytes()[:-200_000])
+    return c.evaluate()
+
+
+@case("truncated")
+def truncated_gene(c):
+    c.gene.write_bytes(c.gene.read_bytes()[:2000])
+    return c.evaluate()
+
+
+@case("empty")
+def zero_length_model(c):
+    c.model.write_bytes(b"")
+    return c.evaluate()
+
+
+@case("empty")
+def zero_length_gene(c):
+    c.gene.write_bytes(b"")
+    return c.evaluate()
+
+
+@case("not a GGUF file")
+def text_file_named_gguf(c):
+    c.gene.write_text("This is no gene.\n" * 50)
+    return c.evaluate()
+
+
+@case("no such file")
+def missing_gene(c):
+    return c.evaluate(c.folder / "nowhere.gguf")
+
+
+@case("is a folder")
+def folder_as_model(c):
+    return ["eval", c.folder, "--json", c.output]
+
+
+@case("holds a model, not a LoRA")
+def model_as_gene(c):
+    return c.evaluate(c.model)
+
+
+@case("holds a adapter, not a model")
+def gene_as_model(c):
+    return ["eval", c.gene, "--json", c.output]
+
+
+@case("suite")
+def unknown_suite(c):
+    return ["eval", c.model, "--suite", "nonesuch", "--json", c.output]
+
+
+@case("does not exist")
+def output_in_no_folder(c):
+    return ["eval", c.model, "--json", c.folder / "no" / "out.json"]
+
+
+@case("also an input")
+def report_over_the_gene(c):
+    return ["eval", c.model, "--gene", c.gene, "--json", c.gene]
+
+
+@case("max-tokens")
+def senseless_option(c):
+    return ["eval", c.model, "--max-tokens", "0", "--json", c.output]
+
+
+@case("inspect FILE")
+def missing_argument(c):
+    return ["inspect"]
+
+
+@case("No such command")
+def unknown_command(c):
+    return ["improve", c.model]
+
+
+# -- PEFT folders -----------------------------------------------------------
+
+
+@case("DoRA")
+def dora(c):
+    return c.convert(use_dora=True)
+
+
+@case("modules_to_save")
+def modules_to_save(c):
+    return c.convert(modules_to_save=["lm_head"])
+
+
+@case("bias")
+def bias(c):
+    return c.convert(bias="all")
+
+
+@case("embed")
+def embeddings(c):
+    def change(tensors):
+        prefix = "base_model.model.model.embed_tokens"
+        tensors[f"{prefix}.lora_embedding_A"] = np.ones((4, 300), np.float32)
+        tensors[f"{prefix}.lora_embedding_B"] = np.ones((64, 4), np.float32)
+
+    return c.convert_tensors(change)
+
+
+@case("norm")
+def norm_weights(c):
+    def change(tensors):
+        tensors["base_model.model.model.norm.weight"] = np.ones(64, np.float32)
+
+    return c.convert_tensors(change)
+
+
+@case("expert")
+def moe_experts(c):
+    def change(tensors):
+        prefix = "base_model.model.model.layers.0.mlp.experts.3.gate_proj"
+        tensors[f"{prefix}.lora_A.weight"] = np.ones((4, 64), np.float32)
+        tensors[f"{prefix}.lora_B.weight"] = np.ones((96, 4), np.float32)
+
+    return c.convert_tensors(change)
+
+
+@case("lm_head")
+def tied_lm_head(c):
+    model = c.tiny("gemma3").gguf_path
+    peft = c.tiny_adapter("gemma3")
+    shutil.rmtree(c.peft)
+    shutil.copytree(peft, c.peft)
+    shutil.copy(model, c.model)
+
+    def change(tensors):
+        tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((4, 64), np.float32)
+        tensors["base_model.model.lm_head.lora_B.weight"] = np.ones((300, 4), np.float32)
+
+    return c.convert_tensors(change)
+
+
+@case("adapter_model.bin")
+def pickled_weights(c):
+    (c.peft / "adapter_model.safetensors").rename(c.peft / "adapter_model.bin")
+    return c.convert()
+
+
+@case("IA3")
+def another_peft_type(c):
+    return c.convert(peft_type="IA3")
+
+
+@case("adapter_config.json")
+def malformed_config(c):
+    args = c.convert()
+    (c.peft / "adapter_config.json").write_text('{"r": 4,')
+    return args
+
+
+@case("adapter_config.json")
+def missing_config(c):
+    args = c.convert()
+    (c.peft / "adapter_config.json").unlink()
+    return args
+
+
+@case("r")
+def rank_zero(c):
+    return c.convert(r=0)
+
+
+@case("lora_alpha")
+def alpha_of_words(c):
+    return c.convert(lora_alpha="plenty")
+
+
+@case("adapter_model.safetensors")
+def truncated_safetensors(c):
+    path = c.peft / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return c.convert()
+
+
+@case("lora_B")
+def peft_half_missing(c):
+    return c.convert_tensors(lambda tensors: tensors.pop(first_key(tensors, "lora_B")))
+
+
+@case("NaN")
+def peft_nan(c):
+    return c.convert_tensors(lambda tensors: tensors[first_key(tensors)].fill(np.nan))
+
+
+@case("model.layers.0")
+def peft_of_another_size(c):
+    def change(tensors):
+        for key in tensors:
+            if key.endswith("q_proj.lora_A.weight"):
+                tensors[key] = np.ones((4, 128), np.float32)
+
+    return c.convert_tensors(change)
+
+
+@case("qwen2.5-7b-unknown")
+def module_that_the_base_has_not(c):
+    def change(tensors):
+        for half, shape in (("A", (4, 64)), ("B", (64, 4))):
+            key = f"base_model.model.qwen2.5-7b-unknown.lora_{half}.weight"
+            tensors[key] = np.ones(shape, np.float32)
+
+    return c.convert_tensors(change)
+
+
+@case("also an input")
+def convert_over_the_base(c):
+    args = c.convert()
+    return [*args[:-1], c.model]
+
+
+@case("is a folder")
+def convert_into_a_folder(c):
+    args = c.convert()
+    return [*args[:-1], c.folder]
+
+
+@case("no such")
+def convert_nothing(c):
+    args = c.convert()
+    return [args[0], c.folder / "nowhere", *args[2:]]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mistake_gives_one_line_and_no_output(
+    name, tmp_path, tiny, tiny_adapter, monkeypatch, capfd
+):
+    build, expected = CASES[name]
+    made = Case(tmp_path, tiny, tiny_adapter)
+    arguments = [str(argument) for argument in build(made)]
+    before = contents(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["safegene-edge", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown = capfd.readouterr()
+    assert stopped.value.code == 2
+    assert shown.out == ""
+    lines = shown.err.strip().splitlines()
+    assert len(lines) == 1, shown.err
+    assert lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert contents(tmp_path) == before
+
+
+def test_there_are_enough():
+    assert len(CASES) >= 25
+
+
+def test_an_unwritable_output_folder(tmp_path, tiny, tiny_adapter, monkeypatch, capfd):
+    """A file where a folder is needed: holds for root too, whom permissions do not stop."""
+    made = Case(tmp_path, tiny, tiny_adapter)
+    arguments = [*made.convert()[:-1], made.gene / "out.gguf"]
+    monkeypatch.setattr(sys, "argv", ["safegene-edge", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert len(capfd.readouterr().err.strip().splitlines()) == 1

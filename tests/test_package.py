@@ -1,0 +1,96 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HEAVY = {"torch", "transformers", "peft"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_has_one_top_level_package(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"safegene_edge"}
+
+
+def test_the_wheel_is_whole(wheel):
+    """Every module and data file of the two source folders is in it."""
+    sources = {
+        f"safegene_edge/{path.relative_to(ROOT / 'safegene_edge')}"
+        for path in (ROOT / "safegene_edge").rglob("*")
+        if path.suffix in (".py", ".json", ".jsonl") and "converters" not in path.parts
+    } | {f"safegene_edge/converters/{path.name}" for path in (ROOT / "converters").glob("*.py")}
+    assert sources <= set(wheel)
+    assert "safegene_edge/py.typed" in wheel
+
+
+def modules_after(code):
+    """The top-level modules that a fresh interpreter holds after running the code."""
+    program = f"{code}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return set(run.stdout.split("\n")[-2].split())
+
+
+HELP = """
+import sys
+sys.argv = ["safegene-edge", "--help"]
+from safegene_edge.cli import main
+main()
+"""
+CONVERT = """
+import sys
+sys.argv = ["safegene-edge", "convert", {peft!r}, "--base", {base!r}, "-o", {out!r}]
+from safegene_edge.cli import main
+main()
+"""
+
+
+def test_importing_and_help_load_nothing_heavy():
+    assert not modules_after("import safegene_edge") & (HEAVY | {"llama_cpp", "gguf", "numpy"})
+    assert not modules_after(HELP) & (HEAVY | {"llama_cpp", "gguf", "numpy"})
+
+
+def test_running_loads_no_torch(tiny, tiny_adapter, tmp_path):
+    paths = {"peft": str(tiny_adapter("llama")), "base": str(tiny("llama").gguf_path)}
+    loaded = modules_after(CONVERT.format(**paths, out=str(tmp_path / "a.gguf")))
+    assert (tmp_path / "a.gguf").exists()
+    assert not loaded & (HEAVY | {"llama_cpp"})
+    every_name = "import safegene_edge\n[getattr(safegene_edge, n) for n in safegene_edge.__all__]"
+    loaded = modules_after(every_name)
+    assert "llama_cpp" in loaded
+    assert not loaded & HEAVY
+
+
+def test_only_training_imports_torch():
+    for path in [*ROOT.glob("safegene_edge/**/*.py"), *ROOT.glob("converters/*.py")]:
+        if "training" not in path.parts:
+            words = path.read_text(encoding="utf-8")
+            for name in HEAVY:
+                assert f"import {name}" not in words and f"from {name}" not in words, path
+
+
+def test_help_answers_at_once():
+    """The aim is 0.3 s, which bench/cli measures; here only a heavy import must fail."""
+    start = time.monotonic()
+    subprocess.run(
+        [sys.executable, "-m", "safegene_edge", "--help"], check=True, capture_output=True
+    )
+    assert time.monotonic() - start < 3
