@@ -108,12 +108,13 @@ def _config(arch: str, changes: dict[str, Any]) -> Any:
 def _randomise(model: Any) -> None:
     """Weights that keep activations and logits near unit size, and norms that differ from 1.
 
-    As in a trained model a branch adds less than the residual stream carries. For Gemma this
-    matters: llama.cpp reads GELU from a table of float16, an error of 1e-3 of the branch.
+    As in a trained model a branch adds less than the residual stream carries. Gemma's less
+    still: llama.cpp's CPU backend takes GELU from a float16 table (GGML_GELU_FP16), an error
+    of some 1e-3 of the branch, which would hide a wrong conversion.
     """
     import torch
 
-    branch = 0.25
+    branch = 0.1 if model.config.model_type.startswith("gemma") else 0.25
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn_like(weight)
