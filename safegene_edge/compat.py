@@ -31,7 +31,9 @@ def open_model(path: PathLike) -> GGUFFile:
     file = GGUFFile(path)
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
-        raise FileFormatError(f"{file.path}: holds a {kind}, not a model", "Give a model's GGUF")
+        raise FileFormatError(
+            f"{file.path}: is of the type '{kind}', not a model", "Give a model's GGUF"
+        )
     if not file.tensors:
         raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
     return file

@@ -316,7 +316,7 @@ def _require_lora(file: GGUFFile) -> None:
     if not is_lora(file):
         kind = file.metadata.get("adapter.type") or file.metadata.get("general.type", "model")
         raise FileFormatError(
-            f"{file.path}: holds a {kind}, not a LoRA adapter",
+            f"{file.path}: is of the type '{kind}', not a LoRA adapter",
             "Give a GGUF LoRA, as `safegene-edge convert` writes it",
         )
 

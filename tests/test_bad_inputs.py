@@ -161,12 +161,12 @@ def folder_as_model(c):
     return ["eval", c.folder, "--json", c.output]
 
 
-@case("holds a model, not a LoRA")
+@case("is of the type 'model', not a LoRA")
 def model_as_gene(c):
     return c.evaluate(c.model)
 
 
-@case("holds a adapter, not a model")
+@case("is of the type 'adapter', not a model")
 def gene_as_model(c):
     return ["eval", c.gene, "--json", c.output]
 
@@ -191,7 +191,7 @@ def senseless_option(c):
     return ["eval", c.model, "--max-tokens", "0", "--json", c.output]
 
 
-@case("inspect FILE")
+@case("'FILE'")
 def missing_argument(c):
     return ["inspect"]
 
@@ -304,7 +304,7 @@ def truncated_safetensors(c):
     return c.convert()
 
 
-@case("lora_B")
+@case("not the other half")
 def peft_half_missing(c):
     return c.convert_tensors(lambda tensors: tensors.pop(first_key(tensors, "lora_B")))
 
@@ -346,7 +346,7 @@ def convert_into_a_folder(c):
     return [*args[:-1], c.folder]
 
 
-@case("no such")
+@case("not a folder")
 def convert_nothing(c):
     args = c.convert()
     return [args[0], c.folder / "nowhere", *args[2:]]
@@ -365,6 +365,7 @@ def test_a_mistake_gives_one_line_and_no_output(
     arguments = [str(argument) for argument in build(made)]
     before = contents(tmp_path)
     monkeypatch.setattr(sys, "argv", ["safegene-edge", *arguments])
+    capfd.readouterr()  # what building the inputs printed
     with pytest.raises(SystemExit) as stopped:
         main()
     shown = capfd.readouterr()
@@ -384,6 +385,7 @@ def test_there_are_enough():
 def test_an_unwritable_output_folder(tmp_path, tiny, tiny_adapter, monkeypatch, capfd):
     """A file where a folder is needed: holds for root too, whom permissions do not stop."""
     made = Case(tmp_path, tiny, tiny_adapter)
+    capfd.readouterr()
     arguments = [*made.convert()[:-1], made.gene / "out.gguf"]
     monkeypatch.setattr(sys, "argv", ["safegene-edge", *map(str, arguments)])
     with pytest.raises(SystemExit) as stopped:
