@@ -304,7 +304,7 @@ def truncated_safetensors(c):
     return c.convert()
 
 
-@case("not the other half")
+@case("lora_B half is missing")
 def peft_half_missing(c):
     return c.convert_tensors(lambda tensors: tensors.pop(first_key(tensors, "lora_B")))
 
