@@ -33,7 +33,7 @@ from ..errors import FileFormatError, MismatchError, OutputError, SafeGeneError
 from ..gene import OUTSIDE_BLOCKS, Adapter, Pair, layer_of
 from ..gguf_file import PathLike, check_output, sha256
 from . import safetensors_file
-from .names import BaseNames
+from .names import BaseNames, is_linear_layer
 from .peft import (
     CONFIG,
     PREFIX,
@@ -156,6 +156,8 @@ def _mapped(source: PeftAdapter, names: BaseNames) -> list[_Update]:
 
 
 def _refusal(module: str, tensor: str | None, names: BaseNames) -> str:
+    if is_linear_layer(module):  # of this family or another: whether it fits is seen below
+        return ""
     if tensor is None or (layer_of(tensor) == OUTSIDE_BLOCKS and tensor != "output.weight"):
         return f"GGUF has no linear layer of this name for '{names.architecture}'"
     if tensor == "output.weight" and tensor not in names.model.tensors:
@@ -166,7 +168,8 @@ def _refusal(module: str, tensor: str | None, names: BaseNames) -> str:
 def _misfit(tensor: str | None, shape: tuple[int, int], names: BaseNames) -> str:
     info = names.model.tensors.get(tensor or "")
     if info is None:
-        return f"the base, with {names.n_blocks} blocks, has no such layer"
+        beyond = tensor and layer_of(tensor) >= names.n_blocks
+        return f"the base has {names.n_blocks} blocks" if beyond else "the base has no such layer"
     if info.shape != shape:
         wanted = "×".join(map(str, info.shape))
         return f"the adapter is for {shape[0]}×{shape[1]}, the base has {wanted}"

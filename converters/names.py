@@ -31,6 +31,11 @@ _PERMUTED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
 _NESTED = re.compile(r"\b(language_model|text_model)\.")
 
 
+def is_linear_layer(module: str) -> bool:
+    """Whether a module is named as the linear layers of the supported families are."""
+    return module.endswith((*_ATTENTION, *_FEED_FORWARD, *_FUSED))
+
+
 class BaseNames:
     """The names and row order of one base model.
 

@@ -301,6 +301,8 @@ def _pairs(
     refused: list[Refusal] = []
     halves: dict[str, dict[str, safetensors_file.StoredTensor]] = {}
     for name, tensor in tensors.items():
+        if name.endswith(".base_layer.weight"):
+            continue  # PEFT saves a targeted output's own weight with it, frozen as it was
         match = _HALF.fullmatch(name)
         if reason := _tensor_reason(name, tensor, bool(match)):
             refused.append(Refusal(name, reason))
@@ -312,9 +314,8 @@ def _pairs(
             a, b = found["A"], found["B"]
             pairs[module] = PeftPair(a.floats(), b.floats(), (a.dtype, b.dtype))
         else:
-            refused.append(
-                Refusal(module, f"it has lora_{next(iter(found))} but not the other half")
-            )
+            missing = "B" if "A" in found else "A"
+            refused.append(Refusal(module, f"its lora_{missing} half is missing"))
     return pairs, refused
 
 

@@ -110,9 +110,7 @@ def _tensor(path: Path, name: str, record: Any, content: npt.NDArray[np.uint8]) 
         for extent in shape:
             n_bytes *= extent
         if n_bytes != end - begin:
-            raise _broken(
-                path, f"tensor '{name}' has {end - begin} bytes for {list(shape)} {dtype}"
-            )
+            raise _broken(path, f"tensor '{name}' has {end - begin} bytes, not {n_bytes}")
     return StoredTensor(dtype, shape, content[begin:end])
 
 
