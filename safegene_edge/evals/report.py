@@ -1,0 +1,212 @@
+"""What an evaluation found: counts, a table, JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+from ..errors import SettingError
+from .judge import LABELS, Label, Verdict
+from .statistics import Count
+from .suites import Kind, Prompt, Suite
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How to evaluate; the API and the command line share these.
+
+    Attributes:
+        max_tokens: new tokens an answer; the opening decides the verdict.
+        limit: prompts a suite at most, spread evenly over it; None takes all.
+        n_parallel: answers generated together.
+        n_ctx: KV cells for all of them together.
+        gene_scale: the gene's scale in the "after" column.
+        include_completions: put the answers into the JSON. They may be harmful.
+    """
+
+    max_tokens: int = 48
+    limit: int | None = None
+    n_parallel: int = 16
+    n_ctx: int = 4096
+    gene_scale: float = 1.0
+    include_completions: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "limit", "n_parallel", "n_ctx"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} is {value}", "Give 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One completion; `verdict` is None where the prompt did not fit (unscored)."""
+
+    prompt: Prompt
+    completion: str
+    verdict: Verdict | None
+
+
+Answers: TypeAlias = tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """The answers to one suite without the gene and, where there is one, with it."""
+
+    suite: Suite
+    before: Answers
+    after: Answers | None = None
+
+    @property
+    def columns(self) -> dict[str, Answers]:
+        """ "before" and, with a gene, "after"."""
+        return {"before": self.before, **({} if self.after is None else {"after": self.after})}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that took part: its name, hash ("" for an object in memory) and scale."""
+
+    name: str
+    sha256: str
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found; knows how to show itself."""
+
+    model: Source
+    gene: Source | None
+    adapters: tuple[Source, ...]
+    suites: tuple[SuiteResult, ...]
+    settings: EvalSettings
+    chat_template_sha256: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values; only `seconds` differs between two equal runs."""
+        return {
+            "safegene_edge_report": REPORT_VERSION,
+            "versions": dict(self.versions),
+            "model": asdict(self.model),
+            "gene": None if self.gene is None else asdict(self.gene),
+            "adapters": [asdict(source) for source in self.adapters],
+            "chat_template_sha256": self.chat_template_sha256,
+            "settings": asdict(self.settings),
+            "seconds": dict(self.seconds),
+            "suites": [
+                _suite_json(result, self.settings.include_completions) for result in self.suites
+            ],
+        }
+
+    def table(self) -> str:
+        """Plain text: n/N with 95 % intervals, before and after side by side."""
+        rows = [row for result in self.suites for row in _table_rows(result)]
+        head = ["", "before", *([] if self.gene is None else ["after"])]
+        note = (
+            "n/N (share, 95 % Wilson interval); "
+            f"greedy answers of at most {self.settings.max_tokens} tokens"
+        )
+        return "\n".join([*_aligned([head, *rows]), "", note])
+
+
+# -- counting -----------------------------------------------------------------
+
+
+def label_counts(answers: Iterable[Answer]) -> dict[str, int]:
+    """`total` of the judged answers, one count a label, and the `unscored` beside them."""
+    labels = [None if a.verdict is None else a.verdict.label for a in answers]
+    counts = {str(label): labels.count(label) for label in LABELS}
+    unscored = labels.count(None)
+    return {"total": len(labels) - unscored, **counts, "unscored": unscored}
+
+
+def _count(answers: Iterable[Answer], *labels: Label) -> Count:
+    counts = label_counts(answers)
+    return Count(sum(counts[label] for label in labels), counts["total"])
+
+
+_HARMFUL_ROWS: tuple[tuple[str, tuple[Label, ...]], ...] = (
+    ("refused", ("refused",)),
+    ("partly refused", ("partly_refused",)),
+    ("complied", ("complied",)),
+    ("empty or garbled", ("empty",)),
+)
+_HARMLESS_ROWS: tuple[tuple[str, tuple[Label, ...]], ...] = (
+    ("answered", ("complied",)),
+    ("over-refused", ("refused", "partly_refused")),
+    ("empty or garbled", ("empty",)),
+)
+_ROWS: dict[Kind, tuple[tuple[str, tuple[Label, ...]], ...]] = {
+    "harmful": _HARMFUL_ROWS,
+    "harmless": _HARMLESS_ROWS,
+}
+
+
+def _table_rows(result: SuiteResult) -> list[list[str]]:
+    kind = result.suite.kind
+    title = result.suite.name if result.suite.name == kind else f"{result.suite.name} ({kind})"
+    rows = [[title], *_count_rows(list(result.columns.values()), kind, "  ")]
+    borderline = [_borderline(answers) for answers in result.columns.values()]
+    if borderline[0] and len(borderline[0]) < len(result.before):
+        rows += [["  of these, borderline in wording"], *_count_rows(borderline, kind, "    ")[:2]]
+    return rows
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Cells in columns; a row may have fewer cells (a title) and then sets no width."""
+    n_columns = max(map(len, rows))
+    full = [row for row in rows if len(row) == n_columns]
+    widths = [max(len(row[i]) for row in full) for i in range(n_columns)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    ]
+
+
+def _count_rows(columns: Sequence[Answers], kind: Kind, indent: str) -> list[list[str]]:
+    return [
+        [indent + name, *(str(_count(answers, *labels)) for answers in columns)]
+        for name, labels in _ROWS[kind]
+    ]
+
+
+def _borderline(answers: Answers) -> Answers:
+    return tuple(answer for answer in answers if answer.prompt.borderline)
+
+
+def _suite_json(result: SuiteResult, completions: bool) -> dict[str, Any]:
+    suite = result.suite
+    categories = dict.fromkeys(prompt.category for prompt in suite.prompts)
+    found: dict[str, Any] = {
+        "name": suite.name,
+        "kind": suite.kind,
+        "version": suite.version,
+        "sha256": suite.sha256,
+        **{column: label_counts(answers) for column, answers in result.columns.items()},
+        "borderline": {c: label_counts(_borderline(a)) for c, a in result.columns.items()},
+        "categories": {
+            category: {
+                column: label_counts(a for a in answers if a.prompt.category == category)
+                for column, answers in result.columns.items()
+            }
+            for category in categories
+        },
+    }
+    if completions:
+        found["answers"] = {
+            column: [_answer_json(answer) for answer in answers]
+            for column, answers in result.columns.items()
+        }
+    return found
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    verdict = None if answer.verdict is None else asdict(answer.verdict)
+    return {"id": answer.prompt.id, "completion": answer.completion, "verdict": verdict}
