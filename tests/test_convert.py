@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny as tiny_models
-
 from safegene_edge.converters import convert
 from safegene_edge.converters.names import BaseNames
 from safegene_edge.converters.peft import collapse_layers, parse_config
+from tiny import lora_settings, peft_deltas, relative_error
+
 from safegene_edge.errors import (
     FileFormatError,
     MismatchError,
@@ -35,44 +36,7 @@ TOKENS = [(7 * n * n + 3 * n) % 296 for n in range(24)]
 PREFIX = "base_model.model.model.layers"
 
 
-def _settings(arch: str) -> dict[str, dict[str, Any]]:
-    """LoRA settings by name; but for the first, lora_alpha / r alone is not the scale."""
-    first, *_, last = tiny_models.linear_modules(arch)
-    return {
-        "plain": {},
-        "rslora": {"use_rslora": True},
-        "mixed ranks": {"rank_pattern": {first: 6, rf"layers\.1\.mlp\.{last}": 2}},
-        "alpha pattern": {"alpha_pattern": {first: 5, f"model.layers.2.mlp.{last}": 3.5}},
-        "rslora, mixed ranks": {"use_rslora": True, "rank_pattern": {first: 3, last: 7}},
-        "everything": {
-            "use_rslora": True,
-            "lora_alpha": 3,
-            "rank_pattern": {first: 3, last: 7},
-            "alpha_pattern": {rf"layers\.[01]\.self_attn\.{first}": 11, last: -2},
-        },
-    }
-
-
-CASES = [(arch, name) for arch in ARCHITECTURES for name in _settings(arch)]
-
-
-def peft_deltas(model: tiny_models.TinyModel, folder: Path, base: Any = None) -> dict[str, Any]:
-    """Module name to the update that PEFT would merge, by PEFT's own code, out×in."""
-    from peft import PeftModel
-
-    peft_model = PeftModel.from_pretrained(base or model.copy_of_model(), folder)
-    return {
-        name.removeprefix("base_model.model."): module.get_delta_weight("default")
-        .detach()
-        .float()
-        .numpy()
-        for name, module in peft_model.named_modules()
-        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
-    }
-
-
-def relative_error(got: Any, expected: Any) -> float:
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+CASES = [(arch, name) for arch in ARCHITECTURES for name in lora_settings(arch)]
 
 
 def assert_same_deltas(adapter: Adapter, model: tiny_models.TinyModel, expected: Any) -> None:
@@ -93,7 +57,7 @@ def test_the_delta_is_pefts_merged_delta(
     tiny_adapter: tiny_models.AdapterFactory,
     tmp_path: Path,
 ) -> None:
-    model, folder = tiny(arch), tiny_adapter(arch, **_settings(arch)[name])
+    model, folder = tiny(arch), tiny_adapter(arch, **lora_settings(arch)[name])
     convert(folder, model.gguf_path, tmp_path / "adapter.gguf")
     written = Adapter.load(tmp_path / "adapter.gguf")
     assert_same_deltas(written, model, peft_deltas(model, folder))
@@ -180,7 +144,7 @@ def test_logits_agree_with_transformers_and_peft(
     tiny_adapter: tiny_models.AdapterFactory,
     tmp_path: Path,
 ) -> None:
-    model, folder = tiny(arch), tiny_adapter(arch, **_settings(arch)[name])
+    model, folder = tiny(arch), tiny_adapter(arch, **lora_settings(arch)[name])
     output = tmp_path / "adapter.gguf"
     convert(folder, model.gguf_path, output)
     got = _llama_logits(model.gguf_path, output)

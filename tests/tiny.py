@@ -275,6 +275,46 @@ def peft_model_of(model: TinyModel, seed: int = 1, dtype: str = "float32", **lor
     return peft_model
 
 
+def lora_settings(arch: str) -> dict[str, dict[str, Any]]:
+    """LoRA settings by name; but for the first, lora_alpha / r alone is not the scale."""
+    first, *_, last = linear_modules(arch)
+    return {
+        "plain": {},
+        "rslora": {"use_rslora": True},
+        "mixed ranks": {"rank_pattern": {first: 6, rf"layers\.1\.mlp\.{last}": 2}},
+        "alpha pattern": {"alpha_pattern": {first: 5, f"model.layers.2.mlp.{last}": 3.5}},
+        "rslora, mixed ranks": {"use_rslora": True, "rank_pattern": {first: 3, last: 7}},
+        "everything": {
+            "use_rslora": True,
+            "lora_alpha": 3,
+            "rank_pattern": {first: 3, last: 7},
+            "alpha_pattern": {rf"layers\.[01]\.self_attn\.{first}": 11, last: -2},
+        },
+    }
+
+
+def peft_deltas(model: TinyModel, folder: Path, base: Any = None) -> dict[str, Any]:
+    """Module name to the update that PEFT would merge, by PEFT's own code, out×in."""
+    from peft import PeftModel
+
+    peft_model = PeftModel.from_pretrained(base or model.copy_of_model(), folder)
+    return {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        .detach()
+        .float()
+        .numpy()
+        for name, module in peft_model.named_modules()
+        if hasattr(module, "get_delta_weight") and "default" in getattr(module, "lora_A", {})
+    }
+
+
+def relative_error(got: Any, expected: Any) -> float:
+    """The difference's Frobenius norm over that of `expected`."""
+    import numpy as np
+
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
 class TinyZoo:
     """Builds each model and adapter once and keeps it for the session."""
 
