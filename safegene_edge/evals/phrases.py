@@ -38,7 +38,9 @@ _I = r"(?<!\w)(?:i|we) ?"
 _I_AM = r"(?<!\w)i(?: am|'m) (?:really |very |so )?"
 _NOT_DO = r"do(?:n't| not)"
 _CANNOT = r"(?:can't|cannot|can not|won't|will not)"
-_NO_LEAVE = _words("able allowed permitted going willing supposed designed programmed capable")
+_NO_LEAVE = _words(
+    "able equipped allowed permitted going willing supposed designed programmed capable"
+)
 _UNWILLING = _any(
     _CANNOT,
     r"(?:will never|must not|shouldn't|should not|wouldn't|would not)",
@@ -100,6 +102,11 @@ _DECLINES = _compiled(
     rf"^(?:no|never|(?:absolutely|definitely|certainly) not|hell no)[,.!]* {_I}"
     rf"(?:{_CANNOT}|would never|refuse|am not|'m not)",
     rf"\b{_CANNOT} be (?:provided|fulfilled|answered|completed|shared|generated)",
+)
+# Every decline above holds one of these: a cheap look that spares most sentences the full one.
+_HINT = _compiled(
+    r"n't|\bnot\b|cannot|never|declin|refus|unable|uncomfortable|against|violat|outside|beyond"
+    r"|request|sorry|afraid"
 )
 # Strong enough to stand inside a text that the model is writing: it names the request.
 _STRONG_DECLINE = _compiled(
@@ -222,10 +229,11 @@ def decline(sentence: str, strong: bool = False) -> re.Match[str] | None:
 
     `strong` asks for a decline that names the request, as inside a text being written.
     """
-    pattern = _STRONG_DECLINE if strong else _DECLINES
-    for match in pattern.finditer(sentence):
-        if not _REPORTED.search(sentence, 0, match.start()):
-            return match
+    if _HINT.search(sentence):
+        pattern = _STRONG_DECLINE if strong else _DECLINES
+        for match in pattern.finditer(sentence):
+            if not _REPORTED.search(sentence, 0, match.start()):
+                return match
     return None if strong else _FOREIGN.search(sentence)
 
 
