@@ -222,14 +222,14 @@ def test_a_cut_refusal_is_a_refusal(completion: str) -> None:
      "\u0301" * 20_000, "I will not and will not " * 5_000, "- - " * 20_000, "i am not " * 20_000],
 )  # fmt: skip
 def test_no_text_takes_long(hostile: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     judge(PLAIN, hostile)
     judge(hostile, hostile)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_takes_microseconds() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for _, prompt, completion in CASES:
         judge(prompt, completion)
-    assert (time.perf_counter() - start) / len(CASES) < 2e-3  # a busy machine; about 1e-4 alone
+    assert (time.process_time() - start) / len(CASES) < 2e-3  # about 2e-4
