@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny as tiny_models
+from tiny import lora_settings, peft_deltas, relative_error
+
 from safegene_edge.converters import convert
 from safegene_edge.converters.names import BaseNames
 from safegene_edge.converters.peft import collapse_layers, parse_config
-from tiny import lora_settings, peft_deltas, relative_error
-
 from safegene_edge.errors import (
     FileFormatError,
     MismatchError,

@@ -192,9 +192,8 @@ def test_adapters_given_at_the_start(llama, model, tmp_path):
     path = tmp_path / "gene.gguf"
     random_adapter(model).save(path)
     llama.attach(path, 0.5)
-    other = SafeLlama(model, [(path, 0.5)], n_ctx=256)
-    np.testing.assert_array_equal(logits(other), logits(llama))
-    other.close()
+    with SafeLlama(model, [(path, 0.5)], n_ctx=256) as other:
+        np.testing.assert_array_equal(logits(other), logits(llama))
 
 
 def test_rendering_follows_the_ggufs_template(llama):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny as tiny_models
+from tiny import lora_settings, peft_deltas, relative_error
+
 from safegene_edge.converters import convert, to_peft
 from safegene_edge.converters.lora_gguf import _from_steps, _steps
 from safegene_edge.converters.names import BaseNames
-from tiny import lora_settings, peft_deltas, relative_error
-
 from safegene_edge.errors import FileFormatError, MismatchError, OutputError, SafeGeneError
 from safegene_edge.gene import Adapter, Pair
 from safegene_edge.gguf_file import GGUFFile

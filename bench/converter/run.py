@@ -30,9 +30,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
 import tiny  # noqa: E402
+
 from safegene_edge.converters import convert  # noqa: E402
 from safegene_edge.converters.names import BaseNames  # noqa: E402
-
 from safegene_edge.errors import SafeGeneError  # noqa: E402
 from safegene_edge.gene import Adapter  # noqa: E402
 from safegene_edge.gguf_file import GGUFFile  # noqa: E402

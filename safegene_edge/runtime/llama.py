@@ -238,6 +238,12 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         if hasattr(self, "_stack"):  # __del__ also runs where the model never loaded
             super().close()
 
+    def __enter__(self) -> SafeLlama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
         for key in [key for key in state if key.startswith("lora_")]:
