@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,26 @@ def report(**settings: Any) -> Report:
         settings=EvalSettings(**settings),
         chat_template_sha256="",
     )
+
+
+def test_languages_are_told_apart_where_there_are_several() -> None:
+    prompts = tuple(Prompt(str(i), "x", language=tag) for i, tag in enumerate(("en", "de", "de")))
+    suite = Suite("spoken", "harmful", prompts)
+    found = replace(
+        report(),
+        suites=(SuiteResult(suite, answers(suite, NO, YES, NO), answers(suite, NO, NO, None)),),
+    )
+    languages = found.to_json()["suites"][0]["languages"]
+    assert [(tag, c["before"]["refused"], c["after"]["total"]) for tag, c in languages.items()] == [
+        ("en", 1, 1),
+        ("de", 1, 1),
+    ]
+    lines = found.table().splitlines()
+    start = lines.index("  refused, by language")
+    english, german = lines[start + 1 : start + 3]
+    assert english.split()[:2] == ["en", "1/1"]
+    assert german.split()[:2] == ["de", "1/2"]
+    assert "by language" not in report().table()
 
 
 def test_json_counts_every_label_and_keeps_the_unscored_out() -> None:
@@ -126,9 +147,13 @@ def test_two_runs_agree_and_the_gene_shows(smollm: Path) -> None:
     )
     again = evaluate(smollm, noise(), settings=SMALL)
     assert without_times(first) == without_times(again)
-    assert seen == [(i, 12) for i in range(1, 13)]
+    assert seen == [(i, 18) for i in range(1, 19)]
     facts = first.to_json()
-    assert [suite["name"] for suite in facts["suites"]] == ["harmful", "harmless"]
+    assert [suite["name"] for suite in facts["suites"]] == [
+        "harmful",
+        "borderline",
+        "harmless",
+    ]
     for suite in facts["suites"]:
         for column in ("before", "after"):
             assert suite[column]["total"] == sum(suite[column][label] for label in LABELS) == 3

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
-from safegene_edge.evals.suites import Suite, load_suite
+from safegene_edge.evals.suites import DEFAULT_SUITES, Prompt, Suite, load_suite
 
 EXTERNAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 HAZARDS = {
@@ -45,17 +45,24 @@ def test_harmful_covers_every_hazard() -> None:
     assert len(suite.prompts) >= 96
 
 
-def test_harmless_is_half_borderline() -> None:
-    suite = built_in("harmless")
-    borderline = [prompt for prompt in suite.prompts if prompt.borderline]
+def test_every_borderline_prompt_names_its_trap() -> None:
+    suite = built_in("borderline")
     assert suite.kind == "harmless"
-    assert len(suite.prompts) >= 100
-    assert len(borderline) >= 50
-    assert len(suite.prompts) - len(borderline) >= 40
+    assert suite.version
+    assert all(prompt.borderline for prompt in suite.prompts)
+    assert len(suite.prompts) >= 60
+
+
+def test_harmless_is_plain() -> None:
+    suite = built_in("harmless")
+    assert suite.kind == "harmless"
+    assert suite.version
+    assert not any(prompt.borderline for prompt in suite.prompts)
+    assert len(suite.prompts) >= 50
 
 
 def test_ids_and_texts_are_unique() -> None:
-    prompts = [*built_in("harmful").prompts, *built_in("harmless").prompts]
+    prompts = [prompt for name in DEFAULT_SUITES for prompt in built_in(name).prompts]
     assert len({prompt.id for prompt in prompts}) == len(prompts)
     assert len({prompt.text.lower() for prompt in prompts}) == len(prompts)
 
@@ -90,7 +97,7 @@ def test_no_prompt_is_a_near_copy_of_a_benchmark() -> None:
         others += [row["Behavior"] for row in csv.DictReader(handle)]  # the other rows too
     assert len(others) > 900
     known = [shingles(other) for other in others]
-    for prompt in (*built_in("harmful").prompts, *built_in("harmless").prompts):
+    for prompt in (prompt for name in DEFAULT_SUITES for prompt in built_in(name).prompts):
         own = shingles(prompt.text)
         overlap = max(len(own & other) / len(own | other) for other in known)
         assert overlap < 0.1, (prompt.text, overlap)
@@ -162,6 +169,59 @@ def test_strongreject(tmp_path: Path) -> None:
     (suite,) = load_suite(write(tmp_path, "s.csv", text))
     assert suite.prompts[0].text == "first line\nsecond line"
     assert suite.prompts[0].category == "some"
+
+
+def test_jailbreakbench_whose_two_files_differ_only_in_name(tmp_path: Path) -> None:
+    text = (
+        "Index,Goal,Target,Behavior,Category,Source\n"
+        '7,"do this, please",Sure,A short name,Some area,Original\n8,do that,Sure,Another,B,X\n'
+    )
+    (suite,) = load_suite(write(tmp_path, "harmful-behaviors.csv", text))
+    assert (suite.kind, suite.name) == ("harmful", "harmful-behaviors")
+    assert suite.prompts[0] == Prompt("7", "do this, please", "Some area")
+    (benign,) = load_suite(write(tmp_path, "benign-behaviors.csv", text))
+    assert (benign.kind, benign.prompts[0].trap) == ("harmless", "Some area")
+
+
+def test_simple_safety_tests(tmp_path: Path) -> None:
+    text = "id,harm_area,counter,category,prompt\nsst_1,An Area,1,Question,how\nsst_2,B,2,C,what\n"
+    (suite,) = load_suite(write(tmp_path, "sst.csv", text))
+    assert suite.kind == "harmful"
+    assert suite.prompts[0] == Prompt("sst_1", "how", "An Area")
+
+
+def test_or_bench_is_harmless_but_for_its_toxic_part(tmp_path: Path) -> None:
+    text = "prompt,category\nsounds bad,violence\nsounds worse,hate\n"
+    (suite,) = load_suite(write(tmp_path, "or-bench-hard-1k.csv", text))
+    assert suite.kind == "harmless"
+    assert suite.prompts[0] == Prompt("2", "sounds bad", "violence", "violence")
+    (toxic,) = load_suite(write(tmp_path, "or-bench-toxic.csv", text))
+    assert (toxic.kind, toxic.prompts[0].trap) == ("harmful", "")
+    rows = '{"prompt": "sounds bad", "category": "violence"}\n'
+    assert load_suite(write(tmp_path, "or_bench.jsonl", rows))[0].kind == "harmless"
+    assert load_suite(write(tmp_path, "mine.jsonl", rows))[0].kind == "harmful"
+
+
+def test_malicious_instruct(tmp_path: Path) -> None:
+    (suite,) = load_suite(write(tmp_path, "MaliciousInstruct.txt", "How to?\nWhat, if?\n"))
+    assert suite.kind == "harmful"
+    assert [prompt.text for prompt in suite.prompts] == ["How to?", "What, if?"]
+
+
+@pytest.mark.parametrize("quoted", ["GOAL,Target", "Forbidden_Prompt,x", " prompt ,KIND"])
+def test_columns_in_any_case(tmp_path: Path, quoted: str) -> None:
+    (suite,) = load_suite(write(tmp_path, "a.csv", f"{quoted}\nbad,harmful\n"))
+    assert (suite.kind, suite.prompts[0].text) == ("harmful", "bad")
+
+
+def test_jsonl_of_a_benchmark_keeps_its_labels(tmp_path: Path) -> None:
+    text = (
+        '{"prompt": "soft", "type": "t", "label": "safe"}\n{"goal": "hard", "target": "Sure"}\n'
+        '{"Behavior": "x", "FunctionalCategory": "copyright"}\n'
+    )
+    harmful, harmless = load_suite(write(tmp_path, "mix.jsonl", text))
+    assert [prompt.text for prompt in harmful.prompts] == ["hard"]
+    assert [prompt.text for prompt in harmless.prompts] == ["soft"]
 
 
 def test_text_with_byte_order_mark_and_crlf(tmp_path: Path) -> None:

@@ -23,12 +23,8 @@ N_PROMPTS, N_TOKENS, ROUNDS = 200, 32, 3
 
 
 def prompts() -> list[str]:
-    found = [
-        p.text for name in ("harmful", "harmless") for s in load_suite(name) for p in s.prompts
-    ]
-    while len(found) < N_PROMPTS:
-        found.append(f"{found[len(found) - N_PROMPTS // 2]} Be brief.")
-    return found[:N_PROMPTS]
+    suites = [suite for name in ("harmful", "harmless") for suite in load_suite(name)]
+    return [p.text for suite in suites for p in suite.sample(N_PROMPTS // 2).prompts]
 
 
 def timed(work: Callable[[], list[str]]) -> tuple[float, list[str]]:

@@ -14,7 +14,7 @@ import click
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N prompts of a suite.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most N a suite, evenly spread.")
 @click.option("--max-tokens", default=48, show_default=True, type=click.IntRange(min=1))
 @click.option("--parallel", default=16, show_default=True, type=click.IntRange(1, 255))
 @click.option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
@@ -30,10 +30,12 @@ def evaluate_model(
 ) -> None:
     """Count refusals on harmful prompts and answers on harmless ones.
 
-    Without --suite the project's own suites "harmful" and "harmless" are used. A FILE may be
-    JSONL, CSV (AdvBench, HarmBench and their like) or plain text, one prompt a line.
+    Without --suite the project's own suites "harmful", "borderline" and "harmless" are used;
+    "languages" asks in eight languages. A FILE may be JSONL, CSV (AdvBench, HarmBench and their
+    like) or plain text, one prompt a line.
     """
     from ..evals.evaluate import EvalSettings, evaluate
+    from ..evals.suites import DEFAULT_SUITES
     from ..gguf_file import check_output, write_text
 
     inputs = [model, *adapter, *([gene] if gene else [])]
@@ -45,7 +47,7 @@ def evaluate_model(
             model,
             gene,
             adapters=adapter,
-            suites=suites or ("harmful", "harmless"),
+            suites=suites or DEFAULT_SUITES,
             settings=settings,
             progress=advance,
         )

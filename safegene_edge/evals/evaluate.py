@@ -16,7 +16,7 @@ from ..gene import Adapter
 from ..gguf_file import PathLike, sha256
 from .judge import judge
 from .report import Answer, Answers, EvalSettings, Report, Source, SuiteResult
-from .suites import BUILT_IN, Prompt, Suite, load_suite
+from .suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
 
 if TYPE_CHECKING:
     from ..runtime.engine import Generation
@@ -34,7 +34,7 @@ def evaluate(
     gene: AdapterLike | None = None,
     *,
     adapters: Iterable[AdapterLike | tuple[AdapterLike, float]] = (),
-    suites: Iterable[str | Path | Suite] = BUILT_IN,
+    suites: Iterable[str | Path | Suite] = DEFAULT_SUITES,
     settings: EvalSettings | None = None,
     progress: Progress | None = None,
 ) -> Report:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 from ..errors import SettingError
 from .judge import LABELS, Label, Verdict
@@ -156,7 +156,7 @@ def _table_rows(result: SuiteResult) -> list[list[str]]:
     borderline = [_borderline(answers) for answers in result.columns.values()]
     if borderline[0] and len(borderline[0]) < len(result.before):
         rows += [["  of these, borderline in wording"], *_count_rows(borderline, kind, "    ")[:2]]
-    return rows
+    return [*rows, *_language_rows(result)]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -177,13 +177,47 @@ def _count_rows(columns: Sequence[Answers], kind: Kind, indent: str) -> list[lis
     ]
 
 
+_Grouping: TypeAlias = Literal["category", "language"]
+
+
+def _groups(result: SuiteResult, name: _Grouping) -> dict[str, SuiteResult]:
+    """The result split by an attribute of its prompts, in the suite's order."""
+    values = dict.fromkeys(getattr(prompt, name) for prompt in result.suite.prompts)
+
+    def part(answers: Answers, value: str) -> Answers:
+        return tuple(a for a in answers if getattr(a.prompt, name) == value)
+
+    return {
+        value: replace(
+            result,
+            before=part(result.before, value),
+            after=None if result.after is None else part(result.after, value),
+        )
+        for value in values
+    }
+
+
+def _language_rows(result: SuiteResult) -> list[list[str]]:
+    """What the model should do with this kind, by language; nothing where there is only one."""
+    groups = _groups(result, "language")
+    if len(groups) < 2:
+        return []
+    name, labels = _ROWS[result.suite.kind][0]
+    return [
+        [f"  {name}, by language"],
+        *(
+            [f"    {language}", *(str(_count(a, *labels)) for a in group.columns.values())]
+            for language, group in groups.items()
+        ),
+    ]
+
+
 def _borderline(answers: Answers) -> Answers:
     return tuple(answer for answer in answers if answer.prompt.borderline)
 
 
 def _suite_json(result: SuiteResult, completions: bool) -> dict[str, Any]:
     suite = result.suite
-    categories = dict.fromkeys(prompt.category for prompt in suite.prompts)
     found: dict[str, Any] = {
         "name": suite.name,
         "kind": suite.kind,
@@ -191,13 +225,8 @@ def _suite_json(result: SuiteResult, completions: bool) -> dict[str, Any]:
         "sha256": suite.sha256,
         **{column: label_counts(answers) for column, answers in result.columns.items()},
         "borderline": {c: label_counts(_borderline(a)) for c, a in result.columns.items()},
-        "categories": {
-            category: {
-                column: label_counts(a for a in answers if a.prompt.category == category)
-                for column, answers in result.columns.items()
-            }
-            for category in categories
-        },
+        "categories": _counts_by(result, "category"),
+        "languages": _counts_by(result, "language"),
     }
     if completions:
         found["answers"] = {
@@ -205,6 +234,14 @@ def _suite_json(result: SuiteResult, completions: bool) -> dict[str, Any]:
             for column, answers in result.columns.items()
         }
     return found
+
+
+def _counts_by(result: SuiteResult, name: _Grouping) -> dict[str, dict[str, dict[str, int]]]:
+    """Label counts by value and column."""
+    return {
+        value: {column: label_counts(answers) for column, answers in group.columns.items()}
+        for value, group in _groups(result, name).items()
+    }
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A built-in file is JSONL: a first line `{"suite", "kind", "version"}`, then one prompt
 a line with `id`, `category`, `prompt`, and `trap` where a harmless prompt is worded
-like harm (the trap says what is harmless about it).
+like harm (the trap says what is harmless about it). In "languages" each row has its
+own `kind`, a `language` (BCP 47), and the `core` prompt that it says in that language.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -22,17 +24,24 @@ from ..errors import FileFormatError, SettingError
 
 Kind: TypeAlias = Literal["harmful", "harmless"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless")
-BUILT_IN: tuple[str, ...] = ("harmful", "harmless")
+DEFAULT_SUITES: tuple[str, ...] = ("harmful", "borderline", "harmless")
+BUILT_IN: tuple[str, ...] = (*DEFAULT_SUITES, "languages")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question to the model; `trap` is empty unless the wording is borderline."""
+    """One question to the model.
+
+    Attributes:
+        trap: what is harmless about borderline wording; empty where nothing is borderline.
+        language: BCP 47 tag of the text.
+    """
 
     id: str
     text: str
     category: str = ""
     trap: str = ""
+    language: str = "en"
 
     @property
     def borderline(self) -> bool:
@@ -66,11 +75,17 @@ class Suite:
 
 
 def load_suite(name_or_path: str | Path) -> list[Suite]:
-    """The suites of a built-in name or of a file; XSTest and mixed JSONL give two.
+    """The suites of a built-in name or of a file; files of both kinds give two.
 
-    Files: JSONL with `prompt` and, if not harmful, `kind`; CSV of AdvBench, HarmBench
-    (its standard rows), XSTest or StrongREJECT, told apart by their columns; text with
-    a prompt a line. Where a file does not say, its prompts are harmful.
+    JSONL and CSV are told apart by their columns, whatever their case: AdvBench,
+    JailbreakBench, HarmBench (its standard rows), XSTest, StrongREJECT,
+    SimpleSafetyTests, OR-Bench, and the project's own `prompt` with, if not harmful,
+    `kind`; text (MaliciousInstruct) has a prompt a line.
+
+    Where a file does not say, its prompts are harmful, but for CSV with `prompt` and
+    `category` alone: that is OR-Bench, whose prompts are harmless and borderline. Parts
+    of a benchmark that only their names tell apart go by the file's name: harmful with
+    "toxic" in it (OR-Bench), harmless with "benign" (JailbreakBench) or "or-bench".
 
     Raises:
         FileFormatError: names the file and the row that cannot be read.
@@ -131,18 +146,23 @@ def _suites(source: str, rows: Iterator[_Row], name: str | None = None) -> list[
 
 
 def _jsonl(source: str, data: bytes) -> Iterator[_Row]:
-    kind: Kind = "harmful"
+    default: dict[str, Any] = {}
     version = ""
     # not splitlines(): JSON text may hold U+2028 and the like unescaped
     for row, line in enumerate(_text(source, data).split("\n"), 1):
         if not line.strip():
             continue
-        record = _json_object(source, row, line)
+        record = _lower(_json_object(source, row, line))
         if row == 1 and "suite" in record and "prompt" not in record:
-            kind = _kind(source, row, record.get("kind", kind))
+            default = {"kind": _kind(source, row, record["kind"])} if "kind" in record else {}
             version = str(record.get("version", ""))
             continue
-        yield _kind(source, row, record.get("kind", kind)), version, _prompt(source, row, record)
+        record = {**default, **record}
+        parse = _parser(record, _JSONL_FORMATS) or _own  # which then misses `prompt`
+        parsed = parse(source, row, record)
+        if parsed is not None:
+            kind, _, prompt = parsed
+            yield kind, version, prompt
 
 
 def _json_object(source: str, row: int, line: str) -> dict[str, Any]:
@@ -170,6 +190,7 @@ def _prompt(source: str, row: int, record: Mapping[str, Any], column: str = "pro
         text=text,
         category=str(record.get("category") or ""),
         trap=str(record.get("trap") or ""),
+        language=str(record.get("language") or "en"),
     )
 
 
@@ -182,55 +203,113 @@ def _plain(source: str, data: bytes) -> Iterator[_Row]:
 def _csv(source: str, data: bytes) -> Iterator[_Row]:
     reader = csv.DictReader(io.StringIO(_text(source, data), newline=""), strict=True)
     try:
-        columns = set(reader.fieldnames or ())
-        parse = next((parse for needed, parse in _CSV_FORMATS if needed <= columns), None)
+        parse = _parser(_lower(dict.fromkeys(reader.fieldnames or ())), _CSV_FORMATS)
         if parse is None:
             known = "; ".join(", ".join(sorted(needed)) for needed, _ in _CSV_FORMATS)
             raise _bad(source, 1, "has no known columns", f"Known sets of columns: {known}")
         for row, record in enumerate(reader, 2):
-            parsed = parse(source, row, record)
+            parsed = parse(source, row, _lower(record))
             if parsed is not None:
                 yield parsed
     except csv.Error as fault:
         raise _bad(source, reader.line_num, f"is not CSV: {fault}") from fault
 
 
+# -- columns: one parser for each benchmark; it gets lower-case names ----------
+
 _Record: TypeAlias = Mapping[str, Any]
+_Parser: TypeAlias = Callable[[str, int, _Record], _Row | None]
+_Formats: TypeAlias = tuple[tuple[set[str], _Parser], ...]
+
+
+def _lower(record: Mapping[Any, Any]) -> dict[str, Any]:
+    """Lower-case names; the csv module keeps surplus cells under None."""
+    return {str(name or "").strip().lower(): value for name, value in record.items()}
+
+
+def _parser(columns: Iterable[str], formats: _Formats) -> _Parser | None:
+    """The parser of the first format whose columns are all there."""
+    present = set(columns)
+    return next((parse for needed, parse in formats if needed <= present), None)
+
+
+_KIND_IN_NAME: tuple[tuple[str, Kind], ...] = (
+    ("toxic", "harmful"),
+    ("benign", "harmless"),
+    ("orbench", "harmless"),
+)
+
+
+def _kind_by_name(source: str, default: Kind) -> Kind:
+    """What the file's name says, for benchmarks whose parts have the same columns."""
+    stem = re.sub(r"[\W_]", "", Path(source).stem.lower())
+    return next((kind for word, kind in _KIND_IN_NAME if word in stem), default)
+
+
+def _borderline_if_harmless(kind: Kind, prompt: Prompt) -> _Row:
+    """Harmless rows of these benchmarks are borderline by design; the category names the trap."""
+    return kind, "", replace(prompt, trap=prompt.category) if kind == "harmless" else prompt
+
+
+def _own(source: str, row: int, record: _Record) -> _Row | None:
+    kind = record.get("kind", _kind_by_name(source, "harmful"))
+    return _kind(source, row, kind), "", _prompt(source, row, record)
 
 
 def _advbench(source: str, row: int, record: _Record) -> _Row | None:
     return "harmful", "", _prompt(source, row, record, "goal")
 
 
+def _jailbreakbench(source: str, row: int, record: _Record) -> _Row | None:
+    prompt = _prompt(source, row, record, "goal")
+    prompt = replace(prompt, id=str(record.get("index") or prompt.id))
+    return _borderline_if_harmless(_kind_by_name(source, "harmful"), prompt)
+
+
 def _harmbench(source: str, row: int, record: _Record) -> _Row | None:
     """The other functional categories need a context or a copyright check."""
-    if record["FunctionalCategory"] != "standard":
+    if record["functionalcategory"] != "standard":
         return None
-    prompt = _prompt(source, row, record, "Behavior")
-    name = str(record.get("BehaviorID") or prompt.id)
-    return "harmful", "", replace(prompt, id=name, category=record.get("SemanticCategory") or "")
+    prompt = _prompt(source, row, record, "behavior")
+    name = str(record.get("behaviorid") or prompt.id)
+    return "harmful", "", replace(prompt, id=name, category=record.get("semanticcategory") or "")
 
 
 def _xstest(source: str, row: int, record: _Record) -> _Row | None:
-    kinds: dict[str, Kind] = {"safe": "harmless", "unsafe": "harmful"}
-    kind = kinds.get(record["label"] or "")
-    if kind is None:
-        raise _bad(source, row, f"label is {record['label']!r}", "It is safe or unsafe")
-    prompt = _prompt(source, row, record)
-    category = str(record["type"] or "")
-    # every safe row of this benchmark is borderline by design; its type names the trap
-    trap = category if kind == "harmless" else ""
-    return kind, "", replace(prompt, category=category, trap=trap)
+    label = record["label"]
+    if label not in ("safe", "unsafe"):
+        raise _bad(source, row, f"label is {label!r}", "It is safe or unsafe")
+    prompt = replace(_prompt(source, row, record), category=str(record["type"] or ""))
+    return _borderline_if_harmless("harmless" if label == "safe" else "harmful", prompt)
 
 
 def _strongreject(source: str, row: int, record: _Record) -> _Row | None:
     return "harmful", "", _prompt(source, row, record, "forbidden_prompt")
 
 
-_CSV_FORMATS: tuple[tuple[set[str], Callable[[str, int, _Record], _Row | None]], ...] = (
+def _simple_safety_tests(source: str, row: int, record: _Record) -> _Row | None:
+    """Its `category` is the form of the request; `harm_area` says what it is about."""
+    prompt = _prompt(source, row, record)
+    return "harmful", "", replace(prompt, category=str(record["harm_area"] or ""))
+
+
+def _orbench(source: str, row: int, record: _Record) -> _Row | None:
+    kind = _kind_by_name(source, "harmless")
+    return _borderline_if_harmless(kind, _prompt(source, row, record))
+
+
+_BENCHMARKS: _Formats = (
+    ({"goal", "behavior", "category"}, _jailbreakbench),
     ({"goal"}, _advbench),
-    ({"Behavior", "FunctionalCategory"}, _harmbench),
+    ({"behavior", "functionalcategory"}, _harmbench),
     ({"prompt", "type", "label"}, _xstest),
     ({"forbidden_prompt"}, _strongreject),
+    ({"prompt", "harm_area"}, _simple_safety_tests),
 )
+_CSV_FORMATS: _Formats = (
+    ({"prompt", "kind"}, _own),
+    *_BENCHMARKS,
+    ({"prompt", "category"}, _orbench),
+)
+_JSONL_FORMATS: _Formats = (({"prompt", "kind"}, _own), *_BENCHMARKS, ({"prompt"}, _own))
 _READERS: dict[str, _Reader] = {".jsonl": _jsonl, ".csv": _csv, ".txt": _plain}
