@@ -53,10 +53,10 @@ class Count:
         if self.share is None:
             return "0/0"
         low, high = self.interval
-        return f"{self.n}/{self.total} ({_percent(self.share)} %, {_percent(low)}–{_percent(high)})"
+        return f"{self.n}/{self.total} ({percent(self.share)} %, {percent(low)}–{percent(high)})"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """One decimal below 10 % and above 90 %, where it matters; none between."""
     value = 100 * share
     return f"{value:.0f}" if 10 <= value <= 90 or value in (0, 100) else f"{value:.1f}"
