@@ -5,6 +5,7 @@ llama.cpp answers the same question with one generic error, after it has loaded 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from .errors import FileFormatError, MismatchError
 from .gene import Adapter
 from .gguf_file import GGUFFile, PathLike
 
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SHOWN = 5  # problems named in an error message; `check` returns all
 
 
@@ -27,7 +29,11 @@ class Problem:
 
 
 def open_model(path: PathLike) -> GGUFFile:
-    """A GGUF file that holds a model; an adapter, control vector or vocabulary is refused."""
+    """A GGUF file that holds a model, with the tensors of its other parts if it is split.
+
+    Raises:
+        FileFormatError: an adapter, a control vector, a later part, or a part is missing.
+    """
     file = GGUFFile(path)
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
@@ -36,7 +42,24 @@ def open_model(path: PathLike) -> GGUFFile:
         )
     if not file.tensors:
         raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
+    _add_shards(file)
     return file
+
+
+def _add_shards(file: GGUFFile) -> None:
+    """Enter the tensors of a split model's other files: name-00001-of-00003.gguf and so on."""
+    count = int(file.number("split.count", 1))
+    if count < 2:
+        return
+    match = _SHARD.fullmatch(file.path.name)
+    if match is None or (int(match[2]), int(match[3])) != (1, count):
+        raise FileFormatError(
+            f"{file.path}: is a part of a model split into {count} files, but not the first",
+            f"Give the file that ends in -00001-of-{count:05d}.gguf, under its own name",
+        )
+    for number in range(2, count + 1):
+        part = GGUFFile(file.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf"))
+        file.tensors.update(part.tensors)
 
 
 def check(adapter: Adapter, model: GGUFFile) -> list[Problem]:

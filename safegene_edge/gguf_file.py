@@ -48,6 +48,7 @@ class TensorInfo:
     ggml_type: int
     offset: int
     n_bytes: int
+    path: Path
 
     @property
     def n_elements(self) -> int:
@@ -139,7 +140,7 @@ class GGUFFile:
         """A tensor's bytes, mapped from disk and read-only."""
         info = self._info(name)
         return np.memmap(
-            self.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.n_bytes,)
+            info.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.n_bytes,)
         )
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
@@ -248,7 +249,7 @@ class GGUFFile:
             raise self._broken(f"tensor '{name}' has {n_dimensions} dimensions")
         extents = [cursor.unpack("<Q") for _ in range(n_dimensions)]
         kind, offset = cursor.unpack("<I"), cursor.unpack("<Q")
-        return TensorInfo(name, tuple(reversed(extents)), kind, offset, 0)
+        return TensorInfo(name, tuple(reversed(extents)), kind, offset, 0, self.path)
 
     def _place(self, info: TensorInfo, start: int, alignment: int) -> None:
         """Check a tensor's size and place against the file, and enter it in the table."""
@@ -273,7 +274,9 @@ class GGUFFile:
             )
         if name in self.tensors:
             raise self._broken(f"tensor '{name}' occurs twice")
-        self.tensors[name] = TensorInfo(name, info.shape, info.ggml_type, offset, n_bytes)
+        self.tensors[name] = TensorInfo(
+            name, info.shape, info.ggml_type, offset, n_bytes, self.path
+        )
 
 
 class _Cursor:

@@ -1,0 +1,57 @@
+"""Models that are split over several files, and files that are no model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from adapters import random_adapter
+from gguf import GGUFWriter
+
+from safegene_edge import SafeLlama
+from safegene_edge.compat import open_model
+from safegene_edge.errors import FileFormatError
+from safegene_edge.gguf_file import ArrayValue, GGUFFile
+
+
+@pytest.fixture()
+def split_model(tiny, tmp_path):
+    """The tiny llama in files of ten tensors, as llama.cpp's gguf-split makes them."""
+    whole = GGUFFile(tiny("llama").gguf_path)
+    writer = GGUFWriter(tmp_path / "tiny.gguf", whole.architecture, split_max_tensors=10)
+    for key, value in whole.metadata.items():
+        if isinstance(value, ArrayValue):
+            writer.add_array(key, value.values())
+        elif key != "general.architecture":
+            add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
+            add.get(type(value), writer.add_uint32)(key, value)
+    for name in whole.tensors:
+        writer.add_tensor(name, whole.floats(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(tmp_path.glob("tiny-*.gguf")), whole
+
+
+def test_a_split_model_has_all_its_tensors(split_model):
+    parts, whole = split_model
+    assert len(parts) > 1
+    model = open_model(parts[0])
+    assert model.tensors.keys() == whole.tensors.keys()
+    for name in whole.tensors:
+        np.testing.assert_array_equal(model.floats(name), whole.floats(name))
+
+
+def test_an_adapter_is_attached_to_a_split_model(split_model):
+    parts, whole = split_model
+    with SafeLlama(parts[0], [random_adapter(whole.path)], n_ctx=64) as llama:
+        assert len(llama.adapters) == 1
+
+
+def test_parts_that_are_missing_or_later_are_named(split_model):
+    parts, _ = split_model
+    with pytest.raises(FileFormatError, match="not the first"):
+        open_model(parts[1])
+    parts[1].unlink()
+    with pytest.raises(FileFormatError, match=f"{parts[1].name}.*no such file"):
+        open_model(parts[0])
