@@ -1,9 +1,14 @@
-"""Counts that carry their uncertainty, with nothing but the standard library."""
+"""Counts and differences that carry their uncertainty."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
 
 from ..errors import SettingError
 
@@ -60,3 +65,207 @@ def percent(share: float) -> str:
     """One decimal below 10 % and above 90 %, where it matters; none between."""
     value = 100 * share
     return f"{value:.0f}" if 10 <= value <= 90 or value in (0, 100) else f"{value:.1f}"
+
+
+# -- before and after ---------------------------------------------------------
+
+Z_80 = 0.8416212335729143  # the 80 % point: the power that the notes on sample size assume
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The same prompts in two columns: how many show an outcome in which.
+
+    Attributes:
+        n: prompts judged in both columns.
+        before, after: how many of them show the outcome.
+        only_before, only_after: the pairs that differ, by direction.
+    """
+
+    n: int
+    before: int
+    after: int
+    only_before: int
+    only_after: int
+
+    @classmethod
+    def of(cls, before: Sequence[bool], after: Sequence[bool]) -> Paired:
+        """Count two columns of equal length.
+
+        Raises:
+            SettingError: their lengths differ.
+        """
+        if len(before) != len(after):
+            raise SettingError(f"{len(before)} outcomes before, {len(after)} after")
+        pairs = list(zip(before, after, strict=True))
+        return cls(
+            n=len(pairs),
+            before=sum(before),
+            after=sum(after),
+            only_before=sum(b and not a for b, a in pairs),
+            only_after=sum(a and not b for b, a in pairs),
+        )
+
+    @property
+    def difference(self) -> float | None:
+        """Share after minus share before, in -1..1; None without pairs."""
+        return (self.only_after - self.only_before) / self.n if self.n else None
+
+    @property
+    def discordant(self) -> float:
+        """The share of the pairs that differ, in 0..1."""
+        return (self.only_after + self.only_before) / self.n if self.n else 0.0
+
+    def interval(self, seed: int = 0, resamples: int = _RESAMPLES) -> tuple[float, float]:
+        """95 % percentile bootstrap interval of the difference, prompts resampled whole.
+
+        Drawing n prompts with replacement draws from three kinds of pair (lost, same,
+        gained), so one multinomial draw is one resample (Efron and Tibshirani, An
+        Introduction to the Bootstrap, 1993, chapter 13). Where no pair differs every
+        resample is 0, which is no certainty: then ± Wilson's upper bound of 0/n.
+        """
+        if not self.n:
+            return -1.0, 1.0
+        lost, gained = self.only_before, self.only_after
+        if not lost and not gained:
+            bound = wilson(0, self.n)[1]
+            return -bound, bound
+        shares = np.array([lost, self.n - lost - gained, gained]) / self.n
+        drawn = np.random.default_rng(seed).multinomial(self.n, shares, resamples)
+        low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / self.n, (0.025, 0.975))
+        return float(low), float(high)
+
+
+def mcnemar(only_before: int, only_after: int) -> tuple[float, float]:
+    """McNemar's test on the pairs that differ: two-sided exact and mid-p values.
+
+    Under the null each such pair falls either way with probability 1/2, so with
+    X ~ Bin(b + c, 1/2) and m = min(b, c) the exact p is min(1, 2 P(X ≤ m)), and the
+    mid-p is 2 P(X ≤ m) - P(X = m), which is less conservative and nearly keeps the level
+    (Fagerland, Lydersen, Laake, BMC Medical Research Methodology 13:91, 2013).
+    """
+    if only_before < 0 or only_after < 0:
+        raise SettingError(f"{only_before} and {only_after} pairs cannot differ")
+    n, least = only_before + only_after, min(only_before, only_after)
+    tail = sum(math.comb(n, k) for k in range(least + 1))  # exact: Python's integers grow
+    exact = min(Fraction(1), Fraction(2 * tail, 2**n))
+    mid = Fraction(2 * tail - math.comb(n, least), 2**n)
+    return float(exact), float(mid)
+
+
+def needed_pairs(difference: float, discordant: float) -> int | None:
+    """Pairs that show a difference at the 5 % level with 80 % power; None if it is 0.
+
+    n = (z_.975 √ψ + z_.8 √(ψ - δ²))² / δ², ψ the share of pairs that differ, at least |δ|
+    (R. J. Connor, Biometrics 43:207-211, 1987).
+    """
+    if not difference:
+        return None
+    share = max(discordant, abs(difference))
+    spread = Z_95 * math.sqrt(share) + Z_80 * math.sqrt(share - difference * difference)
+    return math.ceil(spread * spread / (difference * difference) - 1e-9)
+
+
+def detectable_difference(n: int, discordant: float) -> float | None:
+    """The smallest difference in 0..1 that n pairs show with 80 % power; None if none is.
+
+    `needed_pairs` solved for δ by bisection; it falls as δ grows.
+    """
+
+    def enough(difference: float) -> bool:
+        needed = needed_pairs(difference, discordant)
+        return needed is not None and needed <= n
+
+    low, high = 0.0, 1.0
+    if not enough(high):
+        return None
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def power_note(pairs: Paired) -> str:
+    """What a test on so few pairs could have missed; empty where it found a difference."""
+    if not pairs.n:
+        return "no prompt was judged in both columns"
+    if mcnemar(pairs.only_before, pairs.only_after)[1] < 0.05:
+        return ""
+    least = detectable_difference(pairs.n, pairs.discordant)
+    if least is None:
+        return f"{pairs.n} prompts are too few to show any difference with 80 % power"
+    note = (
+        f"not significant; with {pairs.n} prompts a difference below "
+        f"{percent(least)} points would be missed more often than one time in five"
+    )
+    needed = needed_pairs(pairs.difference or 0.0, pairs.discordant)
+    if needed is not None and needed > pairs.n:
+        note += f"; to show the difference seen takes about {needed} prompts"
+    return note
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """The part of what was lost that came back: (after - before) / (aligned - before).
+
+    `share` and `interval` are None where nothing was lost to begin with, or where the loss is
+    so small beside the noise that the ratio says nothing.
+    """
+
+    aligned: int
+    share: float | None
+    interval: tuple[float, float] | None
+
+
+def recovered(
+    before: Sequence[bool],
+    after: Sequence[bool],
+    aligned: Sequence[bool],
+    seed: int = 0,
+    resamples: int = _RESAMPLES,
+) -> Recovered:
+    """Recovered share of an outcome over the same prompts in three columns.
+
+    The interval is the 95 % percentile bootstrap over prompts. A resample in which the
+    aligned model is not ahead has no meaningful ratio; where more than 2.5 % are so, an end
+    of the interval would be arbitrary, and there is none.
+
+    Raises:
+        SettingError: the columns differ in length.
+    """
+    if not len(before) == len(after) == len(aligned):
+        raise SettingError("before, after and aligned hold different numbers of prompts")
+    lost = sum(aligned) - sum(before)
+    if lost <= 0:
+        return Recovered(sum(aligned), None, None)
+    share = (sum(after) - sum(before)) / lost
+    columns = np.array([before, after, aligned], dtype=np.int64)
+    cells = np.bincount(columns.T @ (4, 2, 1), minlength=8)
+    drawn = np.random.default_rng(seed).multinomial(len(before), cells / len(before), resamples)
+    b, a, g = (drawn @ [(cell >> bit) & 1 for cell in range(8)] for bit in (2, 1, 0))
+    sound = g > b
+    if np.mean(~sound) > 0.025:
+        return Recovered(sum(aligned), share, None)
+    low, high = np.quantile((a - b)[sound] / (g - b)[sound], (0.025, 0.975))
+    return Recovered(sum(aligned), share, (float(low), float(high)))
+
+
+def cohen_kappa(first: Sequence[object], second: Sequence[object]) -> float | None:
+    """Agreement of two raters beyond chance: (p_o - p_e) / (1 - p_e).
+
+    J. Cohen, Educational and Psychological Measurement 20:37-46, 1960. None where both
+    always give the same single label (p_e = 1), or nothing was rated.
+
+    Raises:
+        SettingError: the raters judged different numbers of items.
+    """
+    if len(first) != len(second):
+        raise SettingError(f"{len(first)} ratings beside {len(second)}")
+    n = len(first)
+    ours, theirs = Counter(first), Counter(second)
+    agreed = sum(a == b for a, b in zip(first, second, strict=True))
+    chance = sum(ours[label] * theirs[label] for label in ours)
+    if n * n == chance:
+        return None
+    return (n * agreed - chance) / (n * n - chance)
