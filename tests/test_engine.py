@@ -64,6 +64,8 @@ def one_sequence_logits(llama, tokens, positions):
         {"n_parallel": 7},
         {"n_parallel": 16, "n_batch": 32},
         {"n_parallel": 5, "n_ctx": 256},
+        {"n_parallel": 100},  # llama.cpp aborts the process where outputs < sequences
+        {"n_parallel": 16, "flash_attn": True},
     ],
     ids=str,
 )

@@ -1,6 +1,9 @@
 """The batched engine beside a loop of `Llama.create_chat_completion`, in turn, same settings.
 
-Both stop at the model's end token and nowhere else. Three rounds, medians of the ratios.
+Both stop at the model's end token and nowhere else. The peer runs as llama-cpp-python sets it
+up and with flash attention, which the engine uses; ratios are to the faster of the two in each
+round. Answers of a quantised model depend on the order of sums, so a control shows how far the
+peer agrees with itself when it only reads the prompt in smaller pieces.
 """
 
 from __future__ import annotations
@@ -10,16 +13,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import machine, smollm2, table, write
+from common import machine, safety_adapter, smollm2, table, write
 
 from safegene_edge import Engine, SafeLlama, judge
+from safegene_edge.evals.statistics import Count
 from safegene_edge.evals.suites import load_suite
 
 N_PROMPTS, N_TOKENS, ROUNDS = 200, 32, 3
+Ask = Callable[[list[str]], list[str]]
+CONTROL = "loop, prompts read 16 tokens at a time"
 
 
 def prompts() -> list[str]:
@@ -27,22 +34,12 @@ def prompts() -> list[str]:
     return [p.text for suite in suites for p in suite.sample(N_PROMPTS // 2).prompts]
 
 
-def timed(work: Callable[[], list[str]]) -> tuple[float, list[str]]:
-    start = time.perf_counter()
-    answers = work()
-    return time.perf_counter() - start, answers
+def loop(model: str, **options: Any) -> Ask:
+    threads = machine()["physical_cores"]
+    options = {"n_ctx": 2048, "n_threads": threads, "n_threads_batch": threads, **options}
+    peer = llama_cpp.Llama(model, verbose=False, **options)
 
-
-def main() -> None:
-    model, threads = str(smollm2()), machine()["physical_cores"]
-    texts = prompts()
-    peer = llama_cpp.Llama(
-        model, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-    ours = SafeLlama(model)
-    engine = Engine(ours)
-
-    def loop() -> list[str]:
+    def ask(texts: list[str]) -> list[str]:
         return [
             peer.create_chat_completion(
                 [{"role": "user", "content": text}], max_tokens=N_TOKENS, temperature=0.0
@@ -50,48 +47,88 @@ def main() -> None:
             for text in texts
         ]
 
-    def batched() -> list[str]:
+    return ask
+
+
+def batched(model: str, *adapters: str) -> Ask:
+    ours = SafeLlama(model, adapters)
+    engine = Engine(ours, flash_attn=True)
+
+    def ask(texts: list[str]) -> list[str]:
         rendered = [ours.render([{"role": "user", "content": text}]) for text in texts]
         return [ours.text(g.tokens) for g in engine.generate(rendered, max_tokens=N_TOKENS)]
 
-    rounds = []
+    return ask
+
+
+def agreement(texts: list[str], ours: list[str], theirs: list[str]) -> dict[str, int]:
+    triples = list(zip(texts, ours, theirs, strict=True))
+    return {
+        "total": len(triples),
+        "same_verdict": sum(judge(t, a).label == judge(t, b).label for t, a, b in triples),
+        "identical": sum(a.strip() == b.strip() for _, a, b in triples),
+    }
+
+
+def rounds_of(texts: list[str], ways: dict[str, Ask]) -> tuple[list[Any], dict[str, list[str]]]:
+    rounds, answers = [], {}
     for number in range(ROUNDS):
-        loop_seconds, theirs = timed(loop)
-        seconds, answers = timed(batched)
-        rounds.append({"loop_seconds": round(loop_seconds, 2), "engine_seconds": round(seconds, 2)})
-        print(f"round {number + 1}: {rounds[-1]}", file=sys.stderr)
-    same_verdicts = sum(
-        judge(text, a).label == judge(text, b).label
-        for text, a, b in zip(texts, answers, theirs, strict=True)
+        seconds = {}
+        for name, ask in ways.items():
+            start = time.perf_counter()
+            answers[name] = ask(texts)
+            seconds[name] = round(time.perf_counter() - start, 2)
+        rounds.append(seconds)
+        print(f"round {number + 1}: {seconds}", file=sys.stderr)
+    return rounds, answers
+
+
+def shown(model: Path, results: dict[str, Any]) -> str:
+    names = list(results["rounds"][0])
+    rows = [
+        [i + 1, *(r[name] for name in names), f"{ratio:.2f}"]
+        for i, (r, ratio) in enumerate(zip(results["rounds"], results["ratios"], strict=True))
+    ]
+    agreed = [
+        [name, Count(a["same_verdict"], a["total"]), Count(a["identical"], a["total"])]
+        for name, a in results["agreement"].items()
+    ]
+    return (
+        f"# Engine: {N_PROMPTS} prompts × {N_TOKENS} tokens, {model.name}\n\n"
+        + table(["round", *(f"{name}, s" for name in names), "ratio to the faster loop"], rows)
+        + f"\nMedian ratio {results['median_ratio']:.2f}.\n\n"
+        + table(["against the loop", "same verdict", "identical answer"], agreed)
+        + "\nBatching changes the order of floating-point sums, which a quantised model amplifies. "
+        f"The control is the peer against itself: {CONTROL}.\n"
     )
-    identical = sum(a.strip() == b.strip() for a, b in zip(answers, theirs, strict=True))
-    ratio = statistics.median(r["loop_seconds"] / r["engine_seconds"] for r in rounds)
+
+
+def main() -> None:
+    path = smollm2()
+    model, gene, texts = str(path), str(safety_adapter(path)), prompts()
+    ways = {
+        "loop": loop(model),
+        "loop, flash attention": loop(model, flash_attn=True),
+        "engine": batched(model),
+    }
+    rounds, answers = rounds_of(texts, ways)
+    ratios = [round(min(r["loop"], r["loop, flash attention"]) / r["engine"], 2) for r in rounds]
+    control = loop(model, n_batch=16)(texts)
+    with_gene = loop(model, lora_path=gene)(texts), batched(model, gene)(texts)
     results = {
-        "model": Path(model).name,
+        "model": path.name,
         "prompts": len(texts),
         "max_tokens": N_TOKENS,
         "rounds": rounds,
-        "median_ratio": round(ratio, 2),
-        "same_verdicts": same_verdicts,
-        "identical_answers": identical,
-        "tokens": {
-            "loop": sum(len(ours.tokenize(a.encode(), add_bos=False)) for a in theirs),
-            "engine": sum(len(ours.tokenize(a.encode(), add_bos=False)) for a in answers),
+        "ratios": ratios,
+        "median_ratio": statistics.median(ratios),
+        "agreement": {
+            "engine, bare model": agreement(texts, answers["engine"], answers["loop"]),
+            "engine, with the safety adapter": agreement(texts, with_gene[1], with_gene[0]),
+            "control, bare model": agreement(texts, control, answers["loop"]),
         },
     }
-    rows = [
-        [i + 1, r["loop_seconds"], r["engine_seconds"],
-         f"{r['loop_seconds'] / r['engine_seconds']:.2f}"]
-        for i, r in enumerate(rounds)
-    ]  # fmt: skip
-    text = (
-        f"# Engine: {len(texts)} prompts × {N_TOKENS} tokens, {results['model']}\n\n"
-        + table(["round", "create_chat_completion loop, s", "engine, s", "ratio"], rows)
-        + f"\nMedian ratio {ratio:.2f}. The judge gives the same verdict on {same_verdicts}/"
-        f"{len(texts)} prompts; {identical}/{len(texts)} answers are identical "
-        "(batching changes the order of floating-point sums).\n"
-    )
-    write(Path(__file__).parent, results, text)
+    write(Path(__file__).parent, results, shown(path, results))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,6 +96,10 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
                 f"{model_path}: llama.cpp cannot load the model ({error})",
                 "Run `safegene-edge inspect` on it, or load with verbose=True for llama.cpp's log",
             ) from error
+        if not verbose:
+            # llama-cpp-python takes ggml's level 3 for an error, where it is a warning: it
+            # would print one line a tensor while an adapter loads.
+            logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
         self._formatter = self._chat_formatter()
         for item in adapters:
             adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
