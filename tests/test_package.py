@@ -34,7 +34,8 @@ def test_the_wheel_is_whole(wheel):
     sources = {
         f"safegene_edge/{path.relative_to(ROOT / 'safegene_edge')}"
         for path in (ROOT / "safegene_edge").rglob("*")
-        if path.suffix in (".py", ".json", ".jsonl") and "converters" not in path.parts
+        if path.suffix in (".py", ".json", ".jsonl", ".css", ".js", ".gguf", ".npz")
+        and "converters" not in path.parts
     } | {f"safegene_edge/converters/{path.name}" for path in (ROOT / "converters").glob("*.py")}
     assert sources <= set(wheel)
     assert "safegene_edge/py.typed" in wheel
