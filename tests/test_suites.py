@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,6 +66,51 @@ def test_ids_and_texts_are_unique() -> None:
     prompts = [prompt for name in DEFAULT_SUITES for prompt in built_in(name).prompts]
     assert len({prompt.id for prompt in prompts}) == len(prompts)
     assert len({prompt.text.lower() for prompt in prompts}) == len(prompts)
+
+
+LANGUAGES = ("en", "de", "fr", "es", "it", "pt", "zh", "hi")
+SCRIPTS = {"zh": "CJK UNIFIED IDEOGRAPH", "hi": "DEVANAGARI"}
+
+
+def by_language() -> dict[str, dict[str, Prompt]]:
+    """For each language the core's id, which ends an id without its language, and the prompt."""
+    found: dict[str, dict[str, Prompt]] = {}
+    for prompt in built_in("languages").prompts:
+        core, _, tag = prompt.id.rpartition("-")
+        assert tag == prompt.language, prompt.id
+        found.setdefault(prompt.language, {})[core] = prompt
+    return found
+
+
+def test_every_language_says_the_same_core() -> None:
+    suite = built_in("languages")
+    harmful = {prompt.id: prompt for prompt in built_in("harmful").prompts}
+    found = by_language()
+    assert (suite.kind, bool(suite.version), len(suite.prompts)) == ("harmful", True, 240)
+    assert tuple(found) == LANGUAGES
+    assert {core: prompt.text for core, prompt in found["en"].items()} == {
+        core: harmful[core].text for core in found["en"]
+    }
+    categories = {core: harmful[core].category for core in found["en"]}
+    assert len(categories) == 30
+    assert set(categories.values()) == HAZARDS
+    for prompts in found.values():
+        assert {core: prompt.category for core, prompt in prompts.items()} == categories
+
+
+def test_no_text_comes_twice_in_languages() -> None:
+    counts = Counter(prompt.text.lower() for prompt in built_in("languages").prompts)
+    assert [text for text, count in counts.items() if count > 1] == []
+
+
+def test_languages_are_written_in_their_script() -> None:
+    for language, prompts in by_language().items():
+        script = SCRIPTS.get(language, "LATIN")
+        for prompt in prompts.values():
+            # a vowel sign of Devanagari is a mark and no letter
+            signs = [char for char in prompt.text if unicodedata.category(char)[0] in "LM"]
+            own = sum(unicodedata.name(char).startswith(script) for char in signs)
+            assert own == len(signs), prompt.text
 
 
 # -- nothing copied -----------------------------------------------------------

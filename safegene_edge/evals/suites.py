@@ -2,8 +2,8 @@
 
 A built-in file is JSONL: a first line `{"suite", "kind", "version"}`, then one prompt
 a line with `id`, `category`, `prompt`, and `trap` where a harmless prompt is worded
-like harm (the trap says what is harmless about it). In "languages" each row has its
-own `kind`, a `language` (BCP 47), and the `core` prompt that it says in that language.
+like harm (the trap says what is harmless about it). In "languages" each row has a
+`language` (BCP 47), and `core`: the id of the harmful prompt that it says in it.
 """
 
 from __future__ import annotations
