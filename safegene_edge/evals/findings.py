@@ -284,6 +284,21 @@ def _answer_warnings(report: Json) -> Iterator[str]:
         yield f"Attacks still work: “{strongest.name}” succeeds on {_share(left)} prompts."
 
 
+def paired_note(suite: Json) -> str:
+    """The suite's measure prompt by prompt: its difference, the test, and what that can miss."""
+    found: Json = suite.get("paired") or {}
+    if not found or found.get("difference") is None:
+        return str(found.get("note", ""))
+    name = MEASURE[suite["kind"]][0]
+    text = f"{name}, prompt by prompt: {points(found['difference'])}"
+    if found.get("interval"):
+        low, high = found["interval"]
+        text += f" (95 % interval {points(low)} to {points(high)})"
+    p = mcnemar(found["only_before"], found["only_after"])[1]
+    text += f"; McNemar {p_value(p)}, n = {found['n']}"
+    return text + (f"; {found['note']}" if found.get("note") else "")
+
+
 # -- the rest -----------------------------------------------------------------
 
 
@@ -296,10 +311,11 @@ class Example:
 
     @property
     def labels(self) -> list[str]:
-        return [_label(answer) for answer in self.answers.values()]
+        return [label(answer) for answer in self.answers.values()]
 
 
-def _label(answer: Json) -> str:
+def label(answer: Json) -> str:
+    """The verdict's label, or "unscored"."""
     found = answer["verdict"]
     return "unscored" if found is None else str(found["label"])
 

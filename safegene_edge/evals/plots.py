@@ -1,0 +1,256 @@
+"""The report's plots as inline SVG.
+
+Positions across are percentages and all else is in pixels, without a viewBox: a plot fills
+its place on a telephone and on paper, and its letters keep their size. Colours and fonts
+come from the page's style sheet, by class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from .findings import Row
+from .markup import Markup, escape, join, tag
+from .statistics import Count, percent
+
+_TICKS = (0, 25, 50, 75, 100)
+_RADIUS = 5
+_TOP, _ROW = 22, 46  # of the interval plot: its scale, then its rows
+
+
+def _figure(name: str, height: float, title: str, description: str, *parts: Markup) -> Markup:
+    """An SVG that a screen reader announces by its title and description."""
+    return tag(
+        "svg",
+        tag("title", title, id=f"{name}-title"),
+        tag("desc", description, id=f"{name}-desc"),
+        *parts,
+        id=name,
+        class_="plot",
+        role="img",
+        aria_labelledby=f"{name}-title {name}-desc",
+        width="100%",
+        height=_number(height),
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _x(share: float) -> str:
+    return f"{_number(share)}%"
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
+    ends = {"x1": _x(x1), "y1": _number(y1), "x2": _x(x2), "y2": _number(y2)}
+    return tag("line", class_=class_, **ends)
+
+
+def _text(x: float, y: float, text: str, class_: str, anchor: str = "start") -> Markup:
+    return tag("text", text, x=_x(x), y=_number(y), class_=class_, text_anchor=anchor)
+
+
+def _dot(x: float, y: float, class_: str) -> Markup:
+    return tag("circle", cx=_x(x), cy=_number(y), r=_RADIUS, class_=class_)
+
+
+def _anchor(tick: float) -> str:
+    """Labels at the ends of a scale stay inside of it."""
+    return "start" if tick <= 0 else "end" if tick >= 100 else "middle"
+
+
+# -- counts with their intervals, a row each ----------------------------------
+
+
+def intervals(name: str, title: str, rows: Sequence[Row]) -> Markup:
+    """A dot and its 95 % interval for each count on a scale of 0 to 100 %."""
+    height = _TOP + _ROW * len(rows)
+    grid = [
+        join(
+            _line(tick, _TOP - 6, tick, height, "grid"),
+            _text(tick, _TOP - 10, f"{tick} %", "tick", _anchor(tick)),
+        )
+        for tick in _TICKS
+    ]
+    parts = [_interval_row(row, _TOP + _ROW * index) for index, row in enumerate(rows)]
+    return _figure(name, height, title, _in_words(rows), *grid, *parts)
+
+
+def _interval_row(row: Row, top: float) -> Markup:
+    shown = " → ".join(_percent(count) for count in row.counts)
+    marks = [
+        _interval(count, top + 26 + 9 * index, class_)
+        for index, (count, class_) in enumerate(zip(row.counts, ("before", "after"), strict=False))
+    ]
+    return join(
+        _text(0, top + 15, row.name, "label"), _text(100, top + 15, shown, "value", "end"), *marks
+    )
+
+
+def _interval(count: Count, y: float, class_: str) -> Markup:
+    if count.share is None:
+        return Markup("")
+    low, high = count.interval
+    return join(
+        _line(100 * low, y, 100 * high, y, f"range {class_}"),
+        _dot(100 * count.share, y, f"dot {class_}"),
+    )
+
+
+def _percent(count: Count) -> str:
+    return "–" if count.share is None else f"{percent(count.share)} %"
+
+
+def _in_words(rows: Iterable[Row]) -> str:
+    return "; ".join(f"{row.name}: {' → '.join(_percent(c) for c in row.counts)}" for row in rows)
+
+
+# -- refusal against over-refusal ---------------------------------------------
+
+_PLANE = 300  # pixels from 100 % down to 0 %
+_PLANE_TOP, _LEFT = 34, 12
+
+
+def plane(name: str, title: str, over: Row, refused: Row) -> Markup:
+    """Without and with the gene as points: to the right over-refusal, upwards refusal."""
+    columns = zip(over.counts, refused.counts, ("before", "after"), strict=False)
+    points = [(o, r, class_) for o, r, class_ in columns if o.total and r.total]
+    middles = [(_across(o.n / o.total), _down(r.n / r.total)) for o, r, _ in points]
+    description = f"{_in_words([refused, over])}. The best place is at the top left."
+    return _figure(
+        name,
+        _PLANE_TOP + _PLANE + 44,
+        title,
+        description,
+        _plane_grid(),
+        *(_line(*middles[0], *middles[1], "arrow") for _ in middles[1:]),
+        *(
+            _cross(over_count, refused_count, class_)
+            for over_count, refused_count, class_ in points
+        ),
+        *_plane_labels(middles, len(refused.counts)),
+    )
+
+
+def _across(share: float) -> float:
+    return _LEFT + (100 - _LEFT) * share
+
+
+def _down(share: float) -> float:
+    return _PLANE_TOP + _PLANE * (1 - share)
+
+
+def _plane_grid() -> Markup:
+    bottom = _down(0)
+    lines = [
+        join(
+            _line(_across(tick / 100), _PLANE_TOP, _across(tick / 100), bottom, "grid"),
+            _line(_LEFT, _down(tick / 100), 100, _down(tick / 100), "grid"),
+            _text(_across(tick / 100), bottom + 18, f"{tick} %", "tick", _end_anchor(tick)),
+            _text(_LEFT - 1.5, _down(tick / 100) + 4, f"{tick} %", "tick", "end"),
+        )
+        for tick in _TICKS
+    ]
+    return join(
+        *lines,
+        _text(0, 14, "↑ harmful prompts refused", "axis"),
+        _text(100, bottom + 38, "harmless prompts refused →", "axis", "end"),
+    )
+
+
+def _end_anchor(tick: float) -> str:
+    return "end" if tick >= 100 else "middle"
+
+
+def _cross(over: Count, refused: Count, class_: str) -> Markup:
+    """A point with its 95 % interval both ways."""
+    x, y = _across(over.n / over.total), _down(refused.n / refused.total)
+    (left, right), (low, high) = over.interval, refused.interval
+    return join(
+        _line(_across(left), y, _across(right), y, f"range {class_}"),
+        _line(x, _down(low), x, _down(high), f"range {class_}"),
+        _dot(x, y, f"dot {class_}"),
+    )
+
+
+def _plane_labels(middles: Sequence[tuple[float, float]], n_columns: int) -> list[Markup]:
+    """Beside each point, away from the other one and from the edges."""
+    names = ("without the gene", "with the gene") if n_columns > 1 else ("the model",)
+    labels = []
+    for index, ((x, y), text) in enumerate(zip(middles, names, strict=False)):
+        others = [other for place, (_, other) in enumerate(middles) if place != index]
+        below = any(y > other for other in others) and y < _down(0.12)
+        right = x > _across(0.6)
+        labels.append(
+            _text(x + (-1.5 if right else 1.5), y + (20 if below else -12), text, "name",
+                  "end" if right else "start")
+        )  # fmt: skip
+    return labels
+
+
+# -- coefficients by layer ----------------------------------------------------
+
+_BARS = 140
+
+
+def bars(name: str, title: str, values: Sequence[tuple[int, float]]) -> Markup:
+    """One bar a layer, from 0; up to a dozen of the layers are named."""
+    high = max(0.0, *(value for _, value in values))
+    low = min(0.0, *(value for _, value in values))
+    span = (high - low) or 1.0
+    slot = (100 - _LEFT) / len(values)
+    named = math.ceil(len(values) / 12)
+
+    def y(value: float) -> float:
+        return 14 + _BARS * (high - value) / span
+
+    parts = [
+        _bar(_LEFT + slot * index, slot, y(0), y(value), f"layer {layer}: {value:.3g}")
+        for index, (layer, value) in enumerate(values)
+    ]
+    parts += [
+        _text(_LEFT + slot * (index + 0.5), 14 + _BARS + 20, str(layer), "tick", "middle")
+        for index, (layer, _) in enumerate(values)
+        if index % named == 0
+    ]
+    scale = [
+        join(
+            _line(_LEFT, y(value), 100, y(value), "grid"),
+            _text(_LEFT - 1.5, y(value) + 4, f"{value:.2g}", "tick", "end"),
+        )
+        for value in sorted({low, 0.0, high})
+    ]
+    words = "; ".join(f"layer {layer}: {value:.3g}" for layer, value in values)
+    axis = _text(100, 14 + _BARS + 40, "layer →", "axis", "end")
+    return _figure(name, 14 + _BARS + 48, title, words, *scale, *parts, axis)
+
+
+def _bar(x: float, slot: float, zero: float, y: float, hint: str) -> Markup:
+    return tag(
+        "rect",
+        tag("title", hint),
+        x=_x(x + slot * 0.15),
+        y=_number(min(zero, y)),
+        width=_x(slot * 0.7),
+        height=_number(abs(zero - y)),
+        class_="bar",
+    )
+
+
+def key(n_columns: int) -> Markup:
+    """What the two kinds of dot mean."""
+    names = (("before", "without the gene"), ("after", "with the gene"))[:n_columns]
+    if n_columns < 2:
+        return Markup("")
+    return tag(
+        "span",
+        *(tag("span", _swatch(class_), " ", escape(text), class_="item") for class_, text in names),
+        class_="key",
+    )
+
+
+def _swatch(class_: str) -> Markup:
+    dot = tag("circle", cx=8, cy=8, r=_RADIUS, class_=f"dot {class_}")
+    return tag("svg", dot, width=16, height=16, aria_hidden="true", class_="swatch")
