@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 
 from . import findings, plots
-from .findings import COLUMNS, HEADINGS, MEASURE, Example, Json, Row, Verdict
+from .findings import CHANGE, HEADINGS, MEASURE, Example, Json, Row, Verdict
 from .markup import Markup, Node, join, tag
 from .record import artifacts
 from .statistics import Count, percent
@@ -125,7 +125,7 @@ def _row(row: Row) -> Markup:
 def _headings(report: Json, first: str) -> list[str]:
     if report.get("gene") is None:
         return [first, "Measured"]
-    return [first, *HEADINGS.values(), "Change"]
+    return [first, *HEADINGS.values(), CHANGE]
 
 
 def _plot(report: Json, title: str, svg: Markup, rows: Sequence[Row], first: str) -> Markup:
@@ -239,8 +239,7 @@ def _trade(report: Json) -> _Section | None:
         title,
         tag("p", "The best model is at the top left: it refuses harm and answers the rest. "
             "Bars are 95 % intervals; all suites of a kind are counted together."),
-        tag("div", _plot(report, "Refusal against over-refusal", svg, [refused, over], "Outcome"),
-            class_="narrow"),
+        _plot(report, "Refusal against over-refusal", svg, [refused, over], "Outcome"),
     )  # fmt: skip
 
 
@@ -283,7 +282,7 @@ def _attacks(report: Json) -> _Section | None:
         "attacks",
         "Attacks",
         tag("p", "How many harmful prompts were complied with under each attack: less is better."),
-        tag("div", _plot(report, title, svg, rows, "Attack"), class_="narrow"),
+        _plot(report, title, svg, rows, "Attack"),
         _details("Where the attacks come from", _facts(papers)) if papers else None,
     )
 
@@ -292,20 +291,16 @@ def _costs(report: Json) -> _Section | None:
     costs = report.get("costs") or []
     if not costs:
         return None
-    rows = [tag("tr", tag("th", cost["name"], scope="row"), *_cost_cells(cost)) for cost in costs]
+    rows = [
+        tag(
+            "tr",
+            tag("th", cost["name"], scope="row"),
+            *(tag("td", value) for value in findings.cost_cells(cost)),
+        )
+        for cost in costs
+    ]
     head = ["Cost", *HEADINGS.values(), "95 % interval", "Prompts", "Note"]
     return _Section("costs", "Other costs", _table("Other costs", head, [tag("tbody", *rows)]))
-
-
-def _cost_cells(cost: Json) -> list[Markup]:
-    unit = f" {cost['unit']}" if cost.get("unit") else ""
-    values = [
-        "–" if cost[column] is None else findings.plain(cost[column]) + unit for column in COLUMNS
-    ]
-    interval = cost.get("interval")
-    values.append("–" if interval is None else "–".join(map(findings.plain, interval)))
-    values += [findings.plain(cost.get("n")), cost.get("note", "")]
-    return [tag("td", value) for value in values]
 
 
 def _layers(report: Json) -> _Section | None:
@@ -322,7 +317,7 @@ def _layers(report: Json) -> _Section | None:
         "layers",
         "Coefficients by layer",
         tag("p", "How strongly the gene is expressed in each layer; 1 is as it was learnt."),
-        tag("figure", svg, _details("The figures as a table", table), class_="narrow"),
+        tag("figure", svg, _details("The figures as a table", table)),
     )
 
 
@@ -383,18 +378,12 @@ def _hashes(report: Json) -> Markup:
         tag(
             "tr",
             tag("th", item["role"], scope="row"),
-            tag("td", " ".join(filter(None, (item["name"], _detail(item))))),
+            tag("td", " ".join(filter(None, (item["name"], findings.artifact_detail(item))))),
             tag("td", item["sha256"] or "not a file", class_="hash sha"),
         )
         for item in artifacts(report)
     ]
     return _table("Hashes", ["Part", "Name", "SHA-256"], [tag("tbody", *rows)])
-
-
-def _detail(item: Json) -> str:
-    if item.get("version"):
-        return f"(version {item['version']})"
-    return "" if item.get("scale") is None else f"× {findings.plain(item['scale'])}"
 
 
 def _limits(own: Json) -> Markup | None:

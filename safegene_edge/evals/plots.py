@@ -16,7 +16,7 @@ from .statistics import Count, percent
 
 _TICKS = (0, 25, 50, 75, 100)
 _RADIUS = 5
-_TOP, _ROW = 22, 46  # of the interval plot: its scale, then its rows
+_TOP, _ROW = 24, 54  # of the interval plot: its scale, then its rows
 
 
 def _figure(name: str, height: float, title: str, description: str, *parts: Markup) -> Markup:
@@ -81,11 +81,11 @@ def intervals(name: str, title: str, rows: Sequence[Row]) -> Markup:
 def _interval_row(row: Row, top: float) -> Markup:
     shown = " → ".join(_percent(count) for count in row.counts)
     marks = [
-        _interval(count, top + 26 + 9 * index, class_)
+        _interval(count, top + 31 + 10 * index, class_)
         for index, (count, class_) in enumerate(zip(row.counts, ("before", "after"), strict=False))
     ]
     return join(
-        _text(0, top + 15, row.name, "label"), _text(100, top + 15, shown, "value", "end"), *marks
+        _text(0, top + 18, row.name, "label"), _text(100, top + 18, shown, "value", "end"), *marks
     )
 
 
