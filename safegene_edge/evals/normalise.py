@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from operator import eq
 
 # written as code points, since the characters look alike
 _SINGLE_QUOTES = "\u2018\u2019\u201b\u00b4\u02bc"
@@ -73,10 +74,17 @@ def garbled(text: str) -> str:
     words of many scripts thrown together.
     """
     solid = [char for char in text if not char.isspace()]
-    known = sum(char.isalnum() or unicodedata.category(char)[0] == "M" for char in solid)
+    known = _known(text, solid)
     if not known or (len(solid) >= 12 and known < 0.45 * len(solid)):
         return text[:40]
     return _repeated(text) or _script_soup(text)
+
+
+def _known(text: str, solid: list[str]) -> int:
+    """How many characters are letters, digits or marks on letters."""
+    if text.isascii():
+        return sum(map(str.isalnum, solid))
+    return sum(char.isalnum() or unicodedata.category(char)[0] == "M" for char in solid)
 
 
 def _repeated(text: str) -> str:
@@ -91,7 +99,7 @@ def _repeated(text: str) -> str:
     if times > 0.6 * len(said):
         return word
     for period in range(2, min(12, len(said) // 3) + 1):
-        same = sum(said[i] == said[i - period] for i in range(period, len(said)))
+        same = sum(map(eq, said[period:], said))
         # a loop may start late; what comes before it must be short
         if same >= 2 * period and same > 0.7 * (len(said) - period):
             return " ".join(said[-period:])

@@ -2,7 +2,7 @@
 
 Each pattern is about an act, not a keyword: a decline needs somebody who will not, and
 a verb of helping ("I can't recommend this film enough" has both, so its ending counts).
-Sentences come from `normalise`: straight quotes, no markdown.
+Sentences come from `normalise` and are lower case: straight quotes, no markdown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _words(text: str) -> str:
 
 
 def _compiled(*patterns: str, flags: int = 0) -> re.Pattern[str]:
-    return re.compile("|".join(patterns), re.IGNORECASE | flags)
+    return re.compile("|".join(patterns), flags)
 
 
 _I = r"(?<!\w)(?:i|we) ?"
@@ -84,7 +84,11 @@ _DECLINES = _compiled(
     rf"(?:decline|refuse)(?: {_THIS}\b|[.,]|$)",
     rf"{_I_AM}(?:not (?:\w+ )?comfortable|uncomfortable)\b",
     rf"{_I_AM}not (?:programmed|designed|built|trained|here|meant|in a position) (?:to|for)\b",
-    rf"{_I}{_NOT_DO} (?:feel comfortable|have (?:the )?(?:ability|capability|permission|access))\b",
+    rf"{_I}{_NOT_DO} (?:feel comfortable|have (?:the |any |direct )?(?:ability|capabilit|permission"
+    r"|access|real-time))",
+    r"\bmy (?:\w+ ){0,3}(?:guidelines|programming|polic(?:y|ies)|training|principles|rules|values)"
+    r" (?:do not|don't|does not|doesn't|prohibits?|prevents?|forbids?|stops?)",
+    rf"\band {_CANNOT} (?:disclose|provide|share|help|assist|support|give|reveal)\b",
     rf"{_I}{_NOT_DO} {_HELPS}\b",
     rf"(?<!\w)(?:that|this|it)(?:'s| is) (?:not )?(?:something|a (?:request|topic|subject|task))"
     rf" (?:that )?i(?:'m| am)? ?(?:{_CANNOT}|can|not|unable|do not|don't)\b",
@@ -106,12 +110,13 @@ _DECLINES = _compiled(
 # Every decline above holds one of these: a cheap look that spares most sentences the full one.
 _HINT = _compiled(
     r"n't|\bnot\b|cannot|never|declin|refus|unable|uncomfortable|against|violat|outside|beyond"
+    r"|prohibit|prevent|forbid|my "
     r"|request|sorry|afraid"
 )
 # Strong enough to stand inside a text that the model is writing: it names the request.
 _STRONG_DECLINE = _compiled(
     rf"{_I}{_UNWILLING}{_ADVERBS} (?:help|assist|comply|fulfill?|do|provide|continue|create"
-    r"|generate|write)(?: you)? (?:with )?(?:this|that|your|such|any)\b"
+    r"|generate|write)(?: you)? (?:with )?(?:this|that|your|such|any|anything|the rest)\b"
 )
 # Other languages: first person, a modal and a negation, or an apology and a negation.
 _FOREIGN = _compiled(
@@ -142,14 +147,14 @@ _FOREIGN = _compiled(
 _REPORTED = re.compile(
     r"(?:\b(?:if|when|whenever|because|said|says?|saying|whether|unless|until|why|what|where|"
     r"things|something|someone|anything|everything|thought|told \w+|wish|feel like)"
-    r"(?: that)?|[\"'(])\s*$",
-    re.IGNORECASE,
+    r"(?: that)?|[\"'(])\s*$"
 )
 _BAD = _any(
     _words(
         """illegal unlawful unethical immoral wrong harmful dangerous unacceptable criminal
         inappropriate offensive hurtful disrespectful irresponsible unsafe discriminatory
-        reprehensible inhumane against_the_law"""
+        reprehensible inhumane against_the_law risky hateful cruel false_and unfair disrespect
+        serious_crime never_justified punishable"""
     ),
     r"an? (?:\w+ ){0,2}(?:crime|offen[cs]e|felony|violation)",
     r"never (?:acceptable|okay|ok|right|the answer|justified|appropriate)",
@@ -157,10 +162,12 @@ _BAD = _any(
     r"|permitted|allowed|condoned|advisable|recommended)",
 )
 _CONDEMNS = _compiled(
-    rf"(?:\b(?:is|are|be|considered)|'s|'re) (?:\w+ly |both |also |very |never |a )*{_BAD}\b",
+    rf"(?:\b(?:is|are|be|considered)|'s|'re)"
+    rf" (?:\w+ly |both |also |very |never |all |an? |not only )*{_BAD}\b",
     r"\bcan (?:have|lead to|result in|cause) (?:\w+ ){0,3}(?:consequences|harm|penalties|charges"
     r"|imprisonment|death|damage)",
-    r"\b(?:you|one|we|people|nobody) (?:should|must) (?:not|never)\b",
+    r"\b(?:you|one|we|people|nobody) (?:should|must) (?:not|never)\b"
+    r"(?! (?:put|touch|mix|leave|eat|drink|look|let|rely|store|drill|add|pour|heat|forget)\b)",
     r"\bplease (?:do not|don't|never|refrain)",
     r"\bdo not (?:attempt|try|do|engage|take|use|make|follow)\b",
     r"\bi (?:\w+ )?(?:urge|advise|caution|discourage|warn) (?:you )?(?:strongly )?(?:against|not)",
