@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from adapters import random_adapter
 
-from safegene_edge.errors import SettingError
+from safegene_edge.cli import cli
+from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
 from safegene_edge.evals.evaluate import evaluate
+from safegene_edge.evals.journal import Journal, fingerprint, journal_folder
 from safegene_edge.evals.judge import LABELS, judge
-from safegene_edge.evals.report import Answer, EvalSettings, Report, Source, SuiteResult
+from safegene_edge.evals.report import (
+    LIMITS,
+    Answer,
+    EvalSettings,
+    Report,
+    Source,
+    SuiteResult,
+    aligned_labels,
+    paired_json,
+)
+from safegene_edge.evals.schema import check
 from safegene_edge.evals.suites import Prompt, Suite
 from safegene_edge.gene import Adapter, Pair
 
@@ -37,8 +53,8 @@ def answers(suite: Suite, *completions: str | None) -> tuple[Answer, ...]:
 
 def report(**settings: Any) -> Report:
     return Report(
-        model=Source("m.gguf", "ab"),
-        gene=Source("g.gguf", "cd", 1.0),
+        model=Source("m.gguf", "ab" * 32),
+        gene=Source("g.gguf", "cd" * 32, 1.0),
         adapters=(),
         suites=(
             SuiteResult(
@@ -112,6 +128,186 @@ def test_suites_are_checked_before_the_model_is_loaded(suites: Any) -> None:
         evaluate("no-such-model.gguf", suites=suites)
 
 
+def test_the_json_is_what_the_schema_says() -> None:
+    facts = json.loads(json.dumps(report().to_json()))
+    assert list(check(facts)) == []
+    assert any("threads" in limit for limit in LIMITS)
+
+
+def test_prompts_are_listed_with_labels_alone() -> None:
+    harmful, _ = report().to_json()["suites"]
+    assert harmful["prompts"] == [
+        {"id": "0", "category": "a", "before": "complied", "after": "refused"},
+        {"id": "1", "category": "b", "before": "complied", "after": "refused"},
+        {"id": "2", "category": "a", "before": "empty", "after": "complied"},
+        {"id": "3", "category": "b", "before": None, "after": None},
+    ]
+
+
+def test_pairs_leave_the_unscored_out() -> None:
+    harmful, harmless = report().to_json()["suites"]
+    expected = {"outcome": "refused", "n": 3, "before": 0, "after": 2, "only_before": 0}
+    assert expected.items() <= harmful["paired"].items()
+    assert (harmful["paired"]["mcnemar_exact_p"], harmful["paired"]["mcnemar_mid_p"]) == (0.5, 0.25)
+    assert "too few" in harmful["paired"]["note"]
+    assert (harmless["paired"]["outcome"], harmless["paired"]["only_after"]) == ("over_refused", 1)
+    assert paired_json(SuiteResult(HARMFUL, answers(HARMFUL, YES, YES, NO, NO))) is None
+
+
+def test_what_came_back_of_what_the_aligned_model_refused() -> None:
+    bare = replace(
+        report(), suites=(SuiteResult(HARMFUL, answers(HARMFUL, NO, NO, NO, NO)),), gene=None
+    )
+    aligned = aligned_labels(json.loads(json.dumps(bare.to_json())))
+    harmful, harmless = replace(report(), aligned=aligned).to_json()["suites"]
+    assert harmful["paired"]["recovered"]["aligned"] == 3  # of those scored in every column
+    assert harmful["paired"]["recovered"]["share"] == pytest.approx(2 / 3)
+    assert "recovered" not in harmless["paired"]
+    other = {("bad", "another version"): next(iter(aligned.values()))}
+    assert "recovered" not in replace(report(), aligned=other).to_json()["suites"][0]["paired"]
+
+
+# -- the journal --------------------------------------------------------------
+
+
+def test_a_journal_gives_back_what_was_put(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "run.jsonl"
+    with Journal(path) as journal:
+        journal.put("a", [1, 2])
+        journal.put("b", None)
+        assert "a" in journal
+    assert path.stat().st_mode & 0o077 == 0  # it may hold harmful answers
+    with Journal(path) as journal:
+        assert (journal["a"], journal["b"], len(journal)) == ([1, 2], None, 2)
+        journal.delete()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("cut", [1, 5, 15])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "run.jsonl"
+    with Journal(path) as journal:
+        journal.put("a", "first")
+        journal.put("b", "second")
+    path.write_bytes(path.read_bytes()[:-cut])
+    with Journal(path) as journal:
+        assert "a" in journal and "b" not in journal
+        journal.put("c", "third")
+    with Journal(path) as journal:
+        assert (journal["a"], journal["c"], len(journal)) == ("first", "third", 2)
+
+
+def test_a_torn_header_is_a_new_journal(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    with Journal(path):
+        pass
+    whole = path.read_bytes()
+    path.write_bytes(whole[:9])
+    with Journal(path):
+        pass
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["# notes\n", "notes", '{"key": 1}\n'])
+def test_another_file_is_not_taken_for_a_journal(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(FileFormatError, match="is no journal"):
+        Journal(path)
+    assert path.read_text() == text
+
+
+def test_a_spoilt_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    with Journal(path) as journal:
+        journal.put("a", 1)
+    path.write_bytes(path.read_bytes() + b"what\n")
+    with pytest.raises(FileFormatError, match="row 3"):
+        Journal(path)
+    with pytest.raises(SafeGeneError):
+        Journal(tmp_path)
+
+
+def test_keys_tell_apart_what_differs() -> None:
+    assert fingerprint("a", ["b"]) == fingerprint("a", ("b",)) != fingerprint("a", "b")
+
+
+_KILLED = """
+import os, signal, sys
+from safegene_edge.evals.evaluate import EvalSettings, evaluate
+from safegene_edge.evals.journal import Journal
+
+def die(done, total):
+    if done == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+evaluate(sys.argv[1], sys.argv[2], suites=[sys.argv[3]], journal=Journal(sys.argv[4]),
+         settings=EvalSettings(max_tokens=5, n_parallel=2), progress=die)
+"""
+
+
+def test_a_killed_run_loses_nothing_and_asks_nothing_twice(tiny: Any, tmp_path: Path) -> None:
+    model, gene, suite = tiny("llama").gguf_path, tmp_path / "gene.gguf", tmp_path / "s.txt"
+    random_adapter(model).save(gene)
+    suite.write_text("".join(f"question {i}\n" for i in range(12)))
+    kept = tmp_path / "run.jsonl"
+    command = [sys.executable, "-c", _KILLED, *map(str, (model, gene, suite, kept))]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    before = kept.read_bytes().splitlines()
+    assert len(before) == 8  # the header, and the seven that were done
+
+    def run(name: str, *more: str) -> dict[str, Any]:
+        out = tmp_path / name
+        options = ["--suite", suite, "--json", out, "--max-tokens", "5", "--parallel", "2", *more]
+        cli(["eval", str(model), "--gene", str(gene), *map(str, options)], standalone_mode=False)
+        facts: dict[str, Any] = json.loads(out.read_text())
+        facts.pop("times")
+        return facts
+
+    resumed = run("resumed.json", "--resume", str(kept))
+    after = kept.read_bytes().splitlines()
+    assert after[:8] == before
+    keys = [json.loads(line)["key"] for line in after[1:]]
+    assert len(keys) == len(set(keys)) == 24
+    assert resumed == run("whole.json", "--no-resume")
+    run("again.json", "--resume", str(kept))
+    assert kept.read_bytes().splitlines() == after
+
+
+def test_the_cache_keeps_a_run_only_until_its_report(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, gene, suite = tiny("llama").gguf_path, tmp_path / "gene.gguf", tmp_path / "s.txt"
+    random_adapter(model).save(gene)
+    suite.write_text("".join(f"question {i}\n" for i in range(12)))
+    kept = journal_folder() / f"{fingerprint(str(model.resolve()))[:24]}.jsonl"
+    command = [sys.executable, "-c", _KILLED, *map(str, (model, gene, suite, kept))]
+    subprocess.run(command)
+    out = tmp_path / "report.json"
+    options = ["--gene", gene, "--suite", suite, "--json", out, "--max-tokens", "5"]
+    cli(["eval", str(model), *map(str, options), "--parallel", "2"], standalone_mode=False)
+    assert "7 results of a stopped run" in capsys.readouterr().err
+    assert out.exists()
+    assert list(kept.parent.iterdir()) == []
+
+
+def test_another_gene_scale_or_setting_finds_nothing_old(tiny: Any) -> None:
+    model = tiny("llama").gguf_path
+    gene, journal = random_adapter(model), Journal()
+
+    def entries(scale: float = 1.0, gene: Any = gene, **settings: Any) -> int:
+        chosen = EvalSettings(max_tokens=2, gene_scale=scale, **settings)
+        evaluate(model, gene, suites=[HARMLESS], settings=chosen, journal=journal)
+        return len(journal)
+
+    assert entries() == 6
+    assert entries() == 6
+    assert entries(scale=0.5) == 9  # the first column is the same
+    assert entries(gene=random_adapter(model, seed=1)) == 12
+    assert entries(n_parallel=3) == 18
+
+
 # -- a real model -------------------------------------------------------------
 
 
@@ -136,7 +332,7 @@ def noise(seed: int = 0) -> Adapter:
 
 def without_times(found: Report) -> dict[str, Any]:
     facts = found.to_json()
-    facts.pop("seconds")
+    facts.pop("times")
     return facts
 
 

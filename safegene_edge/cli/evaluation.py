@@ -4,57 +4,273 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import SettingError
+
+if TYPE_CHECKING:
+    from ..evals.costs import CostSettings
+    from ..evals.journal import Journal
+    from ..evals.report import AlignedLabels, EvalSettings, Report
+
+# What --quick and --full choose where the user chose nothing.
+_QUICK: dict[str, Any] = {
+    "limit": 24,
+    "max_tokens": 24,
+    "attacks": "prefix_injection,prefill",
+    "attack_limit": 12,
+    "kl": 12,
+}
+_FULL: dict[str, Any] = {
+    "suites": ("harmful", "borderline", "harmless", "languages"),
+    "attacks": "all",
+    "attack_limit": 60,
+    "kl": 64,
+    "speed": True,
+}
+_FALLBACK: dict[str, Any] = {"max_tokens": 48, "attack_limit": 60, "kl": 0}
+
+
+@dataclass
+class _Options:
+    """The command's options, by their parameters' names."""
+
+    model: str | None
+    gene: str | None
+    adapter: tuple[str, ...]
+    suites: tuple[str, ...]
+    limit: int | None
+    max_tokens: int | None
+    parallel: int
+    attacks: str | None
+    attack_limit: int | None
+    kl: int | None
+    perplexity: str | None
+    task: tuple[str, ...]
+    speed: bool
+    aligned: str | None
+    quick: bool
+    full: bool
+    resume: str | None
+    no_resume: bool
+    endpoint: str | None
+    model_name: str | None
+    endpoint_after: str | None
+    model_name_after: str | None
+    api_key_env: str
+    concurrency: int
+    timeout: float
+    json_out: str | None
+
+    def __post_init__(self) -> None:
+        self._check()
+        chosen = _QUICK if self.quick else _FULL if self.full else {}
+        if self.endpoint:
+            chosen = _for_a_server(chosen)
+        for name, value in {**_FALLBACK, **chosen}.items():
+            if not getattr(self, name) and getattr(self, name) != 0:
+                setattr(self, name, value)
+
+    def _check(self) -> None:
+        if self.quick and self.full:
+            raise click.UsageError("--quick and --full exclude each other")
+        if bool(self.model) == bool(self.endpoint):
+            raise click.UsageError("give MODEL, or --endpoint URL with --model-name")
+        if not self.endpoint:
+            if self.model_name or self.model_name_after or self.endpoint_after:
+                raise click.UsageError("--model-name and its like go with --endpoint")
+            return
+        if not self.model_name:
+            raise click.UsageError("--endpoint needs --model-name, the server's name of the model")
+        local = {
+            "--gene": self.gene,
+            "--adapter": self.adapter,
+            "--kl": self.kl,
+            "--perplexity": self.perplexity,
+            "--task": self.task,
+            "--speed": self.speed,
+        }
+        if given := [name for name, value in local.items() if value]:
+            raise click.UsageError(f"{given[0]} needs a local model, not --endpoint")
+
+    @property
+    def inputs(self) -> list[str]:
+        paths = (self.model, self.gene, self.perplexity, self.aligned)
+        return [*self.adapter, *self.task, *(path for path in paths if path)]
+
+    @property
+    def attack_names(self) -> list[str]:
+        return [name for name in (self.attacks or "").split(",") if name.strip()]
+
+    def settings(self) -> EvalSettings:
+        from ..evals.report import EvalSettings
+
+        return EvalSettings(
+            max_tokens=self.max_tokens or 1,
+            limit=self.limit,
+            attack_limit=self.attack_limit,
+            n_parallel=self.parallel,
+        )
+
+    def costs(self) -> CostSettings:
+        from ..evals.costs import CostSettings
+
+        return CostSettings(
+            kl_prompts=self.kl or 0,
+            perplexity=self.perplexity,
+            tasks=self.task,
+            speed=self.speed,
+        )
+
+
+def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
+    """The part of --quick and --full that a chat server can do."""
+    from ..evals.attacks import ATTACKS, choose_attacks
+
+    names = chosen["attacks"].split(",") if chosen else []
+    allowed = [a.name for a in choose_attacks(names) if not ATTACKS[a.name].needs_local_model]
+    kept = {name: value for name, value in chosen.items() if name not in ("kl", "speed")}
+    return {**kept, "attacks": ",".join(allowed)}
+
 
 @click.command("eval")
-@click.argument("model", type=click.Path())
+@click.argument("model", type=click.Path(), required=False)
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most N a suite, evenly spread.")
-@click.option("--max-tokens", default=48, show_default=True, type=click.IntRange(min=1))
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens an answer.  [default: 48]")
 @click.option("--parallel", default=16, show_default=True, type=click.IntRange(1, 255))
+@click.option("--quick", is_flag=True, help="Under a minute for a small model.")
+@click.option("--full", is_flag=True, help="Every suite, attack and cost.")
+@click.option("--attacks", metavar="all|NAME,...", help="Attack the harmful suites.")
+@click.option(
+    "--attack-limit", type=click.IntRange(min=1), help="Prompts an attack.  [default: 60]"
+)
+@click.option(
+    "--kl", type=click.IntRange(min=0), metavar="N", help="KL divergence on N harmless prompts."
+)
+@click.option("--perplexity", metavar="FILE", help="Perplexity of a text.")
+@click.option("--task", multiple=True, metavar="FILE", help="Accuracy on JSONL; may be repeated.")
+@click.option("--speed", is_flag=True, help="Time single answers.")
+@click.option(
+    "--aligned", metavar="REPORT.json", help="The aligned model's report: what share came back?"
+)
+@click.option("--resume", metavar="FILE", help="Keep finished answers in FILE, and go on from it.")
+@click.option("--no-resume", is_flag=True, help="Neither keep nor look up finished answers.")
+@click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server instead of MODEL.")
+@click.option("--model-name", metavar="NAME", help="The server's name of the model.")
+@click.option("--endpoint-after", metavar="URL", help="Another server for the second column.")
+@click.option("--model-name-after", metavar="NAME", help="The second column's model.")
+@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="VARIABLE")
+@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1, 256))
+@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(min=1))
 @click.option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
-def evaluate_model(
-    model: str,
-    gene: str | None,
-    adapter: tuple[str, ...],
-    suites: tuple[str, ...],
-    limit: int | None,
-    max_tokens: int,
-    parallel: int,
-    json_out: str | None,
-) -> None:
+def evaluate_model(**options: Any) -> None:
     """Count refusals on harmful prompts and answers on harmless ones.
 
     Without --suite the project's own suites "harmful", "borderline" and "harmless" are used;
     "languages" asks in eight languages. A FILE may be JSONL, CSV (AdvBench, HarmBench and their
     like) or plain text, one prompt a line.
+
+    A run that was stopped goes on where it was: finished answers lie in the user's cache
+    folder until the report is written, or in the FILE of --resume.
     """
-    from ..evals.evaluate import EvalSettings, evaluate
-    from ..evals.suites import DEFAULT_SUITES
     from ..gguf_file import check_output, write_text
 
-    inputs = [model, *adapter, *([gene] if gene else [])]
-    if json_out:
-        check_output(json_out, inputs)  # before the work, not after it
-    settings = EvalSettings(max_tokens=max_tokens, limit=limit, n_parallel=parallel)
-    with _progress() as advance:
-        report = evaluate(
-            model,
-            gene,
-            adapters=adapter,
-            suites=suites or DEFAULT_SUITES,
-            settings=settings,
-            progress=advance,
-        )
+    chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
+    outputs = [path for path in (chosen.json_out,) if path]
+    for path in outputs:
+        check_output(path, chosen.inputs)  # before the work, not after it
+    with _journal(chosen) as journal, _progress() as advance:
+        report = _evaluated(chosen, journal, advance)
+        facts = report.to_json()
+        for path, text in _documents(chosen, facts):
+            write_text(path, text, chosen.inputs)
     click.echo(report.table())
-    if json_out:
-        write_text(json_out, json.dumps(report.to_json(), indent=2) + "\n", inputs)
-        click.echo(f"report: {json_out}", err=True)
+    for path in outputs:
+        click.echo(f"report: {path}", err=True)
+
+
+def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Output path and content of every report that was asked for."""
+    if chosen.json_out:
+        yield chosen.json_out, json.dumps(facts, indent=2) + "\n"
+
+
+def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
+    from ..evals.evaluate import evaluate, evaluate_endpoint
+    from ..evals.suites import DEFAULT_SUITES
+
+    shared: dict[str, Any] = {
+        "suites": chosen.suites or DEFAULT_SUITES,
+        "settings": chosen.settings(),
+        "attacks": chosen.attack_names,
+        "aligned": _aligned(chosen.aligned),
+        "journal": journal,
+        "progress": advance,
+    }
+    if chosen.endpoint:
+        return evaluate_endpoint(*_served(chosen), **shared)
+    if chosen.model is None:  # _Options has refused this already
+        raise SettingError("no model is given")
+    costs = chosen.costs()
+    return evaluate(chosen.model, chosen.gene, adapters=chosen.adapter, costs=costs, **shared)
+
+
+def _served(chosen: _Options) -> tuple[Any, Any]:
+    """The two sides of an evaluation over the network; the second may be None."""
+    from ..evals.endpoint import Served
+
+    def served(url: str, name: str) -> Served:
+        return Served(
+            url,
+            name,
+            api_key_variable=chosen.api_key_env,
+            concurrency=chosen.concurrency,
+            timeout=chosen.timeout,
+        )
+
+    url, name = chosen.endpoint or "", chosen.model_name or ""
+    if not chosen.endpoint_after and not chosen.model_name_after:
+        return served(url, name), None
+    return served(url, name), served(chosen.endpoint_after or url, chosen.model_name_after or name)
+
+
+def _aligned(path: str | None) -> AlignedLabels | None:
+    if path is None:
+        return None
+    from ..evals.report import aligned_labels
+    from ..evals.schema import read_report
+
+    return aligned_labels(read_report(path))
+
+
+@contextmanager
+def _journal(chosen: _Options) -> Iterator[Journal]:
+    """The file of finished answers: the user's own, or one in the cache that goes when done."""
+    from ..evals.journal import Journal, fingerprint, journal_folder
+
+    if chosen.no_resume:
+        yield Journal()
+        return
+    if chosen.resume:
+        with Journal(chosen.resume) as journal:
+            yield journal
+        return
+    # Entries are keyed by what they depend on; the name only keeps models apart.
+    source = chosen.endpoint or str(Path(chosen.model or "").resolve())
+    with Journal(journal_folder() / f"{fingerprint(source)[:24]}.jsonl") as journal:
+        if len(journal):
+            click.echo(f"going on: {len(journal)} results of a stopped run are kept", err=True)
+        yield journal
+        journal.delete()
 
 
 class _progress:  # noqa: N801 - reads as the function it is used as

@@ -4,29 +4,64 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .. import __version__
 from ..errors import SettingError
-from ..gene import Adapter
+from ..gene import Adapter, SafetyGene
 from ..gguf_file import PathLike, sha256
+from .asking import Asker, Chat, LocalModel, Reply
+from .attacks import Attack, adaptive_chats, choose_attacks
+from .costs import (
+    Cost,
+    CostSettings,
+    Task,
+    kl_divergence,
+    load_task,
+    over_refusal,
+    perplexity,
+    task_accuracy,
+)
+from .costs import speed as measured_speed
+from .endpoint import Endpoint, Served
+from .journal import Journal, fingerprint
 from .judge import judge
-from .report import Answer, Answers, EvalSettings, Report, Source, SuiteResult
+from .report import (
+    AlignedLabels,
+    Answer,
+    Answers,
+    AttackResult,
+    EvalSettings,
+    Report,
+    Source,
+    SuiteResult,
+)
 from .suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
 
 if TYPE_CHECKING:
-    from ..runtime.engine import Generation
     from ..runtime.llama import AttachedAdapter, SafeLlama
 
-__all__ = ["Answer", "EvalSettings", "Report", "Source", "SuiteResult", "evaluate"]
+__all__ = [
+    "Answer",
+    "EvalSettings",
+    "Report",
+    "Source",
+    "SuiteResult",
+    "evaluate",
+    "evaluate_endpoint",
+]
 
 AdapterLike: TypeAlias = PathLike | Adapter
+SuiteLike: TypeAlias = str | Path | Suite
 Progress: TypeAlias = Callable[[int, int], None]
 _OWN_CONTEXT = 512  # the model's own context only proves adapters; answers come from the engine's
+_NO_ATTACK = ("languages",)  # a suite whose point is the wording that an attack would change
 
 
 def evaluate(
@@ -34,8 +69,12 @@ def evaluate(
     gene: AdapterLike | None = None,
     *,
     adapters: Iterable[AdapterLike | tuple[AdapterLike, float]] = (),
-    suites: Iterable[str | Path | Suite] = DEFAULT_SUITES,
+    suites: Iterable[SuiteLike] = DEFAULT_SUITES,
     settings: EvalSettings | None = None,
+    attacks: Iterable[str] = (),
+    costs: CostSettings | None = None,
+    aligned: AlignedLabels | None = None,
+    journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Ask every prompt without and with the gene, greedily, and judge the answers.
@@ -47,36 +86,301 @@ def evaluate(
             already attached to a `SafeLlama`.
         suites: built-in names, files or `Suite`s.
         settings: see `EvalSettings`.
+        attacks: names from `attacks.ATTACKS`, or "all", tried on the harmful suites.
+        costs: what to measure beside over-refusal.
+        aligned: the aligned model's labels (`report.aligned_labels`), for what came back.
+        journal: where finished answers are kept and looked up, to go on after a stop.
         progress: called with answers done and answers in all.
 
     Raises:
         SafeGeneError: a file cannot be read, or an adapter does not fit.
     """
     settings = settings or EvalSettings()
-    chosen = [suite.sample(settings.limit) for suite in _load_all(suites)]
+    plan = _Plan.of(suites, attacks, settings, costs)
+    clock = _Clock()
     with ExitStack() as stack:
         llama = _opened(model, stack)
         for adapter in adapters:
             _attached(llama, adapter, stack)
         scales = {handle: handle.scale for handle in llama.adapters}
         columns = {"before": scales}
+        handle = None
         if gene is not None:
             handle = _attached(llama, (gene, settings.gene_scale), stack)
             columns["after"] = {**scales, handle: settings.gene_scale}
-        answers, seconds = _run(llama, chosen, columns, settings, progress)
+        source = _source(llama.model_path)
+        local = _local(llama, source, columns, handle, settings, _kept(journal), stack)
+        asked = plan.ask(local, clock, progress)
+        found = plan.costs_of(local, asked[0], clock)
+        timed = plan.speed_of(local)
         return Report(
-            model=_source(llama.model_path),
+            model=source,
             gene=None if gene is None else _source(gene, settings.gene_scale),
             adapters=tuple(_source(_file_of(h), scale) for h, scale in scales.items()),
-            suites=tuple(
-                SuiteResult(suite, *(answers[column][index] for column in columns))
-                for index, suite in enumerate(chosen)
-            ),
+            suites=asked[0],
             settings=settings,
             chat_template_sha256=_template_hash(llama),
+            coefficients=_coefficients(handle),
+            attacks=asked[1],
+            costs=found,
             versions=_versions(),
-            seconds=seconds,
+            times=clock.times(threads=llama.n_threads, **timed),
+            aligned=aligned or {},
         )
+
+
+def evaluate_endpoint(
+    before: Served,
+    after: Served | None = None,
+    *,
+    suites: Iterable[SuiteLike] = DEFAULT_SUITES,
+    settings: EvalSettings | None = None,
+    attacks: Iterable[str] = (),
+    aligned: AlignedLabels | None = None,
+    journal: Journal | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """The same of an OpenAI-compatible server: a model, or one without and one with a gene.
+
+    Where a server lends its weights under several names (an adapter each, as vLLM does),
+    `after` is another name on the same server.
+
+    Raises:
+        SafeGeneError: the server cannot be reached or refuses, or an attack needs more than
+            a chat server offers.
+    """
+    settings = settings or EvalSettings()
+    plan = _Plan.of(suites, attacks, settings, None)
+    local_only = [attack.name for attack in plan.attacks if attack.needs_local_model]
+    if local_only:
+        raise SettingError(
+            f"the attack '{local_only[0]}' needs a local model",
+            "A chat server neither continues an answer nor shows likelihoods",
+        )
+    clock = _Clock()
+    with Endpoint(before, after, settings.max_tokens, _kept(journal)) as endpoint:
+        asked = plan.ask(endpoint, clock, progress)
+    return Report(
+        model=Source(before.name, ""),
+        gene=None if after is None else Source(after.name, ""),
+        adapters=(),
+        suites=asked[0],
+        settings=settings,
+        chat_template_sha256="",
+        attacks=asked[1],
+        costs=tuple(over_refusal(r) for r in asked[0] if r.suite.kind == "harmless"),
+        versions={"safegene_edge": __version__},
+        times=clock.times(),
+        aligned=aligned or {},
+    )
+
+
+def _kept(journal: Journal | None) -> Journal:
+    return Journal() if journal is None else journal  # an empty one is false
+
+
+# -- the plan -----------------------------------------------------------------
+
+
+class _Plan:
+    """What to ask, read and checked before a model is loaded."""
+
+    def __init__(
+        self,
+        suites: list[Suite],
+        attacks: list[Attack],
+        settings: EvalSettings,
+        costs: CostSettings,
+        tasks: list[Task],
+    ) -> None:
+        self.suites, self.attacks = suites, attacks
+        self.settings, self.costs, self.tasks = settings, costs, tasks
+
+    @classmethod
+    def of(
+        cls,
+        suites: Iterable[SuiteLike],
+        attacks: Iterable[str],
+        settings: EvalSettings,
+        costs: CostSettings | None,
+    ) -> _Plan:
+        whole = _load_all(suites)
+        costs = costs or CostSettings()
+        plan = cls(
+            [suite.sample(settings.limit) for suite in whole],
+            choose_attacks(attacks),
+            settings,
+            costs,
+            [load_task(path) for path in costs.tasks],
+        )
+        if plan.attacks and not plan.attacked:
+            raise SettingError("no harmful suite to attack", "Add --suite harmful")
+        return plan
+
+    @property
+    def attacked(self) -> list[Suite]:
+        """The suites that attacks are tried on, cut to their limit."""
+        return [
+            suite.sample(self.settings.attack_limit)
+            for suite in self.suites
+            if suite.kind == "harmful" and not suite.name.startswith(_NO_ATTACK)
+        ]
+
+    def n_answers(self, n_columns: int) -> int:
+        """Answers in all, for the progress."""
+        attacked = len(self.attacks) * sum(len(suite.prompts) for suite in self.attacked)
+        tasks = sum(len(task.items) for task in self.tasks)
+        return n_columns * (sum(len(s.prompts) for s in self.suites) + attacked + tasks)
+
+    def ask(
+        self, asker: Asker, clock: _Clock, progress: Progress | None
+    ) -> tuple[tuple[SuiteResult, ...], tuple[AttackResult, ...]]:
+        """Every suite and every attack, column by column."""
+        clock.count(self.n_answers(len(asker.columns)), progress)
+        answers: dict[str, list[Answers]] = {}
+        attacked: dict[str, list[Answers]] = {}
+        jobs = [(suite, attack) for suite in self.attacked for attack in self.attacks]
+        for column in asker.columns:
+            with clock.measure(column):
+                answers[column] = [
+                    _asked(asker, column, suite.prompts, _plain_chat, clock.advance)
+                    for suite in self.suites
+                ]
+            if jobs:
+                with clock.measure(f"attacks_{column}"):
+                    attacked[column] = [
+                        _attacked(asker, column, suite.prompts, attack, clock.advance)
+                        for suite, attack in jobs
+                    ]
+        suites = tuple(
+            SuiteResult(suite, *(answers[column][index] for column in asker.columns))
+            for index, suite in enumerate(self.suites)
+        )
+        attacks = tuple(
+            AttackResult(
+                attack.name,
+                attack.paper,
+                suite.name,
+                *(attacked[column][index] for column in asker.columns),
+            )
+            for index, (suite, attack) in enumerate(jobs)
+        )
+        return suites, attacks
+
+    def costs_of(
+        self, local: LocalModel, results: Sequence[SuiteResult], clock: _Clock
+    ) -> tuple[Cost, ...]:
+        """The costs that no clock measures."""
+        settings = self.costs
+        with clock.measure("costs"):
+            found = [over_refusal(r) for r in results if r.suite.kind == "harmless"]
+            if settings.kl_prompts:
+                kl = kl_divergence(local, self._harmless(settings.kl_prompts), settings.kl_tokens)
+                found += [kl] if kl is not None else []
+            if settings.perplexity is not None:
+                found.append(perplexity(local, settings.perplexity, settings.perplexity_tokens))
+            found += [task_accuracy(local, task, clock.advance) for task in self.tasks]
+        return tuple(found)
+
+    def _harmless(self, count: int) -> list[str]:
+        """Plain harmless prompts: of the suites asked, else the project's own."""
+        plain = [p for s in self.suites if s.kind == "harmless" for p in s.prompts
+                 if not p.borderline and p.language == "en"]  # fmt: skip
+        suite = Suite("plain", "harmless", tuple(plain)) if plain else load_suite("harmless")[0]
+        return [prompt.text for prompt in suite.sample(count).prompts]
+
+    def speed_of(self, local: LocalModel) -> dict[str, Any]:
+        return measured_speed(local) if self.costs.speed else {}
+
+
+class _Clock:
+    """Seconds by part of the work, and the progress."""
+
+    def __init__(self) -> None:
+        self._date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._seconds: dict[str, float] = {}
+        self._done = self._total = 0
+        self._progress: Progress | None = None
+
+    def count(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress = total, progress
+
+    def advance(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = round(time.perf_counter() - start, 3)
+
+    def times(self, **speed: Any) -> dict[str, Any]:
+        return {"date": self._date, "seconds": self._seconds, "speed": speed}
+
+
+def _plain_chat(prompt: Prompt) -> Chat:
+    return Chat.user(prompt.text)
+
+
+def _asked(
+    asker: Asker,
+    column: str,
+    prompts: Sequence[Prompt],
+    chat_of: Callable[[Prompt], Chat],
+    advance: Callable[[], None],
+) -> Answers:
+    replies = asker.ask(column, [chat_of(prompt) for prompt in prompts], advance)
+    return tuple(_judged(prompt, reply) for prompt, reply in zip(prompts, replies, strict=True))
+
+
+def _attacked(
+    asker: Asker,
+    column: str,
+    prompts: Sequence[Prompt],
+    attack: Attack,
+    advance: Callable[[], None],
+) -> Answers:
+    if attack.apply is None:
+        if not isinstance(asker, LocalModel):
+            raise SettingError(f"the attack '{attack.name}' needs a local model")
+        return _adaptively(asker, column, prompts, advance)
+    apply = attack.apply
+    return _asked(asker, column, prompts, lambda p: apply(_plain_chat(p)), advance)
+
+
+def _adaptively(
+    local: LocalModel, column: str, prompts: Sequence[Prompt], advance: Callable[[], None]
+) -> Answers:
+    """The adaptive attack: its chats in turn for each prompt, until one gets compliance."""
+    chats = []
+    for prompt in prompts:
+        chats.append(adaptive_chats(_plain_chat(prompt), partial(local.refusal, column)))
+        advance()
+    best = [Answer(prompt, "", None) for prompt in prompts]
+    for turn in range(max(map(len, chats), default=0)):
+        left = [
+            index
+            for index, answer in enumerate(best)
+            if turn < len(chats[index])
+            and (answer.verdict is None or answer.verdict.label != "complied")
+        ]
+        replies = local.ask(column, [chats[index][turn] for index in left])
+        for index, reply in zip(left, replies, strict=True):
+            answer = _judged(prompts[index], reply)
+            if answer.verdict is not None:
+                best[index] = answer
+    return tuple(best)
+
+
+def _judged(prompt: Prompt, reply: Reply) -> Answer:
+    if reply.text is None:  # the chat did not fit: no answer to judge
+        return Answer(prompt, "", None)
+    return Answer(prompt, reply.text, judge(prompt.text, reply.text))
+
+
+# -- inputs -------------------------------------------------------------------
 
 
 def _load_all(suites: Iterable[str | Path | Suite]) -> list[Suite]:
@@ -112,58 +416,32 @@ def _attached(
     return handle
 
 
-def _run(
+def _local(
     llama: SafeLlama,
-    suites: list[Suite],
+    source: Source,
     columns: Mapping[str, dict[AttachedAdapter, float]],
+    gene: AttachedAdapter | None,
     settings: EvalSettings,
-    progress: Progress | None,
-) -> tuple[dict[str, list[Answers]], dict[str, float]]:
-    """Answers by column and suite, and the seconds that each column took."""
-    from ..runtime.engine import Engine
-
-    prompts = [prompt for suite in suites for prompt in suite.prompts]
-    tokens = [llama.render([{"role": "user", "content": prompt.text}]) for prompt in prompts]
-    total, done = len(prompts) * len(columns), 0
-
-    def count(_index: int, _generation: Generation) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    answers: dict[str, list[Answers]] = {}
-    seconds: dict[str, float] = {}
-    with Engine(llama, n_parallel=settings.n_parallel, n_ctx=settings.n_ctx) as engine:
-        for column, scales in columns.items():
-            start = time.perf_counter()
-            made = engine.generate(
-                tokens, max_tokens=settings.max_tokens, adapters=scales, on_done=count
-            )
-            seconds[column] = round(time.perf_counter() - start, 3)
-            answers[column] = _by_suite(llama, suites, made)
-    return answers, seconds
-
-
-def _by_suite(
-    llama: SafeLlama, suites: Iterable[Suite], made: Iterable[Generation]
-) -> list[Answers]:
-    """Judge the generations, which lie in the order of the suites' prompts."""
-    stream = iter(made)
-    return [
-        tuple(
-            _judged(llama, prompt, generation)
-            for prompt, generation in zip(suite.prompts, stream, strict=False)
-        )
-        for suite in suites
-    ]
-
-
-def _judged(llama: SafeLlama, prompt: Prompt, generation: Generation) -> Answer:
-    if generation.finish == "context":  # the prompt did not fit: no answer to judge
-        return Answer(prompt, "", None)
-    completion = llama.text(generation.tokens)
-    return Answer(prompt, completion, judge(prompt.text, completion))
+    journal: Journal,
+    stack: ExitStack,
+) -> LocalModel:
+    base = (source.sha256, settings.n_parallel, settings.n_ctx, _versions())
+    identities = {
+        column: fingerprint(base, sorted((_hash_of(h), scale) for h, scale in scales.items()))
+        for column, scales in columns.items()
+    }
+    content = None if gene is None else gene.content
+    local = LocalModel(
+        llama,
+        columns,
+        identities,
+        max_tokens=settings.max_tokens,
+        n_parallel=settings.n_parallel,
+        n_ctx=settings.n_ctx,
+        journal=journal,
+        openers=content.refusal_openers if isinstance(content, SafetyGene) else (),
+    )
+    return stack.enter_context(local)
 
 
 # -- provenance ---------------------------------------------------------------
@@ -178,6 +456,26 @@ def _source(file: AdapterLike, scale: float | None = None) -> Source:
 
 def _file_of(handle: AttachedAdapter) -> AdapterLike:
     return handle.name if Path(handle.name).is_file() else handle.content
+
+
+def _hash_of(handle: AttachedAdapter) -> str:
+    """A hash of what an adapter does, whether it came from a file or not."""
+    file = _file_of(handle)
+    if not isinstance(file, Adapter):
+        return sha256(file)
+    digest = hashlib.sha256(f"{file.architecture} {file.alpha}".encode())
+    for name, pair in file.pairs.items():
+        digest.update(f"{name} {pair.a.shape} {pair.b.shape} {pair.a.dtype}".encode())
+        digest.update(pair.a.tobytes() + pair.b.tobytes())
+    return digest.hexdigest()
+
+
+def _coefficients(gene: AttachedAdapter | None) -> dict[int, float]:
+    """Layer to coefficient, 1 where nothing was recalibrated; none without a gene."""
+    if gene is None:
+        return {}
+    known = gene.content.coefficients if isinstance(gene.content, SafetyGene) else {}
+    return {layer: known.get(layer, 1.0) for layer in gene.content.layers}
 
 
 def _template_hash(llama: SafeLlama) -> str:

@@ -1,0 +1,231 @@
+"""An OpenAI-compatible server as the model: llama-server, vLLM, Ollama and their like.
+
+Standard library only; the one place of the package that opens a connection, and only to
+the server that the user named: redirects and proxies from the environment are not followed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..errors import SafeGeneError, SettingError
+from .asking import Advance, Chat, Reply
+from .journal import Journal, fingerprint
+
+_RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+_MAX_ANSWER = 8 << 20  # bytes; a chat answer has some kilobytes
+_LONGEST_PAUSE = 30.0
+
+
+class EndpointError(SafeGeneError):
+    """A server cannot be reached, refuses, or answers something else than a chat."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model on a server.
+
+    Attributes:
+        url: where the API is, such as "http://localhost:8080" or ".../v1".
+        model: the name that the server knows it by.
+        api_key_variable: environment variable with the key; none is sent if it is unset.
+        concurrency: requests under way at once.
+        timeout: seconds for one request.
+        retries: further tries after a busy or failing server.
+        pause: seconds before the second try; doubled for each one after.
+    """
+
+    url: str
+    model: str
+    api_key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 120.0
+    retries: int = 5
+    pause: float = 0.5
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingError(f"'{self.url}' is no address of a server", "Give http://HOST:PORT")
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
+            raise SettingError("concurrency, timeout or retries make no sense")
+
+    @property
+    def name(self) -> str:
+        """For reports: the model and its host, without credentials."""
+        parts = urlsplit(self.url)
+        port = f":{parts.port}" if parts.port else ""
+        return f"{self.model} at {parts.hostname}{port}"
+
+    @property
+    def path(self) -> str:
+        """The path of the chat API; "/v1" is added where the URL has no path."""
+        path = urlsplit(self.url).path.rstrip("/").removesuffix("/chat/completions")
+        return f"{path or '/v1'}/chat/completions"
+
+
+class Endpoint:
+    """Chats sent to one or two served models; an `Asker`."""
+
+    def __init__(
+        self, before: Served, after: Served | None, max_tokens: int, journal: Journal
+    ) -> None:
+        self.served = {"before": before, **({} if after is None else {"after": after})}
+        self.max_tokens, self.journal = max_tokens, journal
+        self._connections = _Connections()
+        self._stop = threading.Event()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.served)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connections.close()
+
+    def ask(
+        self, column: str, chats: Sequence[Chat], advance: Advance | None = None
+    ) -> list[Reply]:
+        """Answers at temperature 0; each is in the journal as soon as it is there.
+
+        Raises:
+            EndpointError: names the server and what it said.
+        """
+        served = self.served[column]
+        keys = [
+            fingerprint("served", served.url, served.model, self.max_tokens, chat.messages)
+            for chat in chats
+        ]
+        missing = {
+            key: chat for key, chat in zip(keys, chats, strict=True) if key not in self.journal
+        }
+        for _ in range(len(chats) - len(missing) if advance is not None else 0):
+            assert advance is not None
+            advance()
+
+        def work(item: tuple[str, Chat]) -> None:
+            if not self._stop.is_set():
+                self.journal.put(item[0], self._answer(served, item[1]))
+
+        with ThreadPoolExecutor(served.concurrency) as pool:
+            try:
+                for _ in pool.map(work, missing.items()):
+                    if advance is not None:
+                        advance()
+            except BaseException:
+                self._stop.set()  # what waits is not sent; what is under way ends
+                raise
+        return [Reply(self.journal[key]) for key in keys]
+
+    def _answer(self, served: Served, chat: Chat) -> str | None:
+        body = {
+            "model": served.model,
+            "messages": chat.as_dicts(),
+            "max_tokens": self.max_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
+        pause = served.pause
+        for attempt in range(served.retries + 1):
+            status, headers, text = self._send(served, body)
+            if status == 200:
+                return _content(served, text)
+            if status == 400 and "context" in text.lower():
+                return None  # too long for the server's context: unscored
+            if status not in _RETRIED and status != 0:
+                raise EndpointError(
+                    f"{served.url}: answered {status}: {text[:200]}", _remedy(served, status)
+                )
+            if attempt < served.retries:
+                self._stop.wait(_pause(headers, pause))
+                pause = min(2 * pause, _LONGEST_PAUSE)
+        what = f"answered {status}: {text[:200]}" if status else text
+        raise EndpointError(
+            f"{served.url}: {what}, {served.retries + 1} times",
+            "See whether the server runs; what is done is kept, run the command again to go on",
+        )
+
+    def _send(self, served: Served, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and text; status 0 where there was no answer."""
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key := os.environ.get(served.api_key_variable):
+            headers["Authorization"] = f"Bearer {key}"
+        connection = self._connections.get(served)
+        try:
+            connection.request("POST", served.path, json.dumps(body).encode(), headers)
+            answer = connection.getresponse()
+            data = answer.read(_MAX_ANSWER)
+        except (OSError, http.client.HTTPException) as error:
+            self._connections.drop(served)
+            return 0, {}, f"cannot be reached ({error or type(error).__name__})"
+        if answer.will_close or len(data) == _MAX_ANSWER:
+            self._connections.drop(served)
+        found = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, found, data.decode("utf-8", "replace")
+
+
+class _Connections:
+    """One open connection a thread and server, kept alive between requests."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._all: list[http.client.HTTPConnection] = []
+
+    def get(self, served: Served) -> http.client.HTTPConnection:
+        own: dict[str, http.client.HTTPConnection] = self._local.__dict__
+        if served.url not in own:
+            parts = urlsplit(served.url)
+            kind: Callable[..., http.client.HTTPConnection] = (
+                http.client.HTTPSConnection
+                if parts.scheme == "https"
+                else http.client.HTTPConnection
+            )
+            own[served.url] = kind(parts.hostname, parts.port, timeout=served.timeout)
+            self._all.append(own[served.url])
+        return own[served.url]
+
+    def drop(self, served: Served) -> None:
+        connection = self._local.__dict__.pop(served.url, None)
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        for connection in self._all:
+            connection.close()
+
+
+def _content(served: Served, text: str) -> str:
+    try:
+        content = json.loads(text)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise EndpointError(
+            f"{served.url}: answered no chat completion: {text[:200]}",
+            "Give the address of an OpenAI-compatible API, such as http://localhost:8080/v1",
+        ) from error
+    return content if isinstance(content, str) else ""  # null: the model said nothing
+
+
+def _pause(headers: Mapping[str, str], otherwise: float) -> float:
+    """The server's own wish in seconds (RFC 9110, Retry-After), where it gives a number."""
+    try:
+        return min(max(float(headers.get("retry-after", "")), 0.0), _LONGEST_PAUSE)
+    except ValueError:
+        return otherwise
+
+
+def _remedy(served: Served, status: int) -> str:
+    if status in (401, 403):
+        return f"Put the key into the environment variable {served.api_key_variable}"
+    if status == 404:
+        return f"Check the address and whether the server has a model '{served.model}'"
+    return ""
