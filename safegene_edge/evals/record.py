@@ -27,8 +27,8 @@ _JUDGE_CODE = ("judge.py", "normalise.py", "phrases.py")
 LIMITS = (
     "Answers are judged by rules on their opening; the intervals do not hold the judge's own "
     "mistakes.",
-    "Prompts are single turns without a system prompt; tools, images, long conversations and "
-    "an application's own filters were not tested.",
+    "But for attacks, prompts are single turns without a system prompt; tools, images, long "
+    "conversations and an application's own filters were not tested.",
     "Truthfulness, bias, privacy, security and fitness for a task were not measured.",
     "The suites sample known hazards; passing them does not show that the model is safe.",
 )

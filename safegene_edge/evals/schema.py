@@ -78,8 +78,12 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)  # which Python takes for 0 or 1, and JSON does not
+
+
 def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
+    if _is_bool(value):
         return kind == "boolean"
     if kind == "integer" and isinstance(value, float):
         return value.is_integer()
@@ -93,7 +97,7 @@ def _type(value: Any, wanted: Any, place: str, _: Schema) -> Iterator[str]:
 
 
 def _enum(value: Any, wanted: Any, place: str, _: Schema) -> Iterator[str]:
-    if value not in wanted:
+    if not any(value == item and _is_bool(value) == _is_bool(item) for item in wanted):
         yield _says(place, f"is {_brief(value)}, not {' or '.join(map(_brief, wanted))}")
 
 

@@ -1,0 +1,127 @@
+"""`report`: check, show and compare the reports that `eval --json` wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..evals.compare import Comparison
+
+_REPORT = click.argument("report", metavar="REPORT.json", type=click.Path())
+
+
+@click.group("report")
+def report_group() -> None:
+    """Check, show and compare reports that `eval --json` wrote."""
+
+
+@report_group.command()
+@_REPORT
+@click.option("--model", metavar="MODEL.gguf", help="Hold this file against the report's model.")
+@click.option("--gene", metavar="GENE.gguf", help="Hold this file against the report's gene.")
+@click.option("--adapter", multiple=True, metavar="TASK.gguf", help="May be repeated.")
+@click.option("--suite", multiple=True, metavar="FILE", help="A suite of your own; repeatable.")
+def verify(
+    report: str,
+    model: str | None,
+    gene: str | None,
+    adapter: tuple[str, ...],
+    suite: tuple[str, ...],
+) -> None:
+    """Recompute the hashes; exit with 2 where one differs.
+
+    The report's own content and the built-in suites are always checked, files where they are
+    given. This finds mistakes and later changes; it is no proof against whoever can write a
+    new hash into the report, too.
+    """
+    from ..evals import record
+    from ..evals.schema import read_report
+
+    checks = record.verify(
+        read_report(report), model=model, gene=gene, adapters=adapter, suites=suite
+    )
+    for check in checks:
+        click.echo(str(check))
+    if fault := record.failed(checks):
+        raise fault
+
+
+@report_group.command()
+@_REPORT
+@click.option("-o", "--output", required=True, metavar="FILE", help="Ends in .html or .md.")
+def render(report: str, output: str) -> None:
+    """Show a report as one HTML file, or as Markdown."""
+    from ..evals.html import render_html
+    from ..evals.markdown import render_markdown
+    from ..evals.schema import read_report
+    from ..gguf_file import check_output, write_text
+
+    makers = {".html": render_html, ".htm": render_html, ".md": render_markdown}
+    make = makers.get(Path(output).suffix.lower())
+    if make is None:
+        raise click.UsageError(f"{output} ends in none of {', '.join(makers)}")
+    check_output(output, [report])
+    write_text(output, make(read_report(report)), [report])
+    click.echo(f"{output}: written", err=True)
+
+
+@report_group.command()
+@_REPORT
+@click.option("-o", "--output", metavar="FILE", help="Ends in .json or .md; else JSON on stdout.")
+def record(report: str, output: str | None) -> None:
+    """Extract the safety record: what was tested, with what, how, and what that leaves out."""
+    from ..evals.markdown import render_record
+    from ..evals.record import safety_record
+    from ..evals.schema import read_report
+    from ..gguf_file import write_text
+
+    suffix = Path(output).suffix.lower() if output else ".json"
+    if suffix not in (".json", ".md"):
+        raise click.UsageError(f"{output} ends neither in .json nor in .md")
+    facts = read_report(report)
+    text = render_record(facts) if suffix == ".md" else _json(safety_record(facts))
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        write_text(output, text, [report])
+        click.echo(f"{output}: written", err=True)
+
+
+@report_group.command()
+@click.argument("first", metavar="A.json", type=click.Path())
+@click.argument("second", metavar="B.json", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(first: str, second: str, as_json: bool) -> None:
+    """Compare two runs suite by suite, and say where they cannot be compared."""
+    from ..evals.compare import compare as run
+    from ..evals.schema import read_report
+
+    found = run(read_report(first), read_report(second))
+    click.echo(_json(found.to_json()) if as_json else _lines(found), nl=not as_json)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _lines(found: Comparison) -> str:
+    from ..evals.findings import p_value, signed
+
+    lines = [f"not comparable: {text}" for text in found.obstacles]
+    lines += [f"note: {text}" for text in found.notes]
+    for row in found.rows:
+        lines.append(f"{row.suite}, {row.column}, {row.outcome}: {row.a} → {row.b}")
+        if row.paired is not None and row.p is not None and row.paired.difference is not None:
+            low, high = row.paired.interval()
+            lines.append(
+                f"  {signed(row.paired.difference)} points "
+                f"(95 % interval {signed(low)} to {signed(high)}), "
+                f"McNemar {p_value(row.p)}, n = {row.paired.n}"
+            )
+        elif row.reason not in found.obstacles:
+            lines.append(f"  not paired: {row.reason}")
+    return "\n".join(lines)

@@ -1,0 +1,165 @@
+"""Two reports beside each other, and whether they may be compared at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from . import findings
+from .findings import COLUMNS, MEASURE, Json
+from .statistics import Count, Paired, mcnemar
+
+# Settings that make two runs' figures mean the same; others may only move a few verdicts.
+_SAME_MEANING = ("max_tokens",)
+_SUBJECT = ("gene_scale", "include_completions")  # what one compares, or does not measure
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One suite's measure in one column of both reports.
+
+    `paired` is None where the prompts cannot be matched; `reason` then says why.
+    """
+
+    suite: str
+    column: str
+    outcome: str
+    a: Count
+    b: Count
+    paired: Paired | None
+    reason: str = ""
+
+    @property
+    def p(self) -> float | None:
+        """McNemar's mid-p; None without pairs."""
+        pairs = self.paired
+        return None if pairs is None else mcnemar(pairs.only_before, pairs.only_after)[1]
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and where prompts could be matched the paired test, as JSON values."""
+        pairs = self.paired
+        found = asdict(self) | {"mcnemar_mid_p": self.p}
+        if pairs is not None:
+            found["paired"] |= {
+                "difference": pairs.difference,
+                "interval": list(pairs.interval()),
+            }
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two reports say of the same suites.
+
+    Attributes:
+        obstacles: why their figures cannot be compared; empty where they can.
+        notes: what else differs, and may explain a difference.
+    """
+
+    obstacles: tuple[str, ...]
+    notes: tuple[str, ...]
+    rows: tuple[Compared, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "comparable": not self.obstacles,
+            "obstacles": list(self.obstacles),
+            "notes": list(self.notes),
+            "suites": [row.to_json() for row in self.rows],
+        }
+
+
+def compare(a: Json, b: Json) -> Comparison:
+    """Hold report `b` against report `a`, suite by suite and column by column."""
+    theirs = {suite["name"]: suite for suite in b["suites"]}
+    shared = [(suite, theirs[suite["name"]]) for suite in a["suites"] if suite["name"] in theirs]
+    general = list(_general(a, b))
+    own = {ours["name"]: _other_prompts(ours, other) for ours, other in shared}
+    rows = [
+        _compared(ours, other, column, [*general, *own[ours["name"]]])
+        for ours, other in shared
+        if ours["kind"] == other["kind"]
+        for column in COLUMNS
+        if column in ours and column in other
+    ]
+    obstacles = [*general, *(text for texts in own.values() for text in texts)]
+    if not shared:
+        obstacles.append("the reports share no suite")
+    return Comparison(tuple(obstacles), tuple(_notes(a, b, shared)), tuple(rows))
+
+
+def _other_prompts(a: Json, b: Json) -> list[str]:
+    same = (a["kind"], a["sha256"]) == (b["kind"], b["sha256"])
+    return [] if same else [f"the suite {a['name']} holds other prompts"]
+
+
+def _general(a: Json, b: Json) -> Iterable[str]:
+    """What stands between all suites of two reports."""
+    if _judge(a) != _judge(b):
+        yield "the judges differ, or a report does not name its judge"
+    for name in _SAME_MEANING:
+        if a["settings"].get(name) != b["settings"].get(name):
+            yield _setting(name, a, b)
+
+
+def _judge(report: Json) -> Any:
+    """The judge's hash; a value of its own where there is none, since unknown is not equal."""
+    judge = (report.get("record") or {}).get("judge")
+    return judge["sha256"] if judge else object()
+
+
+def _setting(name: str, a: Json, b: Json) -> str:
+    values = [findings.plain(report["settings"].get(name)) for report in (a, b)]
+    return f"{name} is {values[0]} in the first and {values[1]} in the second"
+
+
+def _notes(a: Json, b: Json, shared: Sequence[tuple[Json, Json]]) -> Iterable[str]:
+    for what in ("model", "gene"):
+        if _hash(a[what]) != _hash(b[what]):
+            yield f"the {what}s differ: {_named(a[what])} and {_named(b[what])}"
+    if a["adapters"] != b["adapters"]:
+        yield "the adapters differ"
+    if a["chat_template_sha256"] != b["chat_template_sha256"]:
+        yield "the chat templates differ"
+    for name in sorted({*a["settings"], *b["settings"]} - {*_SAME_MEANING, *_SUBJECT}):
+        if a["settings"].get(name) != b["settings"].get(name):
+            yield _setting(name, a, b)
+    if (a.get("versions") or {}) != (b.get("versions") or {}):
+        yield "they were made by other versions"
+    names = {suite["name"] for suite, _ in shared}
+    alone = [s["name"] for report in (a, b) for s in report["suites"] if s["name"] not in names]
+    if alone:
+        yield f"only one of them has {', '.join(alone)}"
+
+
+def _hash(source: Json | None) -> Any:
+    return source and (source["sha256"], source.get("scale"))
+
+
+def _named(source: Json | None) -> str:
+    if source is None:
+        return "none"
+    return f"{source['name']} {findings.artifact_detail(source)}".strip()
+
+
+def _compared(a: Json, b: Json, column: str, obstacles: Sequence[str]) -> Compared:
+    outcome, labels = MEASURE[a["kind"]]
+    paired, reason = None, obstacles[0] if obstacles else ""
+    if not reason:
+        paired, reason = _paired(a, b, column, labels)
+    counts = [findings.count(suite[column], labels) for suite in (a, b)]
+    return Compared(a["name"], column, outcome, counts[0], counts[1], paired, reason)
+
+
+def _paired(a: Json, b: Json, column: str, labels: findings.Labels) -> tuple[Paired | None, str]:
+    """The outcome of the prompts that both reports judged."""
+    ours, theirs = (
+        {prompt["id"]: prompt.get(column) for prompt in suite.get("prompts") or ()}
+        for suite in (a, b)
+    )
+    if not ours or ours.keys() != theirs.keys():
+        return None, "the reports do not hold the same prompts' labels"
+    judged = [name for name in ours if ours[name] is not None and theirs[name] is not None]
+    first, second = ([side[name] in labels for name in judged] for side in (ours, theirs))
+    return Paired.of(first, second), ""
