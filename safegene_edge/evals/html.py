@@ -95,13 +95,17 @@ def _count(count: Count | None) -> Markup:
     if count is None:
         return tag("td", "–")
     n, _, rest = str(count).partition(" ")
-    interval = join(" ", tag("span", rest)) if rest else None
-    return tag("td", tag("b", n), interval, class_="count")
+    share, comma, interval = rest.partition(", ")
+    spans = [" ", tag("span", share, comma.strip()), " ", tag("span", interval)] if rest else None
+    return tag("td", tag("b", n), spans, class_="count")
 
 
 def _table(caption: str, head: Sequence[str], rows: Iterable[Node], hidden: bool = True) -> Markup:
     """A table that scrolls in its own place where it is too wide, by keyboard, too."""
-    cells = [tag("th", title, scope="col") for title in head]
+    cells = [
+        tag("th", title, scope="col", class_="number" if title == CHANGE else None)
+        for title in head
+    ]
     table = tag(
         "table",
         tag("caption", caption, class_="unseen" if hidden else None),
@@ -109,7 +113,7 @@ def _table(caption: str, head: Sequence[str], rows: Iterable[Node], hidden: bool
         *rows,
     )
     return tag(
-        "div", table, class_="scroll", tabindex="0", role="region", aria_label=f"Table: {caption}"
+        "div", table, class_="scroll", tabindex="0", role="group", aria_label=f"Table: {caption}"
     )
 
 

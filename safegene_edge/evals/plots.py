@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .findings import Row
+from .findings import Row, shortened
 from .markup import Markup, escape, join, tag
 from .statistics import Count, percent
 
 _TICKS = (0, 25, 50, 75, 100)
 _RADIUS = 5
+_LABEL = 28  # letters that leave room for the figures on a telephone
 _TOP, _ROW = 24, 54  # of the interval plot: its scale, then its rows
 
 
@@ -85,7 +86,9 @@ def _interval_row(row: Row, top: float) -> Markup:
         for index, (count, class_) in enumerate(zip(row.counts, ("before", "after"), strict=False))
     ]
     return join(
-        _text(0, top + 18, row.name, "label"), _text(100, top + 18, shown, "value", "end"), *marks
+        _text(0, top + 18, shortened(row.name, _LABEL), "label"),
+        _text(100, top + 18, shown, "value", "end"),
+        *marks,
     )
 
 
