@@ -109,13 +109,18 @@ class Endpoint:
         missing = {
             key: chat for key, chat in zip(keys, chats, strict=True) if key not in self.journal
         }
-        for _ in range(len(chats) - len(missing) if advance is not None else 0):
-            assert advance is not None
-            advance()
+        if advance is not None:
+            for _ in range(len(chats) - len(missing)):
+                advance()
 
         def work(item: tuple[str, Chat]) -> None:
-            if not self._stop.is_set():
+            if self._stop.is_set():
+                return
+            try:
                 self.journal.put(item[0], self._answer(served, item[1]))
+            except BaseException:
+                self._stop.set()  # what waits is not sent; what is under way ends
+                raise
 
         with ThreadPoolExecutor(served.concurrency) as pool:
             try:
@@ -123,7 +128,7 @@ class Endpoint:
                     if advance is not None:
                         advance()
             except BaseException:
-                self._stop.set()  # what waits is not sent; what is under way ends
+                self._stop.set()  # an interruption, too
                 raise
         return [Reply(self.journal[key]) for key in keys]
 
