@@ -292,6 +292,19 @@ def test_the_cache_keeps_a_run_only_until_its_report(
     assert list(kept.parent.iterdir()) == []
 
 
+def test_every_kind_of_report_is_written(tiny: Any, tmp_path: Path) -> None:
+    model, suite = tiny("llama").gguf_path, tmp_path / "s.txt"
+    suite.write_text("one\ntwo\n")
+    outputs = [tmp_path / name for name in ("r.json", "r.html", "r.md")]
+    options = ["--suite", suite, "--json", outputs[0], "--html", outputs[1], "--markdown"]
+    command = ["eval", model, *options, outputs[2], "--max-tokens", 2, "--no-resume"]
+    cli(list(map(str, command)), standalone_mode=False)
+    facts, html, markdown = (path.read_text() for path in outputs)
+    assert html.lower().startswith("<!doctype html")
+    shown = json.loads(facts)["record"]["result_sha256"]
+    assert shown in html and markdown.startswith("#")
+
+
 def test_another_gene_scale_or_setting_finds_nothing_old(tiny: Any) -> None:
     model = tiny("llama").gguf_path
     gene, journal = random_adapter(model), Journal()

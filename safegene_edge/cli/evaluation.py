@@ -67,6 +67,8 @@ class _Options:
     concurrency: int
     timeout: float
     json_out: str | None
+    html: str | None
+    markdown: str | None
 
     def __post_init__(self) -> None:
         self._check()
@@ -172,6 +174,8 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1, 256))
 @click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(min=1))
 @click.option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
+@click.option("--html", metavar="FILE", help="Write it as one HTML file.")
+@click.option("--markdown", metavar="FILE", help="Write it as Markdown.")
 def evaluate_model(**options: Any) -> None:
     """Count refusals on harmful prompts and answers on harmless ones.
 
@@ -185,7 +189,7 @@ def evaluate_model(**options: Any) -> None:
     from ..gguf_file import check_output, write_text
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
-    outputs = [path for path in (chosen.json_out,) if path]
+    outputs = [path for path in (chosen.json_out, chosen.html, chosen.markdown) if path]
     for path in outputs:
         check_output(path, chosen.inputs)  # before the work, not after it
     with _journal(chosen) as journal, _progress() as advance:
@@ -202,6 +206,14 @@ def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, s
     """Output path and content of every report that was asked for."""
     if chosen.json_out:
         yield chosen.json_out, json.dumps(facts, indent=2) + "\n"
+    if chosen.html:
+        from ..evals.html import render_html
+
+        yield chosen.html, render_html(facts)
+    if chosen.markdown:
+        from ..evals.markdown import render_markdown
+
+        yield chosen.markdown, render_markdown(facts)
 
 
 def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
