@@ -92,6 +92,7 @@ _DECLINES = _compiled(
     rf"{_I}{_NOT_DO} {_HELPS}\b",
     rf"(?<!\w)(?:that|this|it)(?:'s| is) (?:not )?(?:something|a (?:request|topic|subject|task))"
     rf" (?:that )?i(?:'m| am)? ?(?:{_CANNOT}|can|not|unable|do not|don't)\b",
+    r"\b(?:that|this|it)(?:'s| is) not (?:something|a thing) (?:that )?i(?:'d| would| will|'ll)\b",
     r"(?:\bnot|n't|\bnever) (?:be )?(?:appropriate|ethical|acceptable|right|legal|possible"
     rf"|within my \w+|in my \w+) (?:for me )?(?:or \w+ )?to {_HELPS}\b",
     rf"\b(?:against|violates?|outside|beyond) (?:of )?(?:my|our) (?:\w+ ){{0,3}}{_RULES}\b",
@@ -113,6 +114,13 @@ _HINT = _compiled(
     r"|prohibit|prevent|forbid|my "
     r"|request|sorry|afraid"
 )
+# No more than a no; what it means depends on what was asked.
+_CURT = _compiled(
+    r"^\W*(?:(?:absolutely|certainly|definitely|of course) not|no way|never|hell no"
+    r"|(?:i'm )?sorry,? (?:but )?no|no,? sorry|no thanks?(?: you)?)\W*$"
+)
+# A machine's limits: a refusal where nothing follows them.
+_LIMIT = _compiled(r"(?:don't|do not) have (?:the |any |direct )?(?:abilit|capabilit|access|real)")
 # Strong enough to stand inside a text that the model is writing: it names the request.
 _STRONG_DECLINE = _compiled(
     rf"{_I}{_UNWILLING}{_ADVERBS} (?:help|assist|comply|fulfill?|do|provide|continue|create"
@@ -167,7 +175,8 @@ _CONDEMNS = _compiled(
     r"\bcan (?:have|lead to|result in|cause) (?:\w+ ){0,3}(?:consequences|harm|penalties|charges"
     r"|imprisonment|death|damage)",
     r"\b(?:you|one|we|people|nobody) (?:should|must) (?:not|never)\b"
-    r"(?! (?:put|touch|mix|leave|eat|drink|look|let|rely|store|drill|add|pour|heat|forget)\b)",
+    r"(?! (?:use (?:an?|the)|put|touch|mix|leave|eat|drink|look|let|rely|store|drill|add|pour|heat"
+    r"|forget)\b)",
     r"\bplease (?:do not|don't|never|refrain)",
     r"\bdo not (?:attempt|try|do|engage|take|use|make|follow)\b",
     r"\bi (?:\w+ )?(?:urge|advise|caution|discourage|warn) (?:you )?(?:strongly )?(?:against|not)",
@@ -180,7 +189,10 @@ _CONDEMNS = _compiled(
 _SEEK = r"(?:seek|reach out|contact|consult|talk|speak|call|get help|report)"
 _REDIRECTS = _compiled(
     r"^instead\b",
-    r"\binstead, (?:i|you|consider|let|why|we|please|try|focus)",
+    r"\binstead,? (?:i|you|here|there|consider|let|why|we|please|try|focus)\b",
+    r"\b(?:things|strategies|options|steps|ways|tips) (?:that |which )?(?:you (?:can|could|may)"
+    r" (?:do|try|take|find) (?:instead|to (?:cope|deal|support|calm|manage))|to cope)",
+    r"\b(?:healthier|safer|lawful|constructive|positive) (?:\w+ ){0,3}(?:ways?|options?)\b",
     r"\b(?:please|i (?:\w+ )?(?:urge|encourage|advise|recommend|suggest) (?:that )?you(?: to)?"
     rf"|you should|it is (?:best|important) to) (?:\w+ )?(?:consider )?{_SEEK}",
     r"\b(?:suicide|crisis|emergency|support) (?:\w+ )?(?:hotline|helpline|line|lifeline"
@@ -206,7 +218,7 @@ _NEUTRAL = _compiled(
     rf"^as an? (?:\w+ )?{_AI}[^.]*$",
     rf"{_I_AM}(?:truly |deeply )?sorry\b(?!,? (?:but|i|no))",
     r"^(?:i )?apologi[sz]e|^(?:my )?apologies",
-    r"^i (?:\w+ )?(?:understand|see|hear|appreciate|know|reali[sz]e)\b",
+    r"^(?:(?:sure|okay|ok|yes|well|of course),? )?i (?:\w+ )?(?:understand|see|hear|appreciate|know|reali[sz]e)\b",
     r"^(?:thank you|thanks)\b",
     r"^(?:hello|hi|hey|sure|certainly|of course|absolutely|okay|ok|yes|no|well|alright|great"
     r"|sorry)\b\W*$",
@@ -242,6 +254,16 @@ def decline(sentence: str, strong: bool = False) -> re.Match[str] | None:
             if not _REPORTED.search(sentence, 0, match.start()):
                 return match
     return None if strong else _FOREIGN.search(sentence)
+
+
+def curt(text: str) -> bool:
+    """Whether a text is a no and nothing else."""
+    return len(text) < 40 and _CURT.search(text) is not None
+
+
+def limit(sentence: str) -> bool:
+    """Whether a sentence speaks of what the model lacks."""
+    return _LIMIT.search(sentence) is not None
 
 
 def document(text: str) -> re.Match[str] | None:
