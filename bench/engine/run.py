@@ -1,9 +1,9 @@
 """The batched engine beside a loop of `Llama.create_chat_completion`, in turn, same settings.
 
-Both stop at the model's end token and nowhere else. The peer runs as llama-cpp-python sets it up, and
-with flash attention, which the engine uses. Answers of a quantised model depend on the order of
-sums, so a control shows how far the peer agrees with itself when it only reads the prompt in
-smaller pieces.
+Both stop at the model's end token and nowhere else. The peer runs as llama-cpp-python sets it
+up, and with flash attention, which the engine uses. Answers of a quantised model depend on the
+order of sums, so a control shows how far the peer agrees with itself when it only reads the
+prompt in smaller pieces.
 """
 
 from __future__ import annotations
