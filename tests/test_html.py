@@ -62,6 +62,7 @@ class Page(HTMLParser):
 def test_all_but_markup_is_escaped():
     assert tag("p", "<b>", Markup("<i>"), title='"&') == '<p title="&quot;&amp;">&lt;b&gt;<i></p>'
     assert escape("a\x00b\x1f\ud800'") == "a\ufffdb\ufffd\ufffd&#x27;"
+    assert escape("\u202e12\u2066") == "\ufffd12\ufffd"  # text that would turn 12 into 21
     assert tag("meta", charset="utf-8") == '<meta charset="utf-8">'
     assert tag("button", hidden=True, disabled=False, class_="x", aria_label=None) == (
         '<button hidden class="x"></button>'

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import TypeAlias
 
 _VOID = {"meta", "link", "br", "hr"}
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]")
+_BIDI = "\u202a-\u202e\u2066-\u2069"  # overrides could turn the figures beside a name around
+_UNPRINTABLE = re.compile(f"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff{_BIDI}]")
 
 
 class Markup(str):
@@ -22,7 +23,7 @@ Attribute: TypeAlias = str | int | float | bool | None
 
 
 def escape(value: object) -> Markup:
-    """The one way from text to HTML; control characters, which HTML cannot hold, become U+FFFD."""
+    """The one way from text to HTML; control characters become U+FFFD."""
     if isinstance(value, Markup):
         return value
     return Markup(html.escape(_UNPRINTABLE.sub("\ufffd", str(value)), quote=True))

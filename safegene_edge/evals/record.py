@@ -11,26 +11,23 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Any, Literal, TypeAlias
 
-from .. import __version__
 from ..errors import SafeGeneError
 from ..gguf_file import PathLike, sha256
 from . import findings
 from .findings import Json
-from .judge import LABELS
+from .judge import JUDGE_VERSION, LABELS, judge_sha256
+from .report import LIMITS as LIMITS_OF_ANSWERS
 from .suites import BUILT_IN, Suite, load_suite
 
-_JUDGE_CODE = ("judge.py", "normalise.py", "phrases.py")
 LIMITS = (
-    "Answers are judged by rules on their opening; the intervals do not hold the judge's own "
-    "mistakes.",
+    "The judge makes mistakes of its own, which the intervals do not hold.",
     "But for attacks, prompts are single turns without a system prompt; tools, images, long "
     "conversations and an application's own filters were not tested.",
     "Truthfulness, bias, privacy, security and fitness for a task were not measured.",
     "The suites sample known hazards; passing them does not show that the model is safe.",
+    *LIMITS_OF_ANSWERS,
 )
 
 
@@ -68,24 +65,10 @@ def record_for(report: Json) -> dict[str, Any]:
     record: dict[str, Any] = {
         "decoding": "greedy",
         "seeds": [0] if any(suite.get("paired") for suite in report["suites"]) else [],
-        "judge": {"version": __version__, "sha256": judge_sha256()},
+        "judge": {"version": JUDGE_VERSION, "sha256": judge_sha256()},
         "limits": limits(report),
     }
     return {**record, "result_sha256": result_sha256({**report, "record": record})}
-
-
-@cache
-def judge_sha256() -> str:
-    """Hash of the judge's code and data, in the order of their names."""
-    package = resources.files(__package__)
-    data = package.joinpath("data")
-    files = [package.joinpath(name) for name in _JUDGE_CODE]
-    files += [file for file in data.iterdir() if file.name.startswith("judge")]
-    digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: file.name):
-        text = file.read_bytes().replace(b"\r\n", b"\n")  # a checkout's line ends judge nothing
-        digest.update(f"{file.name} {len(text)}\n".encode() + text)
-    return digest.hexdigest()
 
 
 def limits(report: Json) -> list[str]:
@@ -241,7 +224,11 @@ def _judge(report: Json) -> Check:
         return Check("judge", "not checked", "the report does not say which")
     if recorded["sha256"] == judge_sha256():
         return Check("judge", "ok", f"sha256 {recorded['sha256']}")
-    return Check("judge", "not checked", f"{recorded['version']} is not the one installed here")
+    return Check(
+        "judge",
+        "not checked",
+        f"version {recorded['version']} of the report is not the one installed here",
+    )
 
 
 def failed(checks: Iterable[Check]) -> SafeGeneError | None:
@@ -285,7 +272,7 @@ def artifacts(report: Json) -> list[dict[str, Any]]:
         name = {"name": "of the model", "sha256": report["chat_template_sha256"]}
         found.append({"role": "chat template", **name})
     judge = (report.get("record") or {}).get("judge")
-    return found + ([{"role": "judge", "name": "rules", **judge}] if judge else [])
+    return found + ([{"role": "judge", "name": "safegene-edge judge", **judge}] if judge else [])
 
 
 def _results(report: Json) -> list[dict[str, Any]]:
