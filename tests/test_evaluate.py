@@ -305,6 +305,28 @@ def test_every_kind_of_report_is_written(tiny: Any, tmp_path: Path) -> None:
     assert shown in html and markdown.startswith("#")
 
 
+@pytest.mark.parametrize(
+    ("flag", "n_attacks", "costs"),
+    [("--quick", 3, {"KL divergence"}), ("--full", 14, {"KL divergence"})],
+)
+def test_quick_and_full_choose_what_the_user_did_not(
+    tiny: Any, tmp_path: Path, flag: str, n_attacks: int, costs: set[str]
+) -> None:
+    model, gene, out = tiny("llama").gguf_path, tmp_path / "gene.gguf", tmp_path / "r.json"
+    random_adapter(model).save(gene)
+    command = ["eval", model, "--gene", gene, flag, "--limit", 2, "--attack-limit", 1]
+    command += ["--max-tokens", 2, "--json", out, "--no-resume"]
+    cli(list(map(str, command)), standalone_mode=False)
+    facts = json.loads(out.read_text())
+    assert list(check(facts)) == []
+    settings = facts["settings"]
+    assert (settings["limit"], settings["attack_limit"], settings["max_tokens"]) == (2, 1, 2)
+    assert len(facts["attacks"]) == n_attacks
+    assert costs <= {cost["name"] for cost in facts["costs"]}
+    names = [suite["name"] for suite in facts["suites"]]
+    assert ("languages" in names) == ("before" in facts["times"]["speed"]) == (flag == "--full")
+
+
 def test_another_gene_scale_or_setting_finds_nothing_old(tiny: Any) -> None:
     model = tiny("llama").gguf_path
     gene, journal = random_adapter(model), Journal()

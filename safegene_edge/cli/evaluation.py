@@ -76,7 +76,8 @@ class _Options:
         if self.endpoint:
             chosen = _for_a_server(chosen)
         for name, value in {**_FALLBACK, **chosen}.items():
-            if not getattr(self, name) and getattr(self, name) != 0:
+            current = getattr(self, name)
+            if current is None or current is False or current == ():  # 0 is a choice
                 setattr(self, name, value)
 
     def _check(self) -> None:
