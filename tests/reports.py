@@ -135,6 +135,15 @@ def large() -> dict[str, Any]:
                     "note": "mean over the answers' first 16 tokens",
                 },
                 {
+                    "name": "accuracy, news",
+                    "unit": "share",
+                    "before": 0.8,
+                    "after": 0.79,
+                    "n": 100,
+                    "interval": [-0.04, 0.02],
+                    "note": "higher is better",
+                },
+                {
                     "name": "perplexity",
                     "unit": "",
                     "before": 18.42,

@@ -136,6 +136,14 @@ def test_the_record_is_in_both():
         assert "The suites sample known hazards" in text
 
 
+def test_costs_that_are_shares_read_as_shares():
+    cells = ["80 %", "79 %", f"{findings.MINUS}4.0 to +2.0", "100", "higher is better"]
+    shown = Page(render_html(reports.large())).cells
+    place = shown.index("accuracy, news")
+    assert shown[place + 1 : place + 6] == cells
+    assert f"| accuracy, news | {' | '.join(cells)} |" in render_markdown(reports.large())
+
+
 # -- parts that are missing ---------------------------------------------------
 
 OPTIONAL = ("attacks", "costs", "coefficients", "record", "times", "versions")

@@ -393,13 +393,24 @@ def plain(value: object) -> str:
     return str(value)
 
 
+COST_HEADINGS = ("Cost", *HEADINGS.values(), "95 % interval of the effect", "Items", "Note")
+
+
 def cost_cells(cost: Json) -> list[str]:
-    """A cost without and with the gene, its interval, its prompts, its note."""
-    unit = f" {cost['unit']}" if cost.get("unit") else ""
-    values = ["–" if cost[c] is None else plain(cost[c]) + unit for c in COLUMNS]
+    """A cost without and with the gene, the interval of its effect, its items, its note."""
+    share = cost.get("unit") == "share"
+    unit = f" {cost['unit']}" if cost.get("unit") and not share else ""
+
+    def shown(value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{percent(value)} %" if share else plain(value) + unit
+
     interval = cost.get("interval")
-    values.append("–" if interval is None else " to ".join(map(plain, interval)))
-    return [*values, plain(cost.get("n")), str(cost.get("note", ""))]
+    effect = signed if share and cost["after"] is not None else shown
+    between = "–" if interval is None else " to ".join(map(effect, interval))
+    values = [shown(cost[column]) for column in COLUMNS]
+    return [*values, between, plain(cost.get("n")), str(cost.get("note", ""))]
 
 
 def artifact_detail(item: Json) -> str:

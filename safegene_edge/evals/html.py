@@ -303,8 +303,8 @@ def _costs(report: Json) -> _Section | None:
         )
         for cost in costs
     ]
-    head = ["Cost", *HEADINGS.values(), "95 % interval", "Prompts", "Note"]
-    return _Section("costs", "Other costs", _table("Other costs", head, [tag("tbody", *rows)]))
+    table = _table("Costs", findings.COST_HEADINGS, [tag("tbody", *rows)])
+    return _Section("costs", "Costs", table)
 
 
 def _layers(report: Json) -> _Section | None:

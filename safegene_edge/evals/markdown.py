@@ -115,10 +115,10 @@ def _costs(report: Json) -> Iterator[str]:
     costs = report.get("costs") or []
     if not costs:
         return
-    yield "## Other costs"
-    head = ["Cost", *HEADINGS.values(), "95 % interval", "Prompts", "Note"]
+    yield "## Costs"
     yield _table(
-        head, [[text(cost["name"]), *map(text, findings.cost_cells(cost))] for cost in costs]
+        findings.COST_HEADINGS,
+        [[text(cost["name"]), *map(text, findings.cost_cells(cost))] for cost in costs],
     )
 
 

@@ -75,13 +75,17 @@ def limits(report: Json) -> list[str]:
     """What this report did not measure, then what none does."""
     missing = [
         (not report.get("attacks"), "No attack was tried: prompts were asked as they are."),
-        (not report.get("costs"), "Of the costs only over-refusal was measured."),
+        (_only_over_refusal(report), "Of the costs only over-refusal was measured."),
         (report.get("gene") is None, "No gene took part."),
         (not findings.suites_of(report, "harmful"), "No harmful prompt was asked."),
         (not findings.suites_of(report, "harmless"), "No harmless prompt was asked."),
         (_only_one_language(report), "All prompts are in one language."),
     ]
     return [text for lacks, text in missing if lacks] + _of_settings(report) + list(LIMITS)
+
+
+def _only_over_refusal(report: Json) -> bool:
+    return all(cost["name"].startswith("over-refusal") for cost in report.get("costs") or ())
 
 
 def _only_one_language(report: Json) -> bool:
