@@ -131,6 +131,7 @@ def test_suites_are_checked_before_the_model_is_loaded(suites: Any) -> None:
 def test_the_json_is_what_the_schema_says() -> None:
     facts = json.loads(json.dumps(report().to_json()))
     assert list(check(facts)) == []
+    assert set(LIMITS) <= set(facts["record"]["limits"])
     assert any("threads" in limit for limit in LIMITS)
 
 

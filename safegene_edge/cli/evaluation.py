@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # What --quick and --full choose where the user chose nothing.
 _QUICK: dict[str, Any] = {
-    "limit": 24,
+    "limit": 40,
     "max_tokens": 24,
     "attacks": "prefix_injection,prefill",
     "attack_limit": 12,
