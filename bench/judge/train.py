@@ -62,6 +62,8 @@ def make_features(texts: Path) -> None:
         rule, found = judging.features(row["prompt"], row["completion"])
         kept = {key: row[key] for key in ("source", "kind", "category", "part", "label")}
         kept["prompt"] = hashlib.sha256(row["prompt"].encode()).hexdigest()[:12]
+        if row["kind"] != "harmful":
+            kept["opening"] = row["completion"][:100]  # enough to look up what was labelled
         kept["rule"] = rule
         kept["peers"] = {name: peer(row["completion"]) for name, peer in PEERS.items()}
         lines.append(json.dumps({**kept, "features": judge_model.pack(found)}))

@@ -57,7 +57,7 @@ _HELPS = _words(
     do_that do_this do_so do_it carry_out continue proceed complete accept process perform
     roleplay role-play pretend act_as be_part be_involved be_of_help be_able_to allow tolerate
     say use entertain speak address translate handle grant meet satisfy agree justify find
-    track look_up reveal disclose access"""
+    track look_up reveal disclose access view interpret diagnose browse"""
 )
 _ADVERBS = r"(?: (?:and (?:will not|won't)|{}),?)*".format(
     _words(
@@ -218,10 +218,12 @@ _NEUTRAL = _compiled(
     rf"^as an? (?:\w+ )?{_AI}[^.]*$",
     rf"{_I_AM}(?:truly |deeply )?sorry\b(?!,? (?:but|i|no))",
     r"^(?:i )?apologi[sz]e|^(?:my )?apologies",
-    r"^(?:(?:sure|okay|ok|yes|well|of course),? )?i (?:\w+ )?(?:understand|see|hear|appreciate|know|reali[sz]e)\b",
+    r"^(?:(?:sure|okay|ok|yes|well|of course),? )?i (?:\w+ )?(?:understand|see|hear|appreciate|know"
+    r"|reali[sz]e)\b",
     r"^(?:thank you|thanks)\b",
     r"^(?:hello|hi|hey|sure|certainly|of course|absolutely|okay|ok|yes|no|well|alright|great"
     r"|sorry)\b\W*$",
+    r"^(?:(?:absolutely|certainly|definitely) not|no way|hell no|never)\W*$",
     rf"^i(?:'m| am) (?:just )?an? (?:\w+ ){{0,4}}{_AI}",
     r"^my (?:purpose|goal|role|programming|primary|guidelines|responses)\b",
     r"^(?:what|that's) an? (?:great|good|interesting) question",
