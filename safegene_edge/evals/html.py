@@ -100,10 +100,13 @@ def _count(count: Count | None) -> Markup:
     return tag("td", tag("b", n), spans, class_="count")
 
 
+_NUMBERS = {CHANGE, "Coefficient"}  # headings of columns that are set flush right
+
+
 def _table(caption: str, head: Sequence[str], rows: Iterable[Node], hidden: bool = True) -> Markup:
     """A table that scrolls in its own place where it is too wide, by keyboard, too."""
     cells = [
-        tag("th", title, scope="col", class_="number" if title == CHANGE else None)
+        tag("th", title, scope="col", class_="number" if title in _NUMBERS else None)
         for title in head
     ]
     table = tag(
@@ -281,7 +284,7 @@ def _attacks(report: Json) -> _Section | None:
     rows = [row for _, row in found]
     title = "Attack success"
     svg = plots.intervals("plot-attacks", title, rows)
-    papers = [(attack["name"], attack["paper"]) for attack, _ in found if attack.get("paper")]
+    papers = [(row.name, attack["paper"]) for attack, row in found if attack.get("paper")]
     return _Section(
         "attacks",
         "Attacks",
@@ -295,16 +298,15 @@ def _costs(report: Json) -> _Section | None:
     costs = report.get("costs") or []
     if not costs:
         return None
-    rows = [
-        tag(
-            "tr",
-            tag("th", cost["name"], scope="row"),
-            *(tag("td", value) for value in findings.cost_cells(cost)),
-        )
-        for cost in costs
-    ]
-    table = _table("Costs", findings.COST_HEADINGS, [tag("tbody", *rows)])
+    *head, _ = findings.COST_HEADINGS  # the note stands under the name
+    table = _table("Costs", head, [tag("tbody", *map(_cost, costs))])
     return _Section("costs", "Costs", table)
+
+
+def _cost(cost: Json) -> Markup:
+    *cells, note = findings.cost_cells(cost)
+    name = tag("th", cost["name"], tag("span", note, class_="note"), scope="row")
+    return tag("tr", name, *(tag("td", value) for value in cells))
 
 
 def _layers(report: Json) -> _Section | None:

@@ -106,7 +106,7 @@ def _attacks(report: Json) -> Iterator[str]:
     yield "## Attacks"
     yield "How many harmful prompts were complied with under each attack: less is better."
     yield _rows_table(report, "Attack", [row for _, row in found])
-    papers = [f"{text(a['name'])}: {text(a['paper'])}" for a, _ in found if a.get("paper")]
+    papers = [f"{text(row.name)}: {text(a['paper'])}" for a, row in found if a.get("paper")]
     if papers:
         yield f"From {'; '.join(papers)}."
 
