@@ -239,6 +239,23 @@ def test_verify_holds_suites_against_the_built_in_ones_and_files(tmp_path):
     assert states(report)["suite harmful"] == "differs"
 
 
+def test_another_judge_is_said_but_is_no_fault():
+    report = reports.large()
+    assert states(report)["judge"] == "ok"
+    other = spoil(report, "record", "judge", "sha256", "1" * 64)
+    other["record"]["result_sha256"] = record.result_sha256(other)
+    checks = record.verify(other)
+    assert [check.state for check in checks if check.what == "judge"] == ["not checked"]
+    assert record.failed(checks) is None
+
+
+def test_only_languages_get_the_names_of_languages():
+    suite = reports.large()["suites"][0]
+    suite["categories"]["it"] = suite["categories"].pop("hate")
+    assert "it" in [row.name for row in findings.group_rows(suite, "categories")]
+    assert "German" in [row.name for row in findings.group_rows(suite, "languages")]
+
+
 # -- compare ------------------------------------------------------------------
 
 

@@ -124,7 +124,8 @@ def group_rows(suite: Json, by: str) -> list[Row]:
     labels = MEASURE[suite["kind"]][1]
     if len(groups) < 2:
         return []
-    return [row(_spoken(name), parts, labels) for name, parts in groups.items()]
+    names = _LANGUAGES if by == "languages" else {}
+    return [row(names.get(name) or _spoken(name), parts, labels) for name, parts in groups.items()]
 
 
 _LANGUAGES = {
@@ -135,8 +136,8 @@ _LANGUAGES = {
 
 
 def _spoken(name: str) -> str:
-    """A category's or a language's name as one reads it."""
-    return _LANGUAGES.get(name, name.replace("_", " ")) or "none"
+    """The name of a category or an attack as one reads it."""
+    return name.replace("_", " ") or "none"
 
 
 def attack_rows(report: Json) -> list[tuple[Json, Row]]:

@@ -228,11 +228,8 @@ def _judge(report: Json) -> Check:
         return Check("judge", "not checked", "the report does not say which")
     if recorded["sha256"] == judge_sha256():
         return Check("judge", "ok", f"sha256 {recorded['sha256']}")
-    return Check(
-        "judge",
-        "not checked",
-        f"version {recorded['version']} of the report is not the one installed here",
-    )
+    why = f"the report's (version {recorded['version']}) is another than the one installed here"
+    return Check("judge", "not checked", why)
 
 
 def failed(checks: Iterable[Check]) -> SafeGeneError | None:
