@@ -16,7 +16,6 @@ from real_model import cache_folder, smollm2
 
 from safegene_edge import convert, evaluate
 from safegene_edge.evals.evaluate import EvalSettings
-from safegene_edge.evals.html import render_html
 from safegene_edge.gguf_file import write_text
 
 PEFT_FOLDER = Path(__file__).parent / "smollm2-135m-safety"
@@ -45,9 +44,9 @@ def main() -> None:
         progress=progress if sys.stderr.isatty() else None,
     )
     print(report.table())
-    facts, page = report.to_json(), cache / "demo-report.html"
-    write_text(page.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
-    write_text(page, render_html(facts))
+    page = cache / "demo-report.html"
+    write_text(page, report.to_html())
+    write_text(page.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
     print(f"\nreport: {page}")
     print(f"try it: safegene-edge chat {model} --gene {gene}")
     say(f"{time.monotonic() - start:.0f} s")

@@ -142,6 +142,12 @@ class Report:
         }
         return {**facts, "record": record_for(facts)}
 
+    def to_html(self) -> str:
+        """The report as one self-contained HTML page."""
+        from .html import render_html
+
+        return render_html(self.to_json())
+
     def _suite_json(self, result: SuiteResult) -> dict[str, Any]:
         aligned = self.aligned.get((result.suite.name, result.suite.version))
         found = _suite_json(result, self.settings.include_completions)
