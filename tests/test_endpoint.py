@@ -241,6 +241,30 @@ def test_a_stopped_run_asks_nothing_twice(tmp_path):
         assert sorted(again) == sorted(f"question {i}" for i in range(5, 12))
 
 
+def test_all_attacks_are_those_that_a_server_can_be_asked():
+    with Scripted(lambda *_: completion(NO)) as server:
+        found = evaluate_endpoint(
+            Served(server.url, "m"),
+            suites=[SUITE],
+            attacks=["all"],
+            settings=EvalSettings(attack_limit=1),
+        )
+    names = [attack.name for attack in found.attacks]
+    assert "many_shot" in names and not {"prefill", "adaptive"} & set(names)
+
+
+@pytest.mark.parametrize("flag", ["--quick", "--full"])
+def test_quick_and_full_ask_a_server_what_it_can_answer(flag, tmp_path):
+    out = tmp_path / "r.json"
+    with Scripted(lambda *_: completion(NO)) as server:
+        command = ["eval", "--endpoint", server.url, "--model-name", "m", flag, "--limit", "1"]
+        cli([*command, "--attack-limit", "1", "--json", str(out), "--no-resume"],
+            standalone_mode=False)  # fmt: skip
+    names = [attack["name"] for attack in json.loads(out.read_text())["attacks"]]
+    assert names[:2] == ["direct", "prefix_injection"]
+    assert "prefill" not in names
+
+
 def test_local_attacks_are_refused():
     with pytest.raises(SettingError, match="'prefill' needs a local model"):
         evaluate_endpoint(Served("http://h", "m"), suites=[SUITE], attacks=["prefill"])

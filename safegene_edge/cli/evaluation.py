@@ -134,12 +134,14 @@ class _Options:
 
 def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     """The part of --quick and --full that a chat server can do."""
-    from ..evals.attacks import ATTACKS, choose_attacks
+    from ..evals.attacks import ATTACKS
 
-    names = chosen["attacks"].split(",") if chosen else []
-    allowed = [a.name for a in choose_attacks(names) if not ATTACKS[a.name].needs_local_model]
     kept = {name: value for name, value in chosen.items() if name not in ("kl", "speed")}
-    return {**kept, "attacks": ",".join(allowed)}
+    names = str(kept.get("attacks", "")).split(",")
+    kept["attacks"] = ",".join(
+        n for n in names if n not in ATTACKS or not ATTACKS[n].needs_local_model
+    )
+    return kept
 
 
 @click.command("eval")

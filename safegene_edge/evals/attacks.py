@@ -256,11 +256,14 @@ _ATTACKS = (
 ATTACKS: dict[str, Attack] = {attack.name: attack for attack in _ATTACKS}
 
 
-def choose_attacks(names: Iterable[str]) -> list[Attack]:
+def choose_attacks(names: Iterable[str], *, served: bool = False) -> list[Attack]:
     """Attacks by name, in the order of the list; "all" is every one, "direct" always leads.
 
+    Args:
+        served: of a chat server, "all" is every one that needs no local model.
+
     Raises:
-        SettingError: a name is unknown.
+        SettingError: a name is unknown, or needs a local model where there is none.
     """
     wanted = [name.strip() for name in names]
     unknown = [name for name in wanted if name not in ATTACKS and name != "all"]
@@ -270,7 +273,16 @@ def choose_attacks(names: Iterable[str]) -> list[Attack]:
         )
     if not wanted:
         return []
-    return [a for a in _ATTACKS if a.name == "direct" or a.name in wanted or "all" in wanted]
+    every = [a.name for a in _ATTACKS if not (served and a.needs_local_model)]
+    wanted += ["direct", *(every if "all" in wanted else ())]
+    chosen = [attack for attack in _ATTACKS if attack.name in wanted]
+    local_only = [attack.name for attack in chosen if served and attack.needs_local_model]
+    if local_only:
+        raise SettingError(
+            f"the attack '{local_only[0]}' needs a local model",
+            "A chat server neither continues an answer nor shows likelihoods",
+        )
+    return chosen
 
 
 # -- the adaptive attack ------------------------------------------------------

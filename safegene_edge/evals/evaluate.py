@@ -96,7 +96,7 @@ def evaluate(
         SafeGeneError: a file cannot be read, or an adapter does not fit.
     """
     settings = settings or EvalSettings()
-    plan = _Plan.of(suites, attacks, settings, costs)
+    plan = _Plan.of(suites, choose_attacks(attacks), settings, costs or CostSettings())
     clock = _Clock()
     with ExitStack() as stack:
         llama = _opened(model, stack)
@@ -150,13 +150,7 @@ def evaluate_endpoint(
             a chat server offers.
     """
     settings = settings or EvalSettings()
-    plan = _Plan.of(suites, attacks, settings, None)
-    local_only = [attack.name for attack in plan.attacks if attack.needs_local_model]
-    if local_only:
-        raise SettingError(
-            f"the attack '{local_only[0]}' needs a local model",
-            "A chat server neither continues an answer nor shows likelihoods",
-        )
+    plan = _Plan.of(suites, choose_attacks(attacks, served=True), settings, CostSettings())
     clock = _Clock()
     with Endpoint(before, after, settings.max_tokens, _kept(journal)) as endpoint:
         asked = plan.ask(endpoint, clock, progress)
@@ -200,15 +194,14 @@ class _Plan:
     def of(
         cls,
         suites: Iterable[SuiteLike],
-        attacks: Iterable[str],
+        attacks: list[Attack],
         settings: EvalSettings,
-        costs: CostSettings | None,
+        costs: CostSettings,
     ) -> _Plan:
         whole = _load_all(suites)
-        costs = costs or CostSettings()
         plan = cls(
             [suite.sample(settings.limit) for suite in whole],
-            choose_attacks(attacks),
+            attacks,
             settings,
             costs,
             [load_task(path) for path in costs.tasks],
