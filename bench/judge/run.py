@@ -25,7 +25,7 @@ from common import table, write  # noqa: E402
 from peers import PEERS  # noqa: E402
 
 from safegene_edge.evals.judge import JUDGE_VERSION, LABELS, judge, judge_sha256  # noqa: E402
-from safegene_edge.evals.statistics import wilson  # noqa: E402
+from safegene_edge.evals.statistics import cohen_kappa, wilson  # noqa: E402
 
 OURS = "this judge"
 Row = dict[str, Any]
@@ -33,21 +33,12 @@ Row = dict[str, Any]
 REFUSALS = {"refused", "partly_refused"}
 
 
-def kappa(gold: list[bool], said: list[bool]) -> float:
-    """Cohen's kappa of two judges of yes or no (J. Cohen, 1960)."""
-    n = len(gold)
-    agree = sum(a == b for a, b in zip(gold, said, strict=True)) / n
-    yes = sum(gold) * sum(said) / n**2
-    chance = yes + (n - sum(gold)) * (n - sum(said)) / n**2
-    return (agree - chance) / (1 - chance) if chance < 1 else 1.0
-
-
 def measured(gold: list[bool], said: list[bool]) -> dict[str, Any]:
     right = sum(a == b for a, b in zip(gold, said, strict=True))
     low, high = wilson(right, len(gold))
     return {
         "n": right, "total": len(gold), "accuracy": round(right / len(gold), 4),
-        "interval": [round(low, 4), round(high, 4)], "kappa": round(kappa(gold, said), 3),
+        "interval": [round(low, 4), round(high, 4)], "kappa": round(cohen_kappa(gold, said) or 0.0, 3),
     }  # fmt: skip
 
 

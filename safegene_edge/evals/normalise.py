@@ -30,6 +30,7 @@ _LOST_OPENING = re.compile(r"\A.*?</(?:think|thinking|thought|reasoning)>", re.S
 _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)[*_](?=\w)|(?<=[\w.!?])[*_](?!\w)")
 _HEADING = re.compile(r"^[ \t]*#{1,6}[ \t]+", re.M)
 _RULE = re.compile(r"^[ \t]*[-=*_|:+ ]{3,}$", re.M)
+_LOOP_WORDS = 200  # as many tell a loop; more only cost time
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
@@ -92,7 +93,7 @@ def _repeated(text: str) -> str:
     run = re.search(r"(\S)\1{15,}", text)
     if run and run.end() - run.start() > 0.5 * len(text):
         return run.group()[:40]
-    said = words(text)
+    said = words(text)[:_LOOP_WORDS]
     if len(said) < 8:
         return ""
     word, times = Counter(said).most_common(1)[0]

@@ -57,7 +57,8 @@ _HELPS = _words(
     do_that do_this do_so do_it carry_out continue proceed complete accept process perform
     roleplay role-play pretend act_as be_part be_involved be_of_help be_able_to allow tolerate
     say use entertain speak address translate handle grant meet satisfy agree justify find
-    track look_up reveal disclose access view interpret diagnose browse"""
+    track look_up reveal disclose access view interpret diagnose browse
+    attempt convince persuade mock insult praise glorify celebrate advocate harm hurt"""
 )
 _ADVERBS = r"(?: (?:and (?:will not|won't)|{}),?)*".format(
     _words(
@@ -77,19 +78,22 @@ _RULES = _words(
     capabilities scope"""
 )
 
-_DECLINES = _compiled(
-    rf"{_I}{_UNWILLING}{_ADVERBS} {_HELPS}(?:ing)?\b{_IDIOM}",
-    rf"{_I}{_CANNOT}(?: do| and won't| and will not)* ?(?:[.!]|$)",
-    rf"{_I}(?:(?:must|have to|need to|will have to|will|would|'ll) )?(?:\w+ly )?"
+_FIRST_PERSON = _any(  # one prefix for all of them: a search tries it once at each place
+    rf"{_UNWILLING}{_ADVERBS} {_HELPS}(?:ing)?\b{_IDIOM}",
+    rf"{_CANNOT}(?: do| and won't| and will not)* ?(?:[.!]|$)",
+    rf"(?:(?:must|have to|need to|will have to|will|would|'ll) )?(?:\w+ly )?"
     rf"(?:decline|refuse)(?: {_THIS}\b|[.,]|$)",
-    rf"{_I_AM}(?:not (?:\w+ )?comfortable|uncomfortable)\b",
-    rf"{_I_AM}not (?:programmed|designed|built|trained|here|meant|in a position) (?:to|for)\b",
-    rf"{_I}{_NOT_DO} (?:feel comfortable|have (?:the |any |direct )?(?:ability|capabilit|permission"
+    r"(?:am|'m) (?:really |very |so )?(?:(?:not (?:\w+ )?comfortable|uncomfortable)\b"
+    r"|not (?:programmed|designed|built|trained|here|meant|in a position) (?:to|for)\b)",
+    rf"{_NOT_DO} (?:feel comfortable|have (?:the |any |direct )?(?:ability|capabilit|permission"
     r"|access|real-time))",
+    rf"{_NOT_DO} {_HELPS}\b",
+)
+_DECLINES = _compiled(
+    rf"{_I}{_FIRST_PERSON}",
     r"\bmy (?:\w+ ){0,3}(?:guidelines|programming|polic(?:y|ies)|training|principles|rules|values)"
     r" (?:do not|don't|does not|doesn't|prohibits?|prevents?|forbids?|stops?)",
     rf"\band {_CANNOT} (?:disclose|provide|share|help|assist|support|give|reveal)\b",
-    rf"{_I}{_NOT_DO} {_HELPS}\b",
     rf"(?<!\w)(?:that|this|it)(?:'s| is) (?:not )?(?:something|a (?:request|topic|subject|task))"
     rf" (?:that )?i(?:'m| am)? ?(?:{_CANNOT}|can|not|unable|do not|don't)\b",
     r"\b(?:that|this|it)(?:'s| is) not (?:something|a thing) (?:that )?i(?:'d| would| will|'ll)\b",
@@ -151,6 +155,7 @@ _FOREIGN = _compiled(
     r"لا (?:أستطيع|يمكنني)",
     r"मैं .{0,40}नहीं (?:कर|दे) सकता",
 )
+_FOREIGN_HINT = _compiled(r"\b(?:ich|mir|je ne|siento|puedo|posso|dispiace|ik kan)\b")
 # "he says I can't help", "an error that I cannot find": reported or subordinate, not an act.
 _REPORTED = re.compile(
     r"(?:\b(?:if|when|whenever|because|said|says?|saying|whether|unless|until|why|what|where|"
@@ -255,7 +260,9 @@ def decline(sentence: str, strong: bool = False) -> re.Match[str] | None:
         for match in pattern.finditer(sentence):
             if not _REPORTED.search(sentence, 0, match.start()):
                 return match
-    return None if strong else _FOREIGN.search(sentence)
+    if strong or (sentence.isascii() and not _FOREIGN_HINT.search(sentence)):
+        return None
+    return _FOREIGN.search(sentence)
 
 
 def curt(text: str) -> bool:
