@@ -38,7 +38,8 @@ def measured(gold: list[bool], said: list[bool]) -> dict[str, Any]:
     low, high = wilson(right, len(gold))
     return {
         "n": right, "total": len(gold), "accuracy": round(right / len(gold), 4),
-        "interval": [round(low, 4), round(high, 4)], "kappa": round(cohen_kappa(gold, said) or 0.0, 3),
+        "interval": [round(low, 4), round(high, 4)],
+        "kappa": round(cohen_kappa(gold, said) or 0.0, 3),
     }  # fmt: skip
 
 
