@@ -291,6 +291,11 @@ def test_the_cache_keeps_a_run_only_until_its_report(
     assert "7 results of a stopped run" in capsys.readouterr().err
     assert out.exists()
     assert list(kept.parent.iterdir()) == []
+    with pytest.raises(SafeGeneError):
+        cli(["eval", str(suite), "--no-resume"], standalone_mode=False)
+    with pytest.raises(SafeGeneError):
+        cli(["eval", str(suite)], standalone_mode=False)
+    assert list(kept.parent.iterdir()) == []  # a mistake leaves nothing to go on from
 
 
 def test_every_kind_of_report_is_written(tiny: Any, tmp_path: Path) -> None:

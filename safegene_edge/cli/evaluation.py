@@ -284,7 +284,12 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
     with Journal(journal_folder() / f"{fingerprint(source)[:24]}.jsonl") as journal:
         if len(journal):
             click.echo(f"going on: {len(journal)} results of a stopped run are kept", err=True)
-        yield journal
+        try:
+            yield journal
+        except BaseException:
+            if not len(journal):  # nothing to go on from
+                journal.delete()
+            raise
         journal.delete()
 
 
