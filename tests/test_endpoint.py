@@ -354,7 +354,7 @@ def local_eval(tiny, tmp_path, monkeypatch):
     model, gene, suite = tiny("llama").gguf_path, tmp_path / "g.gguf", tmp_path / "s.txt"
     random_adapter(model).save(gene)
     suite.write_text("one\ntwo\n")
-    options = ["--gene", gene, "--suite", suite, "--max-tokens", 2, "--attacks", "adaptive"]
+    options = ["--gene", gene, "--suite", suite, "--max-tokens", 2, "--attack", "adaptive"]
     options += ["--attack-limit", 1, "--kl", 2, "--json", tmp_path / "r.json"]
     return ["safegene_edge", "eval", *map(str, (model, *options))]
 

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 _QUICK: dict[str, Any] = {
     "limit": 40,
     "max_tokens": 24,
-    "attacks": "prefix_injection,prefill",
+    "attacks": ("prefix_injection", "prefill"),
     "attack_limit": 12,
     "kl": 12,
 }
 _FULL: dict[str, Any] = {
     "suites": ("harmful", "borderline", "harmless", "languages"),
-    "attacks": "all",
+    "attacks": ("all",),
     "attack_limit": 60,
     "kl": 64,
     "speed": True,
@@ -48,7 +48,7 @@ class _Options:
     limit: int | None
     max_tokens: int | None
     parallel: int
-    attacks: str | None
+    attacks: tuple[str, ...]
     attack_limit: int | None
     kl: int | None
     perplexity: str | None
@@ -109,7 +109,7 @@ class _Options:
 
     @property
     def attack_names(self) -> list[str]:
-        return [name for name in (self.attacks or "").split(",") if name.strip()]
+        return [name for item in self.attacks for name in item.split(",") if name.strip()]
 
     def settings(self) -> EvalSettings:
         from ..evals.report import EvalSettings
@@ -137,9 +137,10 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     from ..evals.attacks import ATTACKS
 
     kept = {name: value for name, value in chosen.items() if name not in ("kl", "speed")}
-    names = str(kept.get("attacks", "")).split(",")
-    kept["attacks"] = ",".join(
-        n for n in names if n not in ATTACKS or not ATTACKS[n].needs_local_model
+    kept["attacks"] = tuple(
+        name
+        for name in kept.get("attacks", ())
+        if name not in ATTACKS or not ATTACKS[name].needs_local_model
     )
     return kept
 
@@ -154,7 +155,9 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option("--parallel", default=16, show_default=True, type=click.IntRange(1, 255))
 @click.option("--quick", is_flag=True, help="Under a minute for a small model.")
 @click.option("--full", is_flag=True, help="Every suite, attack and cost.")
-@click.option("--attacks", metavar="all|NAME,...", help="Attack the harmful suites.")
+@click.option(
+    "--attack", "attacks", multiple=True, metavar="all|NAME", help="On the harmful suites."
+)
 @click.option(
     "--attack-limit", type=click.IntRange(min=1), help="Prompts an attack.  [default: 60]"
 )
