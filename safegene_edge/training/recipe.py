@@ -69,7 +69,7 @@ class Recipe:
     first_tokens: int = 4
     first_weight: float = 4.0
     rest_weight: float = 0.5
-    keep: float = 1.0
+    keep: float = 2.5
     borderline: float = 2.0
     held_out: int = 24
     seed: int = 7
