@@ -106,7 +106,7 @@ def test_refusals_are_short_varied_and_open_alike() -> None:
                for text in refusals)  # fmt: skip
     assert all(len(words(text)) <= 45 for text in refusals)
     assert not any("{" in text for text in refusals)
-    assert len(set(refusals)) > len(refusals) * 0.8
+    assert len(set(refusals)) > 400  # wordings do not grow with the prompts
 
 
 def test_a_refusal_depends_on_prompt_and_seed_alone() -> None:
