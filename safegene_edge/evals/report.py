@@ -30,7 +30,7 @@ class EvalSettings:
     """How to evaluate; the API and the command line share these.
 
     Attributes:
-        max_tokens: new tokens an answer; the opening decides the verdict.
+        max_tokens: new tokens an answer; more show more of what an answer does.
         limit: prompts a suite at most, spread evenly over it; None takes all.
         attack_limit: the same for each attack.
         n_parallel: answers generated together.
