@@ -150,7 +150,7 @@ def test_log_probabilities_are_those_of_one_plain_pass(parts) -> None:
     mixed = [module.Example(e.prompt, e.answer[: 3 + n], True) for n, e in enumerate(examples[:4])]
     assert module.shared_prefix(mixed) >= 4
     with torch.no_grad():
-        logs, target, weights = module._log_probabilities(model, mixed, recipe)
+        logs, target, weights = module.log_probabilities(model, mixed, recipe)
         for row, example in enumerate(mixed):
             plain = model(input_ids=torch.tensor([[*example.prompt, *example.answer]])).logits
             start, count = len(example.prompt), len(example.answer)
@@ -211,7 +211,7 @@ def test_training_twice_gives_the_same_losses(parts, tiny: tiny_models.ModelFact
 
 def test_every_epoch_sees_every_example_once(parts) -> None:
     module, recipe, examples, _ = parts
-    batches = list(module._batches(examples, recipe, 0))
+    batches = list(module.batches(examples, recipe, 0))
     assert Counter(chain.from_iterable(batches)) == Counter(examples)
     assert all(0 < sum(e.harmful for e in batch) < len(batch) for batch in batches)
 

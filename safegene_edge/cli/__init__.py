@@ -17,6 +17,7 @@ from .adapters import convert, inspect_file, to_peft
 from .chat import chat
 from .doctor import doctor
 from .evaluation import evaluate_model
+from .extract import extract
 from .report import report_group
 
 
@@ -26,7 +27,16 @@ def cli() -> None:
     """Give a fine-tuned local LLM its refusals back, on the laptop, through llama.cpp."""
 
 
-for _command in (convert, to_peft, inspect_file, evaluate_model, report_group, chat, doctor):
+for _command in (
+    convert,
+    to_peft,
+    inspect_file,
+    evaluate_model,
+    extract,
+    report_group,
+    chat,
+    doctor,
+):
     cli.add_command(_command)
 
 

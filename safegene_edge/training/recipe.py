@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from ..compat import open_model
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
@@ -98,6 +98,9 @@ class Example:
     answer: tuple[int, ...]
     harmful: bool
     weight: float = 1.0
+
+
+ExampleT = TypeVar("ExampleT", bound=Example)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +187,7 @@ def refusal_examples(
     for prompt in prompts:
         words = refusal(prompt, recipe.seed).encode()
         answer = (*llama.tokenize(words, add_bos=False, special=False), end)
-        found.append(Example(_rendered(llama, prompt.text), answer[: recipe.refusal_tokens], True))
+        found.append(Example(rendered(llama, prompt.text), answer[: recipe.refusal_tokens], True))
     return found
 
 
@@ -195,7 +198,7 @@ def own_answer_examples(
     report: Report = lambda line: None,
 ) -> list[Example]:
     """Harmless prompts with the model's own greedy answers; those that it refuses are left out."""
-    rendered = [_rendered(llama, prompt.text) for prompt in prompts]
+    asked = [rendered(llama, prompt.text) for prompt in prompts]
     finished = 0
 
     def count(index: int, answer: Generation) -> None:
@@ -205,11 +208,9 @@ def own_answer_examples(
             report(f"the model's own answers: {finished}/{len(prompts)}")
 
     with Engine(llama) as engine:
-        answers = engine.generate(
-            rendered, max_tokens=recipe.kept_tokens, adapters={}, on_done=count
-        )
+        answers = engine.generate(asked, max_tokens=recipe.kept_tokens, adapters={}, on_done=count)
     found = []
-    for prompt, tokens, answer in zip(prompts, rendered, answers, strict=True):
+    for prompt, tokens, answer in zip(prompts, asked, answers, strict=True):
         if answer.tokens and not _REFUSED.match(llama.text(answer.tokens)):
             end = [llama.token_eos()] if answer.finish == "stop" else []
             weight = recipe.borderline if prompt.borderline else 1.0
@@ -217,7 +218,8 @@ def own_answer_examples(
     return found
 
 
-def _rendered(llama: SafeLlama, prompt: str) -> tuple[int, ...]:
+def rendered(llama: SafeLlama, prompt: str) -> tuple[int, ...]:
+    """A user's message as tokens, through the model's chat template."""
     return tuple(llama.render([{"role": "user", "content": prompt}]))
 
 
@@ -241,20 +243,20 @@ def batch_loss(model: Any, examples: Sequence[Example], recipe: Recipe) -> tuple
 
     harmful = [example for example in examples if example.harmful]
     harmless = [example for example in examples if not example.harmful]
-    refused, kept = torch.zeros(()), torch.zeros(())
+    refused, kept = torch.zeros((), device=model.device), torch.zeros((), device=model.device)
     if harmful:
-        logs, target, weights = _log_probabilities(model, harmful, recipe)
+        logs, target, weights = log_probabilities(model, harmful, recipe)
         surprise = -logs.gather(-1, target[..., None])[..., 0]
         refused = (surprise * weights).sum()
     if harmless:
         with torch.no_grad(), model.disable_adapter():
-            bare, _, weights = _log_probabilities(model, harmless, recipe)
-        logs, _, _ = _log_probabilities(model, harmless, recipe)
+            bare, _, weights = log_probabilities(model, harmless, recipe)
+        logs, _, _ = log_probabilities(model, harmless, recipe)
         kept = ((bare.exp() * (bare - logs)).sum(-1) * weights).sum()
     return refused, kept
 
 
-def _log_probabilities(
+def log_probabilities(
     model: Any, examples: Sequence[Example], recipe: Recipe
 ) -> tuple[Any, Any, Any]:
     """Log-probabilities (batch×answer×vocabulary, float32), answers and weights (batch×answer).
@@ -276,9 +278,10 @@ def _log_probabilities(
         start = before + len(example.answer) - len(tokens)
         ids[row, start : start + len(tokens)] = torch.tensor(tokens)
         mask[row, shared + start : shared + start + len(tokens)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
     cache = None
     if shared:
-        prefix = torch.tensor([examples[0].prompt[:shared]])
+        prefix = torch.tensor([examples[0].prompt[:shared]], device=model.device)
         # use_cache is off by default while training
         cache = model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(examples))
@@ -291,7 +294,8 @@ def _log_probabilities(
         logits_to_keep=answer + 1,
     ).logits
     logs = logits[:, -answer - 1 : -1].float().log_softmax(-1)
-    return logs, ids[:, before:], _token_weights(examples, answer, recipe)
+    weights = _token_weights(examples, answer, recipe).to(logs.device)
+    return logs, ids[:, before:], weights
 
 
 def _token_weights(examples: Sequence[Example], answer: int, recipe: Recipe) -> Any:
@@ -344,15 +348,13 @@ def train(
 
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=0.0)
-    batches = [
-        batch for epoch in range(recipe.epochs) for batch in _batches(examples, recipe, epoch)
-    ]
+    plan = [batch for epoch in range(recipe.epochs) for batch in batches(examples, recipe, epoch)]
     losses: list[float] = []
     started = time.monotonic()
     model.train()
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(plan):
         for group in optimiser.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, len(batches))
+            group["lr"] = recipe.learning_rate * schedule(step, len(plan))
         refused, kept = batch_loss(model, batch, recipe)
         loss = (refused + recipe.keep * kept) / len(batch)
         losses.append(float(loss.detach()))
@@ -364,33 +366,33 @@ def train(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        if (step + 1) % 5 == 0 or step + 1 == len(batches):
+        if (step + 1) % 5 == 0 or step + 1 == len(plan):
             recent = losses[-10:]
             report(
-                f"step {step + 1}/{len(batches)}  loss {sum(recent) / len(recent):.4f}  "
-                f"{_remaining(started, step + 1, len(batches))}"
+                f"step {step + 1}/{len(plan)}  loss {sum(recent) / len(recent):.4f}  "
+                f"{remaining(started, step + 1, len(plan))}"
             )
     model.eval()
     return losses
 
 
-def _batches(examples: Sequence[Example], recipe: Recipe, epoch: int) -> Iterator[list[Example]]:
+def batches(examples: Sequence[ExampleT], recipe: Recipe, epoch: int) -> Iterator[list[ExampleT]]:
     """One epoch's batches: harmful and harmless spread evenly, lengths near each other."""
     choice = random.Random(f"{recipe.seed}:{epoch}")
     count = math.ceil(len(examples) / recipe.batch)
-    batches: list[list[Example]] = [[] for _ in range(count)]
+    made: list[list[ExampleT]] = [[] for _ in range(count)]
     for kind in (True, False):
         rows = [example for example in examples if example.harmful is kind]
         choice.shuffle(rows)
         # Neighbours in a roughly sorted order share a batch: less padding, still mixed.
         rows.sort(key=lambda example: len(example.prompt) + choice.randrange(12))
         for index, example in enumerate(rows):
-            batches[index * count // len(rows)].append(example)
-    choice.shuffle(batches)
-    yield from (batch for batch in batches if batch)
+            made[index * count // len(rows)].append(example)
+    choice.shuffle(made)
+    yield from (batch for batch in made if batch)
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """Share of the peak learning rate: a short warm-up, then a cosine down to 5 %."""
     warm = max(1, steps // 20)
     if step < warm:
@@ -398,7 +400,7 @@ def _schedule(step: int, steps: int) -> float:
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _remaining(started: float, done: int, total: int) -> str:
+def remaining(started: float, done: int, total: int) -> str:
     seconds = (time.monotonic() - started) * (total - done) / done
     return f"{seconds / 60:.1f} min left"
 

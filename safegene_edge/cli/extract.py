@@ -1,0 +1,91 @@
+"""`extract`: a safety gene from an aligned model and degraded ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--aligned", required=True, metavar="MODEL", help="The model that refuses harm.")
+@click.option("--degraded", multiple=True, metavar="MODEL",
+              help="A model that lost it; may be given several times.")  # fmt: skip
+@click.option("--degrade", type=click.Choice(["auto"]), help="Make degraded models of MODEL first.")
+@click.option(
+    "--base", metavar="MODEL.gguf", help="A GGUF of the family; default: the first given."
+)
+@click.option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
+@click.option("--work", metavar="DIR", help="Checkpoints; default: GENE.work beside the output.")
+@click.option("--method", type=click.Choice(["distil", "delta"]), default="distil",
+              show_default=True, help="Learn, or take the weights' difference.")  # fmt: skip
+@click.option("--family", default="", help="The family's name; default: the base's.")
+@click.option("--rank", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--targets", default="q_proj,v_proj,o_proj,down_proj", show_default=True,
+              help="Linear layers that the gene changes.")  # fmt: skip
+@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--learning-rate", type=float, default=1.5e-3, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
+@click.option("--budget", type=click.IntRange(min=1),
+              help="Parameters; default: min(600000, 1 % of the model).")  # fmt: skip
+@click.option("--select/--no-select", default=True, show_default=True,
+              help="Keep only the layers that matter.")  # fmt: skip
+@click.option("--seed", type=int, default=7, show_default=True)
+def extract(
+    aligned: str,
+    degraded: tuple[str, ...],
+    degrade: str | None,
+    base: str | None,
+    output: str,
+    work: str | None,
+    method: str,
+    family: str,
+    rank: int,
+    targets: str,
+    epochs: int,
+    learning_rate: float,
+    batch: int,
+    budget: int | None,
+    select: bool,
+    seed: int,
+) -> None:
+    """Extract a safety gene, once for a family of models.
+
+    MODEL is a Hugging Face folder, a GGUF file, or either with PEFT folders: MODEL,ADAPTER.
+    For --degraded a PEFT folder alone lies on top of the aligned model. A run that was
+    stopped goes on where it was.
+    """
+    from ..gguf_file import check_output
+    from ..training.extract import Settings
+    from ..training.extract import extract as run
+
+    if not degraded and not degrade:
+        raise click.UsageError("give --degraded MODEL, or --degrade auto")
+    settings = Settings(
+        rank=rank, alpha=2 * rank, targets=tuple(targets.split(",")), epochs=epochs,
+        learning_rate=learning_rate, batch=batch, budget=budget, select=select, seed=seed,
+    )  # fmt: skip
+    inputs = [Path(part) for text in (aligned, *degraded) for part in text.split(",")]
+    check_output(output, [path for path in inputs if path.is_file()])
+    folder = Path(work) if work else Path(output).with_suffix(".work")
+    worse = list(degraded)
+    if degrade:
+        worse += _degraded(aligned, folder, base)
+    gene = run(
+        aligned, worse, folder=folder / "gene", method=method, settings=settings, base=base,
+        family=family, report=_report,
+    )  # fmt: skip
+    gene.save(output)
+    _report(f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters")
+
+
+def _degraded(aligned: str, folder: Path, base: str | None) -> list[str]:
+    """Degraded models made here, as the command's own way to name them."""
+    from ..training.degrade import degrade
+
+    made = degrade(aligned, folder / "degraded", base=base, report=_report)
+    return [",".join(map(str, (source.base, *source.adapters))) for source in made]
+
+
+def _report(line: str) -> None:
+    click.echo(line, err=True)

@@ -1,0 +1,97 @@
+"""Lightly degraded models, made of the aligned one: short LoRA fine-tunes on harmless data.
+
+What a task, general instructions or a new persona take away, nobody meant to take. The rows
+are the project's own and harmless; a row is {"prompt", "response"} and, at will, "system".
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+
+from ..compat import open_model
+from ..gguf_file import PathLike
+from ..runtime.llama import SafeLlama
+from .models import GENE, LiveModel, Source
+from .recipe import Example, Recipe, Report, require_extra, train
+
+# Epochs for each kind: ten chats of a persona do to a model what hundreds of a task's rows do.
+KINDS: Mapping[str, int] = MappingProxyType({"task": 3, "general": 2, "persona": 5})
+_ANSWER_TOKENS = 64
+
+
+def degraded_rows(kind: str) -> list[dict[str, str]]:
+    """The shipped rows of one of `KINDS`."""
+    file = resources.files(__package__).joinpath("prompts").joinpath(f"degrade_{kind}.jsonl")
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def degrade(
+    aligned: PathLike | Source,
+    folder: PathLike,
+    *,
+    base: PathLike | None = None,
+    kinds: Sequence[str] = tuple(KINDS),
+    recipe: Recipe | None = None,
+    dtype: str = "bfloat16",
+    report: Report = lambda line: None,
+) -> list[Source]:
+    """Degraded models as PEFT folders under `folder`, on top of the aligned model.
+
+    Those that are there already are taken as they are.
+
+    Args:
+        base: a GGUF of the family, for the chat template; default: the aligned model's own.
+        recipe: rank, alpha, targets, learning rate and batch of the fine-tunes.
+    """
+    require_extra()
+    safe = Source.parse(aligned)
+    recipe = recipe or Recipe(rank=8, learning_rate=4e-4, batch=8)
+    made = []
+    for kind in kinds:
+        target = Path(folder) / kind
+        if not (target / "adapter_config.json").exists():
+            report(f"degrading: {kind}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _fine_tune(
+                safe, kind, target, open_model(base or safe.base).path, recipe, dtype, report
+            )
+        made.append(Source(safe.base, (*safe.adapters, target)))
+    return made
+
+
+def _fine_tune(
+    safe: Source, kind: str, target: Path, base: Path, recipe: Recipe, dtype: str, report: Report
+) -> None:
+    with closing(SafeLlama(base, n_ctx=512)) as llama:
+        examples = [_example(llama, row) for row in degraded_rows(kind)]
+    plain = Recipe(
+        rank=recipe.rank, alpha=recipe.alpha, targets=recipe.targets, epochs=KINDS[kind],
+        learning_rate=recipe.learning_rate, batch=recipe.batch, refusal_tokens=_ANSWER_TOKENS,
+        first_weight=1.0, rest_weight=1.0, seed=recipe.seed,
+    )  # fmt: skip
+    live = LiveModel([safe], plain, target.parent, dtype)
+    with live.as_source(safe, gene=True) as model:
+        train(model, examples, plain, report)
+        model.eval()
+        draft = target.with_name(f".{kind}.tmp")
+        shutil.rmtree(draft, ignore_errors=True)
+        model.save_pretrained(str(draft), selected_adapters=[GENE])
+    shutil.rmtree(target, ignore_errors=True)
+    (draft / GENE).rename(target)
+    shutil.rmtree(draft, ignore_errors=True)
+
+
+def _example(llama: SafeLlama, row: Mapping[str, str]) -> Example:
+    """A row as tokens; `harmful` marks an answer to be learnt, which these are."""
+    messages = [{"role": "user", "content": row["prompt"]}]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": row["system"]})
+    words = llama.tokenize(row["response"].encode(), add_bos=False, special=False)
+    answer = (*words, llama.token_eos())[:_ANSWER_TOKENS]
+    return Example(tuple(llama.render(messages)), answer, True)

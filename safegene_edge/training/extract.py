@@ -1,0 +1,467 @@
+"""Extract a safety gene from an aligned model and degraded ones, once a family.
+
+`extract` computes the teachers' answers, learns the gene (or takes the weights' difference),
+keeps the layers that matter under a budget, and learns a little more with those. Each part is
+kept in a folder: what was done before a kill is not done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..compat import open_model
+from ..converters import convert
+from ..converters.names import BaseNames
+from ..converters.peft import PREFIX
+from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
+from ..gene import Adapter, Pair, SafetyGene, layer_of
+from ..gguf_file import GGUFFile, PathLike, write_text
+from ..runtime.llama import SafeLlama
+from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
+from .delta import delta_adapter
+from .distil import (
+    Lesson,
+    Trainer,
+    load_lessons,
+    mean_loss,
+    own_answers,
+    rotation,
+    save_lessons,
+    taught,
+)
+from .models import GENE, LiveModel, Source, require_family
+from .recipe import Example, Recipe, Report, rendered, require_extra
+from .select import layer_scores, select
+
+METHODS = ("distil", "delta")
+MAX_PARAMETERS, MAX_SHARE = 600_000, 0.01  # of the model; the smaller of both is the budget
+_OPENERS, _OPENER_WORDS = 8, 3
+Refuses = Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """Settings of an extraction: the recipe's, and its own.
+
+    Attributes:
+        top_k: tokens of a teacher's distribution that are stored; the others share a bin.
+        select: whether to keep only the layers that matter.
+        budget: parameters that the gene may have; None for min(600,000, 1 % of the model).
+        contrast: prompts of each kind that the layers are scored with.
+        tune_steps: steps of learning after the selection, at a third of the learning rate.
+        checkpoint: steps from one checkpoint to the next.
+        dtype: of the base weights while learning; gene_dtype: of the gene.
+    """
+
+    rank: int = 4
+    alpha: int = 8
+    epochs: int = 2
+    learning_rate: float = 1.5e-3
+    refusal_tokens: int = 24
+    top_k: int = 64
+    select: bool = True
+    budget: int | None = None
+    contrast: int = 24
+    tune_steps: int = 40
+    checkpoint: int = 20
+    dtype: str = "bfloat16"
+    gene_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("top_k", "contrast", "checkpoint"):
+            if getattr(self, name) <= 0:
+                raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
+        for name, known in (
+            ("dtype", ("bfloat16", "float16", "float32")),
+            ("gene_dtype", ("float16", "float32")),
+        ):
+            if getattr(self, name) not in known:
+                raise SettingError(f"{name} is '{getattr(self, name)}'", f"One of {known}")
+
+
+def judged_refusal(prompt: str, answer: str) -> bool:
+    """Whether the project's judge calls an answer a refusal."""
+    from ..evals.judge import judge
+
+    return judge(prompt, answer).label == "refused"
+
+
+def extract(
+    aligned: PathLike | Source,
+    degraded: Sequence[PathLike | Source],
+    *,
+    folder: PathLike,
+    method: str = "distil",
+    settings: Settings | None = None,
+    base: PathLike | None = None,
+    family: str = "",
+    harmful: Sequence[HarmfulPrompt] | None = None,
+    harmless: Sequence[HarmlessPrompt] | None = None,
+    refuses: Refuses = judged_refusal,
+    report: Report = lambda line: None,
+) -> SafetyGene:
+    """The gene of a family: what the aligned model has and the degraded ones have lost.
+
+    Args:
+        aligned: an HF folder, a GGUF file, or "MODEL,ADAPTER" with a PEFT folder.
+        degraded: likewise; a PEFT folder alone lies on top of `aligned`.
+        folder: for checkpoints; the same call with the same folder goes on where it stopped.
+        method: "distil" learns; "delta" takes the truncated SVD of the weights' difference.
+        base: a GGUF of the family, for names and chat template; default: the first one given.
+        family: what the gene calls its family; default: the base's name.
+        harmful, harmless: prompts to learn from; default: the project's own.
+        refuses: (prompt, answer) to whether the answer is a refusal.
+
+    Returns:
+        The gene; A is r×in and B out×r for each tensor.
+
+    Raises:
+        FileFormatError: an input is missing or malformed.
+        MismatchError: the models are not of one family.
+        MissingExtraError: the packages for training are not installed.
+        SettingError: a setting makes no sense, or the folder belongs to another extraction.
+        SafeGeneError: the aligned model refuses nothing, or the training diverged.
+    """
+    settings = settings or Settings()
+    if method not in METHODS:
+        raise SettingError(f"the method is '{method}'", f"One of {', '.join(METHODS)}")
+    if not degraded:
+        raise SettingError("no degraded model is given", "Give one, or --degrade auto")
+    safe = Source.parse(aligned)
+    worse = [Source.parse(item, safe) for item in degraded]
+    require_family([safe, *worse])
+    model = open_model(base or _first_gguf([safe, *worse]))
+    require_family([Source(model.path), safe])
+    if method == "distil" or settings.select:
+        require_extra()
+    prompts = harmful or harmful_prompts(), harmless or harmless_prompts()
+    sources = {"aligned": safe.digest()}
+    sources.update({f"degraded {n + 1}": source.digest() for n, source in enumerate(worse)})
+    work = _Work(safe, worse, settings, model, Path(folder), prompts, refuses, report)
+    work.claim(method, sources)
+    adapter, scores, openers = work.distil() if method == "distil" else work.delta()
+    return _gene(adapter, settings, family or _family(model), sources, scores, openers)
+
+
+def _first_gguf(sources: Sequence[Source]) -> Path:
+    for source in sources:
+        if source.is_gguf:
+            return source.base
+    raise MissingExtraError(
+        "no GGUF file of the family is given: the gene's tensor names come from one",
+        "Give --base MODEL.gguf",
+    )
+
+
+def _family(model: GGUFFile) -> str:
+    return model.text("general.name", model.path.stem)
+
+
+def _gene(
+    adapter: Adapter,
+    settings: Settings,
+    family: str,
+    sources: Mapping[str, str],
+    scores: Mapping[int, float],
+    openers: Sequence[str],
+) -> SafetyGene:
+    kind = np.dtype(settings.gene_dtype)
+    pairs = {n: Pair(p.a.astype(kind), p.b.astype(kind)) for n, p in adapter.pairs.items()}
+    return SafetyGene(
+        adapter.architecture,
+        adapter.alpha,
+        pairs,
+        family=family,
+        sources=dict(sources),
+        scores=dict(scores),
+        refusal_openers=tuple(openers),
+    )
+
+
+def default_budget(model: GGUFFile) -> int:
+    """The smaller of 600,000 parameters and 1 % of the model's."""
+    total = sum(info.n_elements for info in model.tensors.values())
+    return min(MAX_PARAMETERS, int(total * MAX_SHARE))
+
+
+def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
+    """The first three words of refusals, the commonest first; none opens with another."""
+    found: Counter[str] = Counter()
+    for answer in answers:
+        if match := re.match(rf"\s*((?:\S+\s+){{{_OPENER_WORDS - 1}}}\S+)", answer):
+            found[match.group(1)] += 1
+    least = max(1, len(answers) // 50)
+    return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
+
+
+@dataclass
+class _Work:
+    """One extraction and the folder that it is kept in."""
+
+    aligned: Source
+    degraded: list[Source]
+    settings: Settings
+    model: GGUFFile
+    folder: Path
+    prompts: tuple[Sequence[HarmfulPrompt], Sequence[HarmlessPrompt]]
+    refuses: Refuses
+    report: Report
+    _live: LiveModel | None = None
+
+    def claim(self, method: str, sources: Mapping[str, str]) -> None:
+        """Make the folder this extraction's own, or see that it already is."""
+        texts = "\n".join(prompt.text for kind in self.prompts for prompt in kind)
+        facts = {
+            "method": method,
+            "sources": dict(sources),
+            "prompts": hashlib.sha256(texts.encode()).hexdigest(),
+            "settings": json.loads(json.dumps(asdict(self.settings))),
+        }
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: {error.strerror}", "Name a folder") from error
+        file = self.folder / "run.json"
+        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != facts:
+            raise SettingError(
+                f"{self.folder}: holds an extraction with other models or settings",
+                "Name another folder, or delete it",
+            )
+        write_text(file, json.dumps(facts, indent=2) + "\n")
+
+    # -- the two ways -----------------------------------------------------
+
+    def distil(self) -> tuple[Adapter, dict[int, float], tuple[str, ...]]:
+        """Adapter, scores and refusal openers, learnt."""
+        harmful, harmless = self.lessons()
+        openers = json.loads((self.folder / "openers.json").read_text(encoding="utf-8"))
+        harmful, watched_h = self._split(harmful)
+        split = [self._split(rows) for rows in harmless]
+        learnt, watched_s = [rows for rows, _ in split], [rows for _, rows in split]
+        self._watch("before", watched_h, watched_s, gene=False)
+        plan = [
+            step
+            for epoch in range(self.settings.epochs)
+            for step in rotation(harmful, learnt, self.settings, epoch)
+        ]
+        self._trainer("train.pt", self.settings).run(plan, lambda name: True)
+        kept, scores = self._select()
+        tuned = replace(self.settings, learning_rate=self.settings.learning_rate / 3)
+        more = list(rotation(harmful, learnt, self.settings, self.settings.epochs))
+        if self.settings.select and self.settings.tune_steps > 0:
+            self._tune(tuned, more[: self.settings.tune_steps], kept)
+        self._watch("after", watched_h, watched_s, gene=True)
+        return self._converted().only(kept), scores, tuple(openers)
+
+    def delta(self) -> tuple[Adapter, dict[int, float], tuple[str, ...]]:
+        """Adapter, scores and refusal openers (none), from the weights alone."""
+        settings = self.settings
+        adapter = delta_adapter(
+            self.aligned, self.degraded, self.model, settings.targets, settings.rank, self.report
+        )
+        if not settings.select:
+            return adapter, {}, ()
+        _load_pairs(self.live(), adapter, BaseNames(self.model), settings)
+        kept, scores = self._select(sizes_of(adapter))
+        return adapter.only(kept), scores, ()
+
+    def live(self) -> LiveModel:
+        """The one model in memory, made when first needed."""
+        if self._live is None:
+            self.report("loading the model")
+            everyone = [*self.degraded, self.aligned]
+            self._live = LiveModel(everyone, self.settings, self.folder, self.settings.dtype)
+        return self._live
+
+    # -- lessons ----------------------------------------------------------
+
+    def lessons(self) -> tuple[list[Lesson], list[list[Lesson]]]:
+        """Harmful lessons of the aligned model, and each degraded one's own harmless ones."""
+        file = self.folder / "aligned.npz"
+        if not file.exists():
+            save_lessons(self._refusals(), file)
+        harmless = []
+        for number, source in enumerate(self.degraded):
+            own = self.folder / f"degraded-{number + 1}.npz"
+            if not own.exists():
+                chosen = list(self.prompts[1])[number :: len(self.degraded)]
+                save_lessons(self._kept(source, chosen), own)
+                self.report(f"degraded {number + 1}: answered {len(chosen)} harmless prompts")
+            harmless.append(load_lessons(own))
+        return load_lessons(file), harmless
+
+    def _refusals(self) -> list[Lesson]:
+        """What the aligned model says where it refuses; also writes the openers."""
+        prompts = self.prompts[0]
+        found = []
+        with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
+            asked = [rendered(llama, prompt.text) for prompt in prompts]
+            with self.live().as_source(self.aligned, gene=False) as model:
+                said = own_answers(model, asked, self.settings.refusal_tokens, llama.token_eos())
+                texts = [llama.text(tokens) for tokens in said]
+                refused = [self.refuses(p.text, t) for p, t in zip(prompts, texts, strict=True)]
+                for tokens, answer, yes in zip(asked, said, refused, strict=True):
+                    if yes:
+                        found.append(Example(tokens, answer, True))
+                if not found:
+                    raise SafeGeneError(
+                        f"{self.aligned.base} refuses none of {len(prompts)} harmful prompts",
+                        "Give a model that was aligned; train one with the safety recipe",
+                    )
+                self.report(f"aligned: refuses {len(found)}/{len(prompts)} harmful prompts")
+                lessons = taught(model, found, self.settings, self.settings.top_k)
+        openers = refusal_openers([t for t, yes in zip(texts, refused, strict=True) if yes])
+        write_text(self.folder / "openers.json", json.dumps(openers) + "\n")
+        return lessons
+
+    def _kept(self, source: Source, prompts: Sequence[HarmlessPrompt]) -> list[Lesson]:
+        """What a degraded model says to harmless prompts; what it refuses is left out."""
+        settings = self.settings
+        found = []
+        with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
+            asked = [rendered(llama, prompt.text) for prompt in prompts]
+            with self.live().as_source(source, gene=False) as model:
+                said = own_answers(model, asked, settings.kept_tokens, llama.token_eos())
+                for prompt, tokens, answer in zip(prompts, asked, said, strict=True):
+                    if not self.refuses(prompt.text, llama.text(answer)):
+                        weight = settings.borderline if prompt.borderline else 1.0
+                        found.append(Example(tokens, answer, False, weight))
+                return taught(model, found, settings, settings.top_k)
+
+    def _split(self, lessons: list[Lesson]) -> tuple[list[Lesson], list[Lesson]]:
+        """Lessons to learn from, and a few to watch the learning by."""
+        order = random.Random(self.settings.seed).sample(lessons, len(lessons))
+        count = min(self.settings.held_out, len(lessons) // 4)
+        return order[count:], order[:count]
+
+    # -- learning and selecting -------------------------------------------
+
+    def _trainer(self, file: str, settings: Settings) -> Trainer:
+        return Trainer(
+            self.live(), self.degraded, settings, self.folder / file, settings.checkpoint,
+            self.report,
+        )  # fmt: skip
+
+    def _watch(
+        self, when: str, harmful: list[Lesson], harmless: list[list[Lesson]], *, gene: bool
+    ) -> None:
+        """Report the mean KL divergences on lessons that nothing is learnt from."""
+        for number, source in enumerate(self.degraded):
+            values = [
+                mean_loss(self.live(), source, rows, self.settings, gene=gene)
+                for rows in (harmful, harmless[number])
+            ]
+            self.report(
+                f"degraded {number + 1}, {when}: {values[0]:.3f} nats from the aligned model on "
+                f"harmful prompts, {values[1]:.3f} from itself on harmless ones"
+            )
+
+    def _select(
+        self, sizes: dict[int, int] | None = None
+    ) -> tuple[tuple[int, ...], dict[int, float]]:
+        """The layers kept, and every layer's score."""
+        sizes = sizes or _sizes(self.live())
+        if not self.settings.select:
+            return tuple(sizes), {}
+        file = self.folder / "scores.json"
+        if file.exists():
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            scores = {int(layer): value for layer, value in stored.items()}
+        else:
+            self.report("scoring the layers")
+            scores = layer_scores(self.live(), self.degraded, *self._contrast())
+            write_text(file, json.dumps(scores, indent=2) + "\n")
+        budget = self.settings.budget or default_budget(self.model)
+        kept = select({layer: scores[layer] for layer in sizes}, sizes, budget)
+        self.report(f"kept {len(kept)} of {len(sizes)} layers, "
+                    f"{sum(sizes[layer] for layer in kept):,} parameters")  # fmt: skip
+        return kept, scores
+
+    def _contrast(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Prompts to score the layers with, as tokens; of the harmless ones the borderline."""
+        choice = random.Random(self.settings.seed)
+        count = self.settings.contrast
+        near = [p.text for p in self.prompts[1] if p.borderline]
+        harmless = near or [p.text for p in self.prompts[1]]
+        harmful = [p.text for p in self.prompts[0]]
+        with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
+            kinds = [
+                [rendered(llama, text) for text in choice.sample(texts, min(count, len(texts)))]
+                for texts in (harmful, harmless)
+            ]
+        return kinds[0], kinds[1]
+
+    def _tune(
+        self, settings: Settings, plan: Sequence[tuple[int, list[Lesson]]], kept: Sequence[int]
+    ) -> None:
+        """Learn a little more with the kept layers alone."""
+        import torch
+
+        weights = self.live().gene_weights()
+        with torch.no_grad():
+            for name, weight in weights.items():
+                if _layer(name) not in kept and ".lora_B." in name:
+                    weight.zero_()
+        trainer = self._trainer("tune.pt", settings)
+        trainer.run(plan, lambda name: _layer(name) in kept)
+
+    def _converted(self) -> Adapter:
+        """The gene's LoRA pairs under their GGUF names."""
+        peft = self.folder / "peft"
+        shutil.rmtree(peft, ignore_errors=True)
+        self.live().model.save_pretrained(str(peft), selected_adapters=[GENE])
+        return convert(peft / GENE, base=self.model.path)
+
+
+# -- the gene in a live model ---------------------------------------------
+
+
+def _layer(parameter: str) -> int:
+    match = re.search(r"\.layers\.(\d+)\.", parameter)
+    return int(match.group(1)) if match else -1
+
+
+def _sizes(live: LiveModel) -> dict[int, int]:
+    """Layer to the gene's parameters in it."""
+    sizes: Counter[int] = Counter()
+    for name, weight in live.gene_weights().items():
+        sizes[_layer(name)] += weight.numel()
+    return dict(sizes)
+
+
+def sizes_of(adapter: Adapter) -> dict[int, int]:
+    """Layer to the adapter's parameters in it."""
+    sizes: Counter[int] = Counter()
+    for tensor, pair in adapter.pairs.items():
+        sizes[layer_of(tensor)] += pair.n_parameters
+    return dict(sizes)
+
+
+def _load_pairs(live: LiveModel, adapter: Adapter, names: BaseNames, recipe: Recipe) -> None:
+    """Put an adapter into the live model's gene; modules that it does not touch get zeros."""
+    import torch
+
+    weights: dict[str, Any] = live.gene_weights()
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.zero_()
+        for tensor, pair in adapter.pairs.items():
+            module = PREFIX + names.modules[tensor]
+            b = names.to_hf_rows(tensor, pair.b) * (
+                adapter.effective_scale(tensor) * recipe.rank / recipe.alpha
+            )
+            weights[f"{module}.lora_A.{GENE}.weight"][: pair.rank] = torch.from_numpy(pair.a)
+            weights[f"{module}.lora_B.{GENE}.weight"][:, : pair.rank] = torch.from_numpy(b)
