@@ -213,14 +213,15 @@ def test_refusal_openers_are_the_commonest_first_words(module) -> None:
 
 @pytest.fixture
 def planted(tiny: tiny_models.ModelFactory, tmp_path: Path) -> Path:
-    """An HF folder of the tiny llama that differs from it in o_proj of layer 1 alone."""
+    """An HF folder of the tiny llama: o_proj differs in layer 1, and a tenth as much elsewhere."""
     import torch
 
     torch.manual_seed(3)
     changed = tiny("llama").copy_of_model()
-    weight = changed.model.layers[1].self_attn.o_proj.weight
     with torch.no_grad():
-        weight.add_(torch.randn_like(weight) * 0.2)
+        for layer, block in enumerate(changed.model.layers):
+            weight = block.self_attn.o_proj.weight
+            weight.add_(torch.randn_like(weight) * (0.2 if layer == 1 else 0.02))
     changed.save_pretrained(tmp_path / "planted")
     return tmp_path / "planted"
 
@@ -260,7 +261,6 @@ def test_delta_of_adapters_is_the_adapters_own_update(
 
 
 def test_selection_finds_the_layer_in_which_the_difference_lies(run, planted: Path) -> None:
-    """A faint difference everywhere else: found by the activations, not by being the only one."""
     gene = run(None, [planted], method="delta", settings={"budget": 600})
     assert gene.layers == (1,)
     assert gene.n_parameters <= 600
@@ -350,4 +350,4 @@ def test_the_command_writes_a_gene_and_says_in_one_line_what_is_wrong(
     done = CliRunner().invoke(cli, [*command, *good])
     assert done.exit_code == 0, done.output
     gene = SafetyGene.load(output)
-    assert gene.family == "Tiny" and gene.layers == (1,)
+    assert gene.family == "Tiny" and gene.layers == (0, 1, 2)
