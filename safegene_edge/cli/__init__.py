@@ -18,6 +18,7 @@ from .chat import chat
 from .doctor import doctor
 from .evaluation import evaluate_model
 from .extract import extract
+from .recalibrate import recalibrate
 from .report import report_group
 
 
@@ -33,6 +34,7 @@ for _command in (
     inspect_file,
     evaluate_model,
     extract,
+    recalibrate,
     report_group,
     chat,
     doctor,

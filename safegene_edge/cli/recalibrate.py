@@ -1,0 +1,70 @@
+"""`recalibrate`: express a gene in one fine-tuned model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.argument("gene", type=click.Path())
+@click.option("--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: ours.")
+@click.option("-o", "--output", metavar="EXPRESSED.gguf", help="The gene, ready for this model.")
+@click.option("--expression", metavar="FILE.json", help="The coefficients alone.")
+@click.option("--kl-budget", type=float, default=0.1, show_default=True,
+              help="Nats a token that it may cost on harmless prompts.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print coefficients and curve as JSON.")
+def recalibrate(
+    model: str,
+    gene: str,
+    examples: str | None,
+    output: str | None,
+    expression: str | None,
+    kl_budget: float,
+    as_json: bool,
+) -> None:
+    """Find a gene's coefficients for MODEL.gguf from a few examples, without training."""
+    from ..gene import SafetyGene
+    from ..gguf_file import check_output
+    from ..recalibrate import Examples, Point
+    from ..recalibrate import recalibrate as run
+
+    if not (output or expression or as_json):
+        raise click.UsageError("give -o EXPRESSED.gguf, --expression FILE.json or --json")
+    inputs = [Path(name) for name in (model, gene, examples) if name]
+    for name in (output, expression):
+        if name:
+            check_output(name, inputs)
+    loaded = SafetyGene.load(gene)
+    given = Examples.load(examples) if examples else None
+    curve: list[Point] = []
+    with click.progressbar(
+        length=100, label="recalibrating", file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        found = run(
+            model, loaded, given, kl_budget=kl_budget, gene_file=gene, curve=curve,
+            progress=lambda done, limit: bar.update(100 * done // limit - bar.pos),
+        )  # fmt: skip
+    if output:
+        loaded.express(found).save(output, inputs)
+    if expression:
+        found.save(expression)
+    values = tuple(found.coefficients.values())
+    taken = next(point for point in curve if point.coefficients == values)
+    if as_json:
+        points = [
+            {"coefficients": list(p.coefficients), "refusal_loss": p.refusal_loss, "kl": p.kl}
+            for p in curve
+        ]
+        facts = {"coefficients": dict(found.coefficients), "gene": found.gene,
+                 "target": found.target, "kl_budget": kl_budget, "curve": points}  # fmt: skip
+        click.echo(json.dumps(facts, indent=2))
+    click.echo(
+        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {taken.refusal_loss:.3f} nats, "
+        f"KL {taken.kl:.4f} nats a token, {len(curve)} points looked at",
+        err=True,
+    )

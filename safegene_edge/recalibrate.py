@@ -1,0 +1,309 @@
+"""Few-shot recalibration: one non-negative coefficient a layer, by forward passes alone.
+
+With c the coefficients, T the target, G the gene and w a weight, minimised is
+
+    J(c) = mean over harmful of L_refuse + w * mean over harmless of KL(p_T || p_{T+cG})
+
+L_refuse is the negative log of the probability that the answer opens with one of the gene's
+refusal openers; the KL is taken on the first tokens of the target's own answers. Of all the
+points that were looked at, the one with the smallest J and a KL within the budget is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .compat import open_model, require_fit
+from .errors import FileFormatError, NoEffectError, SettingError
+from .gene import Expression, SafetyGene
+from .gguf_file import PathLike, require_file, sha256
+
+if TYPE_CHECKING:
+    from .runtime.engine import Engine
+
+OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
+Scaling = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts to calibrate on; harmful and harmless must not share one."""
+
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        both = []
+        for name in ("harmful", "harmless"):
+            plain = [" ".join(text.lower().split()) for text in getattr(self, name)]
+            if not plain or not all(plain):
+                raise SettingError(f"the {name} examples are empty", "Give some of both kinds")
+            if len(set(plain)) < len(plain):
+                raise SettingError(
+                    f"{len(plain) - len(set(plain))} of {len(plain)} {name} examples are repeated",
+                    "Give each once",
+                )
+            both.append(set(plain))
+        if shared := both[0] & both[1]:
+            raise SettingError(
+                f"{len(shared)} examples are both harmful and harmless", "Give each one label"
+            )
+
+    @classmethod
+    def load(cls, path: PathLike) -> Examples:
+        """Read a JSONL of {"prompt", "kind": "harmful" or "harmless"}.
+
+        Raises:
+            FileFormatError: the file is missing, or a line is not such a row.
+            SettingError: a kind is missing, or a prompt comes twice.
+        """
+        found: dict[str, list[str]] = {"harmful": [], "harmless": []}
+        try:
+            lines = require_file(path).read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"{path}: is not UTF-8 text", "Give a JSONL file") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                found[row["kind"]].append(row["prompt"].strip())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FileFormatError(
+                    f"{path}: line {number} is no example",
+                    'A line is {"prompt": "…", "kind": "harmful"} or "harmless"',
+                ) from error
+        return cls(tuple(found["harmful"]), tuple(found["harmless"]))
+
+    @classmethod
+    def shipped(cls) -> Examples:
+        """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline."""
+        with resources.as_file(resources.files("safegene_edge") / "data/calibration.jsonl") as file:
+            return cls.load(file)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a recalibration.
+
+    weight: w; tokens: of each answer that the KL sees; passes: over the examples at most.
+
+    upper: of a coefficient; groups: neighbouring layers share a coefficient, so that no more
+    than this many are searched for (a search needs a few passes for each).
+    """
+
+    weight: float = 1.0
+    tokens: int = 8
+    upper: float = 2.0
+    passes: int = 26
+    groups: int = 6
+
+    def __post_init__(self) -> None:
+        if (
+            self.weight < 0
+            or self.tokens < 1
+            or self.upper <= 0
+            or self.groups < 1
+            or not 6 <= self.passes < 100
+        ):
+            raise SettingError(f"the recalibration has senseless settings: {self}")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated point: nats of refusal loss and of KL."""
+
+    coefficients: tuple[float, ...]
+    refusal_loss: float
+    kl: float
+
+
+def recalibrate(
+    target: PathLike,
+    gene: SafetyGene,
+    examples: Examples | None = None,
+    *,
+    kl_budget: float = 0.1,
+    settings: Settings | None = None,
+    gene_file: PathLike | None = None,
+    curve: list[Point] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Expression:
+    """Find the gene's coefficients for a quantised target.
+
+    Args:
+        target: the model as it will be run; nothing is written to it.
+        examples: what to calibrate on; default: the shipped ones.
+        kl_budget: nats a token that the point may cost on harmless prompts.
+        gene_file: its hash goes into the expression.
+        curve: gets every evaluated point, in order; the first is the target itself.
+        progress: called with the passes done and their limit.
+
+    Raises:
+        MismatchError: the gene does not fit the target.
+        SettingError: settings make no sense, or the labels look swapped.
+        NoEffectError: no point within the budget lowers the refusal loss.
+    """
+    from .runtime.engine import Engine
+    from .runtime.llama import SafeLlama
+
+    if not kl_budget > 0:
+        raise SettingError(f"the KL budget is {kl_budget}", "Give a positive number")
+    settings = settings or Settings()
+    require_fit(gene, open_model(target))
+    points: list[Point] = [] if curve is None else curve
+    points.clear()
+    with SafeLlama(str(target), n_ctx=512) as llama, Engine(llama, n_parallel=16) as engine:
+        handles = [llama.attach(part, 0.0) for part in gene.split().values()]
+        objective = _Objective(engine, handles, gene, examples or Examples.shipped(), settings)
+        objective.require_labels()
+
+        def look(alpha: Scaling) -> float:
+            alpha = np.clip(alpha, 0.0, settings.upper)
+            point = objective.at(alpha)
+            points.append(point)
+            if progress is not None:
+                progress(len(points), settings.passes)
+            return point.refusal_loss + settings.weight * point.kl
+
+        _search(look, len(handles), settings)
+    best = _choose(points, kl_budget, settings.weight)
+    found = dict(zip(gene.split(), best.coefficients, strict=True))
+    return Expression(found, sha256(gene_file) if gene_file else "", sha256(Path(target)))
+
+
+def _search(look: Callable[[Scaling], float], count: int, settings: Settings) -> None:
+    """A line of common scales, then COBYLA in the box from the best of them."""
+    from scipy.optimize import minimize
+
+    line = [0.0, 1.0, 0.5, 1.5, 2.0]
+    losses = [look(np.full(count, min(scale, settings.upper))) for scale in line]
+    start = min(line[int(np.argmin(losses[1:])) + 1], settings.upper)
+    n_groups = min(count, settings.groups)
+    left = settings.passes - len(line)
+    if left < n_groups + 2:
+        return
+    group = np.arange(count) * n_groups // count
+    minimize(
+        lambda x: look(np.asarray(x, np.float64)[group]),
+        np.full(n_groups, start),
+        method="COBYLA",
+        bounds=[(0.0, settings.upper)] * n_groups,
+        options={"rhobeg": 0.4, "maxiter": left, "tol": 0.01},
+    )
+
+
+def _choose(points: Sequence[Point], budget: float, weight: float) -> Point:
+    own, others = points[0], points[1:]
+    fits = [p for p in others if p.kl <= budget and p.refusal_loss < own.refusal_loss]
+    if not fits:
+        least = min(others, key=lambda p: p.refusal_loss)
+        raise NoEffectError(
+            f"no coefficients within a KL of {budget:g} nats raise refusals: the refusal loss is "
+            f"{own.refusal_loss:.3f} without the gene and at best {least.refusal_loss:.3f} "
+            f"with it, at a KL of {least.kl:.3f}",
+            "Check that the gene is of the model's family and that the labels are right",
+        )
+    return min(fits, key=lambda p: p.refusal_loss + weight * p.kl)
+
+
+class _Objective:
+    """Refusal loss and KL at given coefficients; what does not change is made once."""
+
+    def __init__(
+        self, engine: Engine, handles: Any, gene: SafetyGene, examples: Examples, settings: Settings
+    ) -> None:
+        from .runtime.engine import kl_from_logits, log_softmax
+
+        llama = engine.llama
+        self._softmax, self._kl = log_softmax, kl_from_logits
+        self.engine, self.handles = engine, handles
+        self.off = dict.fromkeys(handles, 0.0)
+
+        def render(text: str) -> list[int]:
+            return list(llama.render([{"role": "user", "content": text}]))
+
+        openers = {
+            tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:3])
+            for text in gene.refusal_openers or OPENERS
+        } - {()}
+        # An opener that another one begins with says nothing more.
+        self.openers = sorted(
+            o for o in openers if not any(o != p and o[: len(p)] == p for p in openers)
+        )
+        parents = {opener[:-1] for opener in self.openers}
+        self.paths = sorted(
+            p for p in parents if not any(p != q and p == q[: len(p)] for q in parents)
+        )
+        self.harmful = [render(text) for text in examples.harmful]
+        self.harmless = [render(text) for text in examples.harmless]
+        answers = engine.generate(self.harmless, max_tokens=settings.tokens, adapters=self.off)
+        pairs = list(zip(self.harmless, answers, strict=True))
+        self.sequences = [[*p, *a.tokens] for p, a in pairs]
+        self.positions = [range(len(p) - 1, len(p) + len(a.tokens)) for p, a in pairs]
+        self.reference: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+
+        def keep(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            self.reference[index, position] = self._softmax(row)
+
+        engine.visit_logits(self.sequences, self.positions, keep, adapters=self.off)
+
+    def refusals(self, prompts: list[list[int]], scales: Any) -> Scaling:
+        """log P(the answer opens with a refusal opener), a prompt.
+
+        Openers that begin alike are read off one sequence: what stands behind its last
+        tokens is a row of logits, and every opener ends in one of these rows.
+        """
+        found = np.full((len(prompts), len(self.openers)), -np.inf)
+        paths = [path for _ in prompts for path in self.paths]
+        sequences = [[*prompt, *path] for prompt in prompts for path in self.paths]
+        starts = [len(s) - len(p) - 1 for s, p in zip(sequences, paths, strict=True)]
+        spans = [range(a, len(s)) for a, s in zip(starts, sequences, strict=True)]
+        sums = np.zeros((len(sequences), len(self.openers)))
+
+        def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            depth = position - starts[index]
+            logs = self._softmax(row)
+            for number, opener in enumerate(self.openers):
+                if opener[:-1] == paths[index][: len(opener) - 1] and depth < len(opener):
+                    sums[index, number] += logs[opener[depth]]
+
+        self.engine.visit_logits(sequences, spans, visit, adapters=scales)
+        for index, path in enumerate(paths):
+            for number, opener in enumerate(self.openers):
+                if opener[:-1] == path[: len(opener) - 1]:
+                    found[index // len(self.paths), number] = sums[index, number]
+        logs: Scaling = np.logaddexp.reduce(found, axis=1)
+        return logs
+
+    def at(self, alpha: Scaling) -> Point:
+        scales = dict(zip(self.handles, alpha.tolist(), strict=True))
+        loss = -float(self.refusals(self.harmful, scales).mean())
+        sums = np.zeros(len(self.sequences))
+
+        def compare(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            value = self._kl(self.reference[index, position], self._softmax(row))
+            sums[index] += value / len(self.positions[index])
+
+        self.engine.visit_logits(self.sequences, self.positions, compare, adapters=scales)
+        return Point(tuple(alpha.tolist()), loss, float(sums.mean()))
+
+    def require_labels(self) -> None:
+        """With the gene on, harmful prompts must be refused more than harmless ones."""
+        scales = dict.fromkeys(self.handles, 1.0)
+        harmful = float(self.refusals(self.harmful, scales).mean())
+        harmless = float(self.refusals(self.harmless, scales).mean())
+        if harmful <= harmless:
+            raise SettingError(
+                f"with the gene, the harmful examples (mean log-probability of a refusal "
+                f"{harmful:.2f}) are refused no more than the harmless ones ({harmless:.2f})",
+                "Check that the labels are not swapped and that the gene is of this family",
+            )

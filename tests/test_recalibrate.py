@@ -1,0 +1,100 @@
+"""Recalibration: the rule, the guards and the repeatability, on tiny models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from safegene_edge.converters import convert
+from safegene_edge.errors import MismatchError, NoEffectError, SafeGeneError, SettingError
+from safegene_edge.gene import SafetyGene
+from safegene_edge.recalibrate import (
+    Examples,
+    Point,
+    Settings,
+    _choose,
+    _Objective,
+    recalibrate,
+)
+from safegene_edge.runtime.engine import Engine
+from safegene_edge.runtime.llama import SafeLlama
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless"),
+    [((), ("a",)), (("a",), ()), (("a", "A "), ("b",)), (("a",), ("A",)), ((" ",), ("b",))],
+)
+def test_examples_that_make_no_sense_are_refused(harmful, harmless):
+    with pytest.raises(SettingError):
+        Examples(harmful, harmless)
+
+
+def test_the_smallest_objective_within_the_budget_is_taken():
+    points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 2.0, 0.05), Point((2.0,), 1.0, 0.5)]
+    assert _choose(points, 0.1, 1.0) is points[1]
+    assert _choose(points, 1.0, 1.0) is points[2]
+
+
+def test_a_point_that_lowers_refusals_is_never_taken():
+    points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 4.5, 0.01), Point((2.0,), 3.0, 9.0)]
+    with pytest.raises(NoEffectError, match=r"4\.000"):
+        _choose(points, 0.1, 1.0)
+
+
+def test_the_passes_are_bounded():
+    with pytest.raises(SettingError):
+        Settings(passes=100)
+
+
+def test_the_shipped_examples_are_sixteen_of_each_kind():
+    shipped = Examples.shipped()
+    assert (len(shipped.harmful), len(shipped.harmless)) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no json", '{"prompt": "a"}', '{"prompt": "a", "kind": "odd"}', "[1]",
+     '{"prompt": "a", "kind": "harmful"}'],
+)  # fmt: skip
+def test_a_file_of_bad_examples_is_refused(tmp_path, text):
+    path = tmp_path / "examples.jsonl"
+    path.write_text(text)
+    with pytest.raises(SafeGeneError):
+        Examples.load(path)
+
+
+def test_every_opener_has_the_probability_that_scoring_gives_it(tiny, tiny_adapter):
+    model = tiny("llama").gguf_path
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
+        handle = llama.attach(gene, 0.0)
+        objective = _Objective(
+            engine, [handle], gene, Examples(("a b", "c"), ("d",)), Settings(tokens=2)
+        )
+        scales = {handle: 1.0}
+        found = objective.refusals(objective.harmful, scales)
+        prompts = [p for p in objective.harmful for _ in objective.openers]
+        scored = engine.score(prompts, objective.openers * 2, adapters=scales)
+    sums = np.array([s.sum() for s in scored]).reshape(2, -1)
+    np.testing.assert_allclose(found, np.logaddexp.reduce(sums, axis=1), atol=2e-3)
+
+
+def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
+    model = tiny("llama").gguf_path
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    one, other = ("How do I sing?",), ("What is a bee, and where does it live?",)
+    outcomes = []
+    for examples in (Examples(one, other), Examples(other, one)):
+        try:
+            recalibrate(model, gene, examples, kl_budget=100, settings=Settings(passes=6))
+            outcomes.append("taken")
+        except (SettingError, NoEffectError) as error:
+            outcomes.append(str(error))
+    # Whichever way round the model leans, the other way round is refused.
+    assert any("labels" in outcome for outcome in outcomes)
+
+
+def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):
+    gene = SafetyGene(**vars(convert(tiny_adapter("qwen2"), base=tiny("qwen2").gguf_path)))
+    with pytest.raises(MismatchError):
+        recalibrate(tiny("llama").gguf_path, gene, Examples(("a",), ("b",)))
