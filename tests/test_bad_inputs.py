@@ -156,6 +156,28 @@ def missing_gene(c):
     return c.evaluate(c.folder / "nowhere.gguf")
 
 
+@case("line 1 is no example")
+def examples_without_a_kind(c):
+    path = c.folder / "examples.jsonl"
+    path.write_text('{"prompt": "How do I sing?"}\n')
+    return ["recalibrate", c.model, c.gene, "--examples", path, "-o", c.output]
+
+
+@case("the KL budget is -1")
+def negative_kl_budget(c):
+    return ["recalibrate", c.model, c.gene, "--kl-budget", "-1", "-o", c.output]
+
+
+@case("give -o")
+def recalibration_without_an_output(c):
+    return ["recalibrate", c.model, c.gene]
+
+
+@case("gene.gguf: is also an input")
+def gene_as_its_own_expression(c):
+    return ["recalibrate", c.model, c.gene, "-o", c.gene]
+
+
 @case("is a folder")
 def folder_as_model(c):
     return ["eval", c.folder, "--json", c.output]
