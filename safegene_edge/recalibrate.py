@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
 
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
+_OVER_BUDGET = 50.0  # what a nat beyond the budget adds to the search's objective
 Scaling = npt.NDArray[np.float64]
 
 
@@ -103,7 +104,7 @@ class Settings:
     weight: float = 1.0
     tokens: int = 8
     upper: float = 2.0
-    passes: int = 26
+    passes: int = 24
     groups: int = 6
 
     def __post_init__(self) -> None:
@@ -172,7 +173,8 @@ def recalibrate(
             points.append(point)
             if progress is not None:
                 progress(len(points), settings.passes)
-            return point.refusal_loss + settings.weight * point.kl
+            over = max(0.0, point.kl - kl_budget)
+            return point.refusal_loss + settings.weight * point.kl + _OVER_BUDGET * over
 
         _search(look, len(handles), settings)
     best = _choose(points, kl_budget, settings.weight)
