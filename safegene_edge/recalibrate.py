@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
 
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
-_OVER_BUDGET = 50.0  # what a nat beyond the budget adds to the search's objective
+_OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
 Scaling = npt.NDArray[np.float64]
 
 
