@@ -1,4 +1,4 @@
-"""Few-shot recalibration: one non-negative coefficient a layer, by forward passes alone.
+"""Few-shot recalibration: non-negative coefficients of layers, by forward passes alone.
 
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +96,13 @@ class Examples:
 class Settings:
     """Settings of a recalibration.
 
-    weight: w; tokens: of each answer that the KL sees; passes: over the examples at most.
-
-    upper: of a coefficient; groups: neighbouring layers share a coefficient, so that no more
-    than this many are searched for (a search needs a few passes for each).
+    Attributes:
+        weight: w, how much a nat of KL counts against a nat of refusal loss.
+        tokens: of each harmless answer that the KL sees.
+        upper: the largest coefficient that is looked at.
+        passes: points looked at, at most; each is one pass over the examples.
+        groups: coefficients that are searched for; neighbouring layers share one, since a
+            search needs a few passes for each.
     """
 
     weight: float = 1.0
@@ -108,13 +112,8 @@ class Settings:
     groups: int = 6
 
     def __post_init__(self) -> None:
-        if (
-            self.weight < 0
-            or self.tokens < 1
-            or self.upper <= 0
-            or self.groups < 1
-            or not 6 <= self.passes < 100
-        ):
+        finite = self.weight >= 0 and self.upper > 0 and isfinite(self.weight + self.upper)
+        if not finite or min(self.tokens, self.groups) < 1 or not 6 <= self.passes < 100:
             raise SettingError(f"the recalibration has senseless settings: {self}")
 
 
@@ -245,6 +244,11 @@ class _Objective:
         self.paths = sorted(
             p for p in parents if not any(p != q and p == q[: len(p)] for q in parents)
         )
+        # The path that each opener is read off: the first that begins with all but its end.
+        self.homes = [
+            next(n for n, path in enumerate(self.paths) if path[: len(o) - 1] == o[:-1])
+            for o in self.openers
+        ]
         self.harmful = [render(text) for text in examples.harmful]
         self.harmless = [render(text) for text in examples.harmless]
         answers = engine.generate(self.harmless, max_tokens=settings.tokens, adapters=self.off)
@@ -261,29 +265,24 @@ class _Objective:
     def refusals(self, prompts: list[list[int]], scales: Any) -> Scaling:
         """log P(the answer opens with a refusal opener), a prompt.
 
-        Openers that begin alike are read off one sequence: what stands behind its last
-        tokens is a row of logits, and every opener ends in one of these rows.
+        Openers that begin alike are read off one sequence: the row behind its first k tokens
+        tells how likely the opener's token k is.
         """
-        found = np.full((len(prompts), len(self.openers)), -np.inf)
-        paths = [path for _ in prompts for path in self.paths]
         sequences = [[*prompt, *path] for prompt in prompts for path in self.paths]
-        starts = [len(s) - len(p) - 1 for s, p in zip(sequences, paths, strict=True)]
+        starts = [len(prompt) - 1 for prompt in prompts for _ in self.paths]
         spans = [range(a, len(s)) for a, s in zip(starts, sequences, strict=True)]
-        sums = np.zeros((len(sequences), len(self.openers)))
+        sums = np.zeros((len(prompts), len(self.openers)))
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            prompt, path = divmod(index, len(self.paths))
             depth = position - starts[index]
             logs = self._softmax(row)
             for number, opener in enumerate(self.openers):
-                if opener[:-1] == paths[index][: len(opener) - 1] and depth < len(opener):
-                    sums[index, number] += logs[opener[depth]]
+                if self.homes[number] == path and depth < len(opener):
+                    sums[prompt, number] += logs[opener[depth]]
 
         self.engine.visit_logits(sequences, spans, visit, adapters=scales)
-        for index, path in enumerate(paths):
-            for number, opener in enumerate(self.openers):
-                if opener[:-1] == path[: len(opener) - 1]:
-                    found[index // len(self.paths), number] = sums[index, number]
-        logs: Scaling = np.logaddexp.reduce(found, axis=1)
+        logs: Scaling = np.logaddexp.reduce(sums, axis=1)
         return logs
 
     def at(self, alpha: Scaling) -> Point:

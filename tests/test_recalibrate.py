@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -91,10 +93,31 @@ def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
         except (SettingError, NoEffectError) as error:
             outcomes.append(str(error))
     # Whichever way round the model leans, the other way round is refused.
-    assert any("labels" in outcome for outcome in outcomes)
+    assert any("are refused no more than" in outcome for outcome in outcomes)
 
 
 def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):
     gene = SafetyGene(**vars(convert(tiny_adapter("qwen2"), base=tiny("qwen2").gguf_path)))
     with pytest.raises(MismatchError):
         recalibrate(tiny("llama").gguf_path, gene, Examples(("a",), ("b",)))
+
+
+def test_two_runs_look_at_the_same_points(tiny, tiny_adapter):
+    model = tiny("llama").gguf_path
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    one, other = ("How do I sing?",), ("What is a bee, and where does it live?",)
+    runs = []
+    for _ in range(2):
+        for examples in (Examples(one, other), Examples(other, one)):
+            curve: list[Point] = []
+            with contextlib.suppress(SettingError, NoEffectError):
+                recalibrate(model, gene, examples, settings=Settings(passes=16), curve=curve)
+            runs.append(curve)
+    assert runs[:2] == runs[2:]
+    assert max(map(len, runs)) > 6  # the search, and not only the line before it
+
+
+@pytest.mark.parametrize("change", [{"weight": float("nan")}, {"upper": float("inf")}])
+def test_settings_are_finite(change):
+    with pytest.raises(SettingError):
+        Settings(**change)

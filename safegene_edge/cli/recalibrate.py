@@ -35,6 +35,8 @@ def recalibrate(
 
     if not (output or expression or as_json):
         raise click.UsageError("give -o EXPRESSED.gguf, --expression FILE.json or --json")
+    if output and output == expression:
+        raise click.UsageError(f"{output} is given for both outputs")
     inputs = [Path(name) for name in (model, gene, examples) if name]
     for name in (output, expression):
         if name:
