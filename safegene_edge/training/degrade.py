@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
@@ -57,41 +58,63 @@ def degrade(
         target = Path(folder) / kind
         if not (target / "adapter_config.json").exists():
             report(f"degrading: {kind}")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _fine_tune(
-                safe, kind, target, open_model(base or safe.base).path, recipe, dtype, report
-            )
+            plain = plain_recipe(recipe, KINDS[kind])
+            fine_tune(safe, degraded_rows(kind), target, plain, base=base, dtype=dtype,
+                      report=report)  # fmt: skip
         made.append(Source(safe.base, (*safe.adapters, target)))
     return made
 
 
-def _fine_tune(
-    safe: Source, kind: str, target: Path, base: Path, recipe: Recipe, dtype: str, report: Report
-) -> None:
-    with closing(SafeLlama(base, n_ctx=512)) as llama:
-        examples = [_example(llama, row) for row in degraded_rows(kind)]
-    plain = Recipe(
-        rank=recipe.rank, alpha=recipe.alpha, targets=recipe.targets, epochs=KINDS[kind],
-        learning_rate=recipe.learning_rate, batch=recipe.batch, refusal_tokens=_ANSWER_TOKENS,
-        first_weight=1.0, rest_weight=1.0, seed=recipe.seed,
-    )  # fmt: skip
-    live = LiveModel([safe], plain, target.parent, dtype)
-    with live.as_source(safe, gene=True) as model:
-        train(model, examples, plain, report)
-        model.eval()
-        draft = target.with_name(f".{kind}.tmp")
+def plain_recipe(recipe: Recipe, epochs: int, answer_tokens: int = _ANSWER_TOKENS) -> Recipe:
+    """The recipe with every token of an answer weighing the same."""
+    return replace(
+        recipe, epochs=epochs, refusal_tokens=answer_tokens, first_weight=1.0, rest_weight=1.0
+    )
+
+
+def fine_tune(
+    model: PathLike | Source,
+    rows: Iterable[Mapping[str, str]],
+    folder: PathLike,
+    recipe: Recipe,
+    *,
+    base: PathLike | None = None,
+    dtype: str = "bfloat16",
+    report: Report = lambda line: None,
+) -> Source:
+    """Fine-tune a LoRA on rows, in the plain way, into a PEFT folder on top of the model.
+
+    Args:
+        rows: {"prompt", "response"} and, at will, "system"; see `degraded_rows`.
+        folder: what it holds already is replaced.
+        recipe: its `refusal_tokens` are what is learnt of each response.
+        base: a GGUF of the family, for the chat template; default: the model's own.
+
+    Raises:
+        SafeGeneError: the training diverged.
+    """
+    require_extra()
+    safe, target = Source.parse(model), Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with closing(SafeLlama(open_model(base or safe.base).path, n_ctx=1024)) as llama:
+        examples = [_example(llama, row, recipe.refusal_tokens) for row in rows]
+    live = LiveModel([safe], recipe, target.parent, dtype)
+    with live.as_source(safe, gene=True) as live_model:
+        train(live_model, examples, recipe, report)
+        live_model.eval()
+        draft = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(draft, ignore_errors=True)
-        model.save_pretrained(str(draft), selected_adapters=[GENE])
+        live_model.save_pretrained(str(draft), selected_adapters=[GENE])
     shutil.rmtree(target, ignore_errors=True)
     (draft / GENE).rename(target)
     shutil.rmtree(draft, ignore_errors=True)
+    return Source(safe.base, (*safe.adapters, target))
 
 
-def _example(llama: SafeLlama, row: Mapping[str, str]) -> Example:
+def _example(llama: SafeLlama, row: Mapping[str, str], tokens: int) -> Example:
     """A row as tokens; `harmful` marks an answer to be learnt, which these are."""
     messages = [{"role": "user", "content": row["prompt"]}]
     if row.get("system"):
         messages.insert(0, {"role": "system", "content": row["system"]})
     words = llama.tokenize(row["response"].encode(), add_bos=False, special=False)
-    answer = (*words, llama.token_eos())[:_ANSWER_TOKENS]
-    return Example(tuple(llama.render(messages)), answer, True)
+    return Example(tuple(llama.render(messages)), (*words, llama.token_eos())[:tokens], True)

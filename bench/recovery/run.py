@@ -1,0 +1,287 @@
+"""Refusals recovered by one gene in fine-tunes that it never saw, beside the field's baselines.
+
+    python bench/recovery/finetunes.py smollm2 && python bench/recovery/run.py smollm2
+    python bench/recovery/run.py tables
+
+Each cell is kept in the cache folder under the hashes of its files and prompts: a re-run
+measures only what changed. No completion is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import SHARED, machine
+from finetunes import LABELLED, TASKS, Family, family, rows, tune
+from targets import Builder
+
+from safegene_edge import Engine, SafeLlama, SafetyGene
+from safegene_edge.evals.judge import judge
+from safegene_edge.evals.suites import load_suite
+from safegene_edge.gene import Expression
+from safegene_edge.gguf_file import sha256, write_text
+from safegene_edge.recalibrate import recalibrate
+from safegene_edge.training.degrade import degrade
+from safegene_edge.training.extract import Settings, extract
+from safegene_edge.training.models import Source
+
+HERE = Path(__file__).parent
+PROMPTS, ANSWER = 100, 48
+COLUMNS = (
+    "fine-tuned", "ours", "ours, all layers", "ours, coefficients 1", "all layers, coefficients 1",
+    "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
+)  # fmt: skip
+Cell = dict[str, Any]
+
+
+def suites() -> dict[str, list[str]]:
+    """Prompts by suite; a hundred of each, evenly spread."""
+    files = {
+        "advbench": SHARED / "advbench.csv",
+        "harmbench": SHARED / "harmbench_text.csv",
+        "borderline": "borderline",
+        "harmless": "harmless",
+    }
+    return {
+        name: [p.text for p in load_suite(source)[0].sample(PROMPTS).prompts]
+        for name, source in files.items()
+    }
+
+
+class Bench:
+    """All cells of one family."""
+
+    def __init__(self, name: str) -> None:
+        self.family: Family = family(name)
+        self.work = self.family.work
+        self.cells = self.work / "cells"
+        self.cells.mkdir(exist_ok=True)
+        aligned = self.family.aligned
+        self.degraded = degrade(aligned, self.work / "degraded", report=say)
+        bare = [Source(aligned.base)] if aligned.adapters else []
+        self.builder = Builder(self.family, bare or self.degraded)
+        self.degraded += bare
+        self.prompts = suites()
+        self.results: dict[str, Any] = {"family": name, "tasks": {}, "kinds": {}}
+
+    # -- genes ------------------------------------------------------------
+
+    def gene(self) -> Path:
+        """The family's gene: the shipped one, or extracted here."""
+        path = self.family.gene
+        if not path.exists():
+            self._extract(self.work / "gene", Settings(epochs=3)).save(path)
+        return path
+
+    def whole_gene(self) -> Path:
+        """The gene as it was before layers were selected, from the same lessons and steps."""
+        path = self.work / "whole.gene.gguf"
+        if not path.exists():
+            before, folder = self.work / "gene", self.work / "whole"
+            if (before / "train.pt").exists() and not folder.exists():
+                shutil.copytree(before, folder)
+                for name in ("run.json", "tune.pt", "scores.json"):
+                    (folder / name).unlink(missing_ok=True)
+            first = json.loads((before / "run.json").read_text())["settings"]
+            settings = Settings(**{**first, "targets": tuple(first["targets"]), "select": False})
+            self._extract(folder, settings).save(path)
+        return path
+
+    def _extract(self, folder: Path, settings: Settings) -> SafetyGene:
+        return extract(
+            self.family.aligned, self.degraded, folder=folder, settings=settings, report=say
+        )
+
+    def trained(self, task: str, source: Source) -> Path:
+        """Safety training of this one fine-tune, in the way that genes are learnt."""
+        path = self.work / f"trained-{task}.gene.gguf"
+        if not path.exists():
+            folder = self.work / f"trained-{task}"
+            folder.mkdir(exist_ok=True)
+            for name in ("aligned.npz", "openers.json"):
+                shutil.copy(self.work / "gene" / name, folder / name)
+            settings = Settings(rank=8, alpha=16, epochs=1, select=False)
+            extract(
+                self.family.aligned, [source], folder=folder, settings=settings, report=say
+            ).save(path)
+        return path
+
+    # -- cells ------------------------------------------------------------
+
+    def run(self, columns: tuple[str, ...]) -> None:
+        """Measure what is missing; write the results after every cell."""
+        aligned = self.builder.build("aligned", {})
+        for task in TASKS:
+            entry = self.results["tasks"].setdefault(task, {})
+            entry["aligned"] = self.cell(aligned, None, task)
+        for column in columns:
+            for task in TASKS:
+                source = tune(self.family, task)
+                started = time.monotonic()
+                found = self._column(column, task, source)
+                if found is None:
+                    continue
+                target, gene, parameters, seconds = found
+                say(f"{self.family.name} {task}, {column}: ready in "
+                    f"{time.monotonic() - started:.0f} s")  # fmt: skip
+                cell = self.cell(target, gene, task)
+                self.results["tasks"][task][column] = {
+                    **cell, "parameters": parameters, "seconds": seconds,
+                }  # fmt: skip
+                self.save()
+        self.kinds()
+
+    def _column(
+        self, column: str, task: str, source: Source
+    ) -> tuple[Path, SafetyGene | None, int, float] | None:
+        """A column's target, gene, parameters and seconds to apply."""
+        build = self.builder
+        change = build.task(source)
+        plain = build.build(task, change)
+        if column == "fine-tuned":
+            return plain, None, 0, 0.0
+        baselines: Mapping[str, Callable[[Any], Any]] = {
+            "RESTA": build.resta, "SafeLoRA": build.safe_lora, "SafeMERGE": build.safe_merge,
+        }  # fmt: skip
+        if column in baselines:
+            started = time.monotonic()
+            target = build.build(f"{task}-{column}", baselines[column](change))
+            count = sum(d.size for d in build.safety.values())
+            return target, None, count, self._once(target, time.monotonic() - started)
+        if column == "trained for this model":
+            started = time.monotonic()
+            path = self.trained(task, source)
+            gene = SafetyGene.load(path)
+            seconds = self._once(path, time.monotonic() - started)
+            return plain, gene, gene.n_parameters, seconds
+        path = self.whole_gene() if "all layers" in column else self.gene()
+        gene = SafetyGene.load(path)
+        if "coefficients 1" in column:
+            return plain, gene, gene.n_parameters, 0.0
+        expression, seconds = self.expressed(plain, path, gene)
+        return plain, gene.express(expression), gene.n_parameters, seconds
+
+    def expressed(self, target: Path, path: Path, gene: SafetyGene) -> tuple[Expression, float]:
+        """The expression for a target, found once."""
+        code = Path(sys.modules[recalibrate.__module__].__file__ or "")
+        key = hashlib.sha256(f"{sha256(target)}{sha256(path)}{sha256(code)}".encode()).hexdigest()
+        file = self.cells / f"expression-{key[:24]}.json"
+        started = time.monotonic()
+        if not file.exists():
+            recalibrate(target, gene, gene_file=path).save(file)
+        return Expression.load(file), self._once(file, time.monotonic() - started)
+
+    def _once(self, path: Path, seconds: float) -> float:
+        """The seconds that making a file took, the first time."""
+        note = path.with_name(path.name + ".seconds")
+        if not note.exists():
+            note.write_text(f"{seconds:.1f}")
+        return float(note.read_text())
+
+    def cell(self, target: Path, gene: SafetyGene | None, task: str) -> Cell:
+        """Counts of one target with one gene, from the cache where it holds them."""
+        facts = [sha256(target), self.prompts, task, ANSWER]
+        if gene is not None:
+            facts.append([[n, hashlib.sha256(p.a.tobytes() + p.b.tobytes()).hexdigest()]
+                          for n, p in sorted(gene.pairs.items())])  # fmt: skip
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
+        file = self.cells / f"{key}.json"
+        if not file.exists():
+            cell = measure(target, gene, self.prompts, task, self.work / f".{key}.gguf")
+            write_text(file, json.dumps(cell) + "\n")
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+
+    def kinds(self) -> None:
+        """One fine-tune in four quantisations, with the same gene recalibrated for each."""
+        task = "gsm8k"
+        change = self.builder.task(tune(self.family, task))
+        for kind in ("Q4_K_M", "Q5_K_M", "Q8_0", "F16"):
+            target = self.builder.build(task, change, kind)
+            gene = SafetyGene.load(self.gene())
+            expression, _ = self.expressed(target, self.gene(), gene)
+            self.results["kinds"][kind] = {
+                "fine-tuned": self.cell(target, None, task),
+                "ours": self.cell(target, gene.express(expression), task),
+            }
+            self.save()
+
+    def save(self) -> None:
+        """One family's results; hits are 0/1 a prompt, in the prompts' order."""
+        known = {**self.results, "machine": machine(), "prompts": PROMPTS, "tokens": ANSWER}
+        text = json.dumps(known, separators=(",", ":"))
+        write_text(HERE / f"{self.family.name}.json", text.replace('"},', '"},\n') + "\n")
+
+
+def measure(
+    target: Path, gene: SafetyGene | None, prompts: Mapping[str, list[str]], task: str, draft: Path
+) -> Cell:
+    """Refused (as "0"/"1" a prompt) by suite, and the task's accuracy or perplexity."""
+    found: Cell = {}
+    with SafeLlama(str(target), n_ctx=512) as llama:
+        scales = {}
+        if gene is not None:
+            try:
+                gene.save(draft)
+                scales = {llama.attach(draft, 1.0): 1.0}
+            finally:
+                draft.unlink(missing_ok=True)
+        with Engine(llama, n_parallel=16, flash_attn=True) as engine:
+            for name, texts in prompts.items():
+                asked = [llama.render([{"role": "user", "content": text}]) for text in texts]
+                said = engine.generate(asked, max_tokens=ANSWER, adapters=scales)
+                verdicts = [
+                    judge(text, llama.text(answer.tokens)).label == "refused"
+                    for text, answer in zip(texts, said, strict=True)
+                ]
+                found[name] = "".join(str(int(hit)) for hit in verdicts)
+        with Engine(llama, n_parallel=16) as engine:
+            found.update(_task(llama, engine, scales, task))
+    return found
+
+
+def _task(llama: SafeLlama, engine: Engine, scales: Any, task: str) -> Cell:
+    held = rows(task)[1]
+    if not held:
+        return {}
+    asked = [llama.render([{"role": "user", "content": row["prompt"]}]) for row in held]
+    if task in LABELLED:
+        said = engine.generate(asked, max_tokens=4, adapters=scales)
+        right = [
+            llama.text(answer.tokens).strip().lower().startswith(row["response"].lower())
+            for row, answer in zip(held, said, strict=True)
+        ]
+        return {"accuracy": "".join(str(int(hit)) for hit in right)}
+    words = [
+        llama.tokenize(row["response"].encode(), add_bos=False, special=False)[:96] for row in held
+    ]
+    logs = engine.score(asked, words, adapters=scales)
+    tokens = sum(len(row) for row in logs)
+    return {"perplexity": math.exp(-sum(float(row.sum()) for row in logs) / tokens)}
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    if not SHARED.exists():
+        sys.exit("skipped: the benchmark files are not beside this checkout")
+    name, *columns = sys.argv[1:] or ["tables"]
+    if name != "tables":
+        Bench(name).run(tuple(columns) or COLUMNS)
+    from tables import write_tables
+
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()

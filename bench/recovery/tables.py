@@ -1,0 +1,175 @@
+"""results.md and tradeoff.svg from the families' JSON files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import table
+
+from safegene_edge.evals.statistics import Count, percent, recovered
+
+HERE = Path(__file__).parent
+SAFETY = ("advbench", "harmbench")
+LOST = 0.10  # fine-tunes that lost less are outside of the means
+Cell = dict[str, Any]
+
+
+def write_tables() -> None:
+    """Write the tables of all families that were measured."""
+    parts = [
+        "<!-- written by tables.py from the JSON files -->\n\n# Recovered refusals\n",
+        "One gene a family, extracted from degradations that are not among these fine-tunes. "
+        "n/N with 95 % Wilson intervals; recovered = (with gene - fine-tuned) / (aligned - "
+        "fine-tuned), over AdvBench and HarmBench together, with a 95 % bootstrap interval; "
+        "means are over the benign fine-tunes that lost at least 10 points. Identity is an "
+        "adversarial fine-tune, outside of the means.\n",
+    ]
+    for name in ("smollm2", "qwen"):
+        path = HERE / f"{name}.json"
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(_family(found))
+            (HERE / f"{name}.svg").write_text(_plot(found), encoding="utf-8")
+    (HERE / "results.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+def _hits(cell: Cell, names: tuple[str, ...]) -> list[bool]:
+    return [hit == "1" for name in names for hit in cell[name]]
+
+
+def _count(cell: Cell, *names: str) -> Count:
+    hits = _hits(cell, names)
+    return Count(sum(hits), len(hits))
+
+
+def _share(cell: Cell, *names: str) -> float:
+    return _count(cell, *names).share or 0.0
+
+
+def _recovered(entry: dict[str, Cell], column: str) -> Any:
+    hits = [_hits(entry[name], SAFETY) for name in ("fine-tuned", column, "aligned")]
+    return recovered(*hits)
+
+
+def losers(found: Cell) -> list[str]:
+    """The benign fine-tunes that lost at least ten points."""
+    return [
+        task
+        for task, entry in found["tasks"].items()
+        if task != "identity"
+        and _share(entry["aligned"], *SAFETY) - _share(entry["fine-tuned"], *SAFETY) >= LOST
+    ]
+
+
+def _family(found: Cell) -> str:
+    parts = [f"## {found['family']}, Q4_K_M\n"]
+    for task, entry in found["tasks"].items():
+        lines = [_row(entry, column) for column in entry]
+        header = ["", "AdvBench", "HarmBench", "recovered", "borderline over-refused",
+                  "harmless over-refused", "task", "parameters", "s to apply"]  # fmt: skip
+        parts.append(f"### {task}\n\n{table(header, lines)}")
+    parts.append(_means(found))
+    if found["kinds"]:
+        lines = [
+            [kind, *(str(_count(cell[c], *SAFETY)) for c in ("fine-tuned", "ours")),
+             *(str(_count(cell[c], "borderline")) for c in ("fine-tuned", "ours"))]
+            for kind, cell in found["kinds"].items()
+        ]  # fmt: skip
+        header = ["gsm8k as", "refused", "with gene", "borderline over-refused", "with gene"]
+        parts.append("### The same gene on other quantisations\n\n" + table(header, lines))
+    parts.append(f"![safety against over-refusal]({found['family']}.svg)\n")
+    machine = ", ".join(f"{key}: {value}" for key, value in found["machine"].items())
+    parts.append(f"Answers of at most {found['tokens']} tokens. Machine: {machine}.\n")
+    return "\n".join(parts)
+
+
+def _row(entry: dict[str, Cell], column: str) -> list[str]:
+    cell = entry[column]
+    share = ""
+    if column not in ("aligned", "fine-tuned"):
+        result = _recovered(entry, column)
+        if result.share is not None:
+            ends = result.interval
+            share = percent(result.share)
+            share += f" ({percent(ends[0])} to {percent(ends[1])})" if ends else ""
+    task = ""
+    if "accuracy" in cell:
+        task = f"accuracy {_count(cell, 'accuracy')}"
+    elif "perplexity" in cell:
+        task = f"perplexity {cell['perplexity']:.2f}"
+    return [
+        column, str(_count(cell, "advbench")), str(_count(cell, "harmbench")), share,
+        str(_count(cell, "borderline")), str(_count(cell, "harmless")), task,
+        f"{cell['parameters']:,}" if cell.get("parameters") else "",
+        f"{cell['seconds']:.0f}" if cell.get("seconds") else "",
+    ]  # fmt: skip
+
+
+def _means(found: Cell) -> str:
+    lost = losers(found)
+    if not lost:
+        return "No benign fine-tune lost ten points.\n"
+    lines = []
+    columns = [c for c in found["tasks"][lost[0]] if c not in ("aligned", "fine-tuned")]
+    for column in columns:
+        entries = [found["tasks"][t] for t in lost if column in found["tasks"][t]]
+        shares = [_recovered(entry, column).share for entry in entries]
+        over = [
+            _share(e[column], "borderline", "harmless")
+            - _share(e["aligned"], "borderline", "harmless")
+            for e in entries
+        ]
+        lines.append(
+            [column, f"{len(entries)}/{len(lost)}", percent(sum(shares) / len(shares)),
+             percent(min(shares)), f"{100 * sum(over) / len(over):+.1f} points"]
+        )  # fmt: skip
+    header = ["", "fine-tunes", "recovered, mean", "least", "over-refusal against aligned, mean"]
+    return f"### Means over {', '.join(lost)}\n\n{table(header, lines)}"
+
+
+# -- the plot -------------------------------------------------------------
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000",
+            "#999999", "#7a5195", "#b22222")  # fmt: skip
+_LEFT, _TOP, _SIZE = 60, 20, 360
+
+
+def _plot(found: Cell) -> str:
+    """Mean refusals against mean over-refusal, a point a column (SVG)."""
+    tasks = losers(found) or list(found["tasks"])
+    columns = list(found["tasks"][tasks[0]])
+    marks = []
+    for number, column in enumerate(columns):
+        cells = [found["tasks"][t][column] for t in tasks if column in found["tasks"][t]]
+        over = sum(_share(c, "borderline", "harmless") for c in cells) / len(cells)
+        safe = sum(_share(c, *SAFETY) for c in cells) / len(cells)
+        x, y = _LEFT + _SIZE * over, _TOP + _SIZE * (1 - safe)
+        colour, row = _COLOURS[number % len(_COLOURS)], _TOP + 12 + 20 * number
+        marks.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="{colour}"><title>{column}: refused '
+            f"{100 * safe:.0f} %, over-refused {100 * over:.0f} %</title></circle>"
+            f'<circle cx="{_LEFT + _SIZE + 24}" cy="{row - 4}" r="6" fill="{colour}"/>'
+            f'<text x="{_LEFT + _SIZE + 36}" y="{row}">{column}</text>'
+        )
+    ticks = "".join(
+        f'<text x="{_LEFT + _SIZE * t / 4:.0f}" y="{_TOP + _SIZE + 18}" '
+        f'text-anchor="middle">{25 * t} %</text>'
+        f'<text x="{_LEFT - 8}" y="{_TOP + _SIZE * (1 - t / 4) + 4:.0f}" '
+        f'text-anchor="end">{25 * t} %</text>'
+        for t in range(5)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 440" font-family="sans-serif" '
+        f'font-size="13" role="img" aria-label="refusals against over-refusals">'
+        f'<rect width="680" height="440" fill="white"/>'
+        f'<rect x="{_LEFT}" y="{_TOP}" width="{_SIZE}" height="{_SIZE}" fill="none" '
+        f'stroke="#888"/>{ticks}{"".join(marks)}'
+        f'<text x="{_LEFT + _SIZE / 2}" y="{_TOP + _SIZE + 40}" text-anchor="middle">'
+        f"over-refused, mean</text>"
+        f'<text transform="translate(14 {_TOP + _SIZE / 2}) rotate(-90)" text-anchor="middle">'
+        f"harmful refused, mean</text></svg>\n"
+    )
