@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from .gene import Adapter as Adapter
     from .gene import Expression as Expression
     from .gene import SafetyGene as SafetyGene
+    from .recalibration import recalibrate as recalibrate
     from .runtime.engine import Engine as Engine
     from .runtime.llama import SafeLlama as SafeLlama
+    from .training.extract import extract as extract
 
 __version__ = "0.1.0"
 
@@ -32,7 +34,9 @@ _HOMES = {
     "SafetyGene": "gene",
     "convert": "converters",
     "evaluate": "evals.evaluate",
+    "extract": "training.extract",
     "judge": "evals.judge",
+    "recalibrate": "recalibration",
     "to_peft": "converters",
 }
 __all__ = sorted([*_HOMES, "__version__"])

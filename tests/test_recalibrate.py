@@ -10,7 +10,7 @@ import pytest
 from safegene_edge.converters import convert
 from safegene_edge.errors import MismatchError, NoEffectError, SafeGeneError, SettingError
 from safegene_edge.gene import SafetyGene
-from safegene_edge.recalibrate import (
+from safegene_edge.recalibration import (
     Examples,
     Point,
     Settings,

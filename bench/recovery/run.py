@@ -24,12 +24,11 @@ from common import SHARED, machine
 from finetunes import LABELLED, TASKS, Family, family, rows, tune
 from targets import Builder
 
-from safegene_edge import Engine, SafeLlama, SafetyGene
+from safegene_edge import Engine, SafeLlama, SafetyGene, recalibrate, recalibration
 from safegene_edge.evals.judge import judge
 from safegene_edge.evals.suites import load_suite
 from safegene_edge.gene import Expression
 from safegene_edge.gguf_file import sha256, write_text
-from safegene_edge.recalibrate import recalibrate
 from safegene_edge.training.degrade import degrade
 from safegene_edge.training.extract import Settings, extract
 from safegene_edge.training.models import Source
@@ -40,6 +39,7 @@ COLUMNS = (
     "fine-tuned", "ours", "ours, all layers", "ours, coefficients 1", "all layers, coefficients 1",
     "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
 )  # fmt: skip
+CODE = sha256(recalibration.__file__)  # another search finds other coefficients
 Cell = dict[str, Any]
 
 
@@ -172,8 +172,7 @@ class Bench:
 
     def expressed(self, target: Path, path: Path, gene: SafetyGene) -> tuple[Expression, float]:
         """The expression for a target, found once."""
-        code = Path(sys.modules[recalibrate.__module__].__file__ or "")
-        key = hashlib.sha256(f"{sha256(target)}{sha256(path)}{sha256(code)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{sha256(target)}{sha256(path)}{CODE}".encode()).hexdigest()
         file = self.cells / f"expression-{key[:24]}.json"
         started = time.monotonic()
         if not file.exists():

@@ -30,8 +30,8 @@ def recalibrate(
     """Find a gene's coefficients for MODEL.gguf from a few examples, without training."""
     from ..gene import SafetyGene
     from ..gguf_file import check_output
-    from ..recalibrate import Examples, Point
-    from ..recalibrate import recalibrate as run
+    from ..recalibration import Examples, Point
+    from ..recalibration import recalibrate as run
 
     if not (output or expression or as_json):
         raise click.UsageError("give -o EXPRESSED.gguf, --expression FILE.json or --json")
