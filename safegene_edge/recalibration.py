@@ -12,7 +12,7 @@ points that were looked at, the one with the smallest J and a KL within the budg
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from math import isfinite
@@ -131,6 +131,7 @@ def recalibrate(
     gene: SafetyGene,
     examples: Examples | None = None,
     *,
+    adapters: Iterable[PathLike] = (),
     kl_budget: float = 0.1,
     settings: Settings | None = None,
     gene_file: PathLike | None = None,
@@ -142,6 +143,7 @@ def recalibrate(
     Args:
         target: the model as it will be run; nothing is written to it.
         examples: what to calibrate on; default: the shipped ones.
+        adapters: GGUF LoRAs that the target is run with, such as its task's.
         kl_budget: nats a token that the point may cost on harmless prompts.
         gene_file: its hash goes into the expression.
         curve: gets every evaluated point, in order; the first is the target itself.
@@ -162,8 +164,11 @@ def recalibrate(
     points: list[Point] = [] if curve is None else curve
     points.clear()
     with SafeLlama(str(target), n_ctx=512) as llama, Engine(llama, n_parallel=16) as engine:
+        for adapter in adapters:
+            llama.attach(adapter)
+        own = {handle: handle.scale for handle in llama.adapters}
         handles = [llama.attach(part, 0.0) for part in gene.split().values()]
-        objective = _Objective(engine, handles, gene, examples or Examples.shipped(), settings)
+        objective = _Objective(engine, own, handles, gene, examples or Examples.shipped(), settings)
         objective.require_labels()
 
         def look(alpha: Scaling) -> float:
@@ -220,14 +225,20 @@ class _Objective:
     """Refusal loss and KL at given coefficients; what does not change is made once."""
 
     def __init__(
-        self, engine: Engine, handles: Any, gene: SafetyGene, examples: Examples, settings: Settings
+        self,
+        engine: Engine,
+        own: Mapping[Any, float],
+        handles: Sequence[Any],
+        gene: SafetyGene,
+        examples: Examples,
+        settings: Settings,
     ) -> None:
         from .runtime.engine import kl_from_logits, log_softmax
 
         llama = engine.llama
         self._softmax, self._kl = log_softmax, kl_from_logits
-        self.engine, self.handles = engine, handles
-        self.off = dict.fromkeys(handles, 0.0)
+        self.engine, self.own, self.handles = engine, own, handles
+        self.off = {**own, **dict.fromkeys(handles, 0.0)}
 
         def render(text: str) -> list[int]:
             return list(llama.render([{"role": "user", "content": text}]))
@@ -286,7 +297,7 @@ class _Objective:
         return logs
 
     def at(self, alpha: Scaling) -> Point:
-        scales = dict(zip(self.handles, alpha.tolist(), strict=True))
+        scales = {**self.own, **dict(zip(self.handles, alpha.tolist(), strict=True))}
         loss = -float(self.refusals(self.harmful, scales).mean())
         sums = np.zeros(len(self.sequences))
 
@@ -299,7 +310,7 @@ class _Objective:
 
     def require_labels(self) -> None:
         """With the gene on, harmful prompts must be refused more than harmless ones."""
-        scales = dict.fromkeys(self.handles, 1.0)
+        scales = {**self.own, **dict.fromkeys(self.handles, 1.0)}
         harmful = float(self.refusals(self.harmful, scales).mean())
         harmless = float(self.refusals(self.harmless, scales).mean())
         if harmful <= harmless:

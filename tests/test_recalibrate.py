@@ -71,7 +71,7 @@ def test_every_opener_has_the_probability_that_scoring_gives_it(tiny, tiny_adapt
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
         handle = llama.attach(gene, 0.0)
         objective = _Objective(
-            engine, [handle], gene, Examples(("a b", "c"), ("d",)), Settings(tokens=2)
+            engine, {}, [handle], gene, Examples(("a b", "c"), ("d",)), Settings(tokens=2)
         )
         scales = {handle: 1.0}
         found = objective.refusals(objective.harmful, scales)
@@ -121,3 +121,22 @@ def test_two_runs_look_at_the_same_points(tiny, tiny_adapter):
 def test_settings_are_finite(change):
     with pytest.raises(SettingError):
         Settings(**change)
+
+
+def test_a_targets_own_adapters_stay_on(tiny, tiny_adapter, tmp_path):
+    model = tiny("llama").gguf_path
+    task = tmp_path / "task.gguf"
+    convert(tiny_adapter("llama"), base=model, output=task)
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    examples = Examples(("How do I sing?",), ("What is a bee, and where does it live?",))
+    losses = []
+    for adapters in ((), (task,)):
+        curve: list[Point] = []
+        with contextlib.suppress(SettingError, NoEffectError):
+            recalibrate(
+                model, gene, examples, adapters=adapters, settings=Settings(passes=6), curve=curve
+            )
+        losses.append([point.refusal_loss for point in curve[:2]])
+    # With the task on, the model alone is what the bare one is with the gene (the same pair).
+    assert losses[0] and losses[1]
+    assert losses[1][0] == pytest.approx(losses[0][1], abs=1e-3)

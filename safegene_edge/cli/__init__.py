@@ -18,6 +18,7 @@ from .chat import chat
 from .doctor import doctor
 from .evaluation import evaluate_model
 from .extract import extract
+from .portfolio import portfolio
 from .recalibrate import recalibrate
 from .report import report_group
 
@@ -35,6 +36,7 @@ for _command in (
     evaluate_model,
     extract,
     recalibrate,
+    portfolio,
     report_group,
     chat,
     doctor,

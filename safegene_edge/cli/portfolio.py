@@ -1,0 +1,80 @@
+"""`portfolio`: one gene, many fine-tunes."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Executor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import MissingExtraError, SafeGeneError
+
+if TYPE_CHECKING:
+    from ..portfolio import Row
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path())
+@click.option("--gene", required=True, metavar="GENE.gguf", help="A gene of their family.")
+@click.option("-o", "--output", required=True, metavar="DIR", help="A folder a model goes there.")
+@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True,
+              help="At most N prompts a suite.")  # fmt: skip
+@click.option("--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: ours.")
+@click.option("--kl-budget", type=float, default=0.1, show_default=True,
+              help="Nats a token that it may cost on harmless prompts.")  # fmt: skip
+@click.option("--passes", type=click.IntRange(6, 99), default=24, show_default=True,
+              help="Of a recalibration over the examples, at most.")  # fmt: skip
+@click.option("--dask", metavar="ADDRESS", help="A dask.distributed scheduler to run on.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
+def portfolio(
+    models: tuple[str, ...],
+    gene: str,
+    output: str,
+    suites: tuple[str, ...],
+    limit: int,
+    examples: str | None,
+    kl_budget: float,
+    passes: int,
+    dask: str | None,
+    as_json: bool,
+) -> None:
+    """Recalibrate and evaluate many MODELS with one gene; one table at the end.
+
+    A model that is done is not done again. One that fails stops no other; the exit code is
+    then 2. With --dask, the workers must see the same files under the same paths.
+    """
+    from ..evals.suites import DEFAULT_SUITES
+    from ..portfolio import PortfolioSettings, table
+    from ..portfolio import portfolio as run
+
+    settings = PortfolioSettings(suites or DEFAULT_SUITES, limit, examples, kl_budget, passes)
+
+    def tell(row: Row) -> None:
+        words = f"failed: {row.error}" if row.error else f"done in {row.seconds:.0f} s"
+        click.echo(f"{row.model}: {words}", err=True)
+
+    with ExitStack() as stack:
+        executor = _dask(dask, stack) if dask else None
+        rows = run(models, gene, output, settings=settings, executor=executor, on_row=tell)
+    click.echo(json.dumps([row.to_json() for row in rows], indent=2) if as_json else table(rows))
+    if failed := sum(bool(row.error) for row in rows):
+        raise SafeGeneError(f"{failed} of {len(rows)} models failed", "Their lines above say why")
+
+
+def _dask(address: str, stack: ExitStack) -> Executor:
+    """dask.distributed's executor on a scheduler."""
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise MissingExtraError(
+            "--dask needs dask.distributed", "pip install 'safegene-edge[cluster]'"
+        ) from error
+    try:
+        client = stack.enter_context(Client(address, timeout=10))
+    except (OSError, ValueError) as error:
+        raise SafeGeneError(f"{address}: no scheduler answers ({error})", "Check it") from error
+    executor: Executor = stack.enter_context(client.get_executor())
+    return executor

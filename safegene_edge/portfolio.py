@@ -1,0 +1,264 @@
+"""One gene for many fine-tunes: recalibrate and evaluate each, one table at the end.
+
+Every model's results lie in a folder of its own; what was done with the same files and
+settings is not done again. A model that fails, even by crashing llama.cpp, stops no other.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import OutputError, SafeGeneError, SettingError
+from .evals.statistics import Count
+from .evals.suites import DEFAULT_SUITES
+from .gene import SafetyGene
+from .gguf_file import PathLike, sha256, write_text
+
+_DONE = "result.json"
+
+
+@dataclass(frozen=True)
+class PortfolioSettings:
+    """What is done with every model; must pickle, since it goes to other processes.
+
+    Attributes:
+        suites: names or files, as for `evaluate`.
+        limit: prompts a suite at most.
+        examples: JSONL to calibrate on; None for the shipped ones.
+        kl_budget: nats a token that the expression may cost on harmless prompts.
+        passes: of each recalibration, at most.
+    """
+
+    suites: tuple[str, ...] = DEFAULT_SUITES
+    limit: int | None = 100
+    examples: str | None = None
+    kl_budget: float = 0.1
+    passes: int = 24
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's results; `error` says why there are none.
+
+    Attributes:
+        refused, over_refused: (before, after), over the harmful and the harmless suites.
+        passes: points that the recalibration looked at.
+    """
+
+    model: str
+    refused: tuple[Count, Count] | None = None
+    over_refused: tuple[Count, Count] | None = None
+    coefficients: dict[int, float] = field(default_factory=dict)
+    kl: float = 0.0
+    passes: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` reads them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: dict[str, Any]) -> Row:
+        """What `to_json` wrote."""
+        counts: dict[str, Any] = {
+            name: tuple(Count(**count) for count in facts[name]) if facts[name] else None
+            for name in ("refused", "over_refused")
+        }
+        values = {int(layer): value for layer, value in facts["coefficients"].items()}
+        return cls(**{**facts, **counts, "coefficients": values})
+
+
+def portfolio(
+    models: Sequence[PathLike],
+    gene: PathLike,
+    folder: PathLike,
+    *,
+    settings: PortfolioSettings | None = None,
+    executor: Executor | None = None,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Express one gene in many fine-tunes, and measure each before and after.
+
+    Writes, for each model, `folder/NAME/`: expressed.gguf, expression.json, report.json,
+    report.html and result.json.
+
+    Args:
+        models: GGUF files with names that differ.
+        gene: a gene file of their family.
+        executor: of the shape of `concurrent.futures.Executor`, such as dask.distributed's
+            `Client.get_executor()`; its workers must see the same files. Default: one process
+            after the other, since llama.cpp uses all cores.
+        on_row: called as each model is finished.
+
+    Returns:
+        The rows in the models' order; those that failed have an `error`.
+
+    Raises:
+        SettingError: no model, or two of one name.
+        FileFormatError: the gene cannot be read.
+        OutputError: the folder cannot be made.
+    """
+    settings = settings or PortfolioSettings()
+    paths = [Path(model).absolute() for model in models]
+    names = [path.stem for path in paths]
+    if not paths or len(set(names)) < len(names):
+        raise SettingError(
+            "no model is given" if not paths else "two models have the same file name",
+            "Give GGUF files with names that differ",
+        )
+    SafetyGene.load(gene)
+    home = Path(folder).absolute()
+    try:
+        for name in names:
+            (home / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror}", "Name a folder to write to") from error
+    if executor is not None:
+        return _gathered(
+            executor, express_one, paths, Path(gene).absolute(), home, settings, on_row
+        )
+    with ThreadPoolExecutor(1) as threads:
+        return _gathered(threads, _apart, paths, Path(gene).absolute(), home, settings, on_row)
+
+
+def _gathered(
+    executor: Executor,
+    work: Callable[[Path, Path, Path, PortfolioSettings], Row],
+    paths: Sequence[Path],
+    gene: Path,
+    home: Path,
+    settings: PortfolioSettings,
+    on_row: Callable[[Row], None] | None,
+) -> list[Row]:
+    futures = {
+        executor.submit(work, path, gene, home / path.stem, settings): path for path in paths
+    }
+    rows: dict[Path, Row] = {}
+    try:
+        for future in as_completed(futures):
+            path = futures[future]
+            try:
+                rows[path] = future.result()
+            except Exception as error:  # a worker may be lost in any way
+                rows[path] = Row(str(path), error=f"{path}: {type(error).__name__}: {error}")
+            if on_row is not None:
+                on_row(rows[path])
+    except BaseException:  # interrupted: what has not begun shall not begin
+        for future in futures:
+            future.cancel()
+        raise
+    return [rows[path] for path in paths]
+
+
+def _apart(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
+    """`express_one` in a process of its own, so that a crash takes nothing with it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(express_one, model, gene, folder, settings).result()
+        except BrokenProcessPool:
+            return Row(str(model), error=f"{model}: llama.cpp crashed, or was killed, on it")
+
+
+def express_one(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
+    """Recalibrate and evaluate one model into its folder; errors of the user become a row's."""
+    try:
+        key = {
+            "model": sha256(model),
+            "gene": sha256(gene),
+            "settings": json.loads(json.dumps(asdict(settings))),
+            "examples": sha256(settings.examples) if settings.examples else "",
+        }
+        done = folder / _DONE
+        if done.exists() and (kept := _kept(done, key)) is not None:
+            return kept
+        row = _expressed(model, gene, folder, settings)
+        facts = {"key": key, "row": row.to_json()}
+        write_text(done, json.dumps(facts, indent=2) + "\n")
+        return row
+    except SafeGeneError as error:
+        return Row(str(model), error=str(error))
+
+
+def _kept(path: Path, key: dict[str, Any]) -> Row | None:
+    """The row of an earlier run with the same files and settings, if it is one."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Row.from_json(facts["row"]) if facts["key"] == key else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
+    from .evals.evaluate import EvalSettings, evaluate
+    from .evals.journal import Journal
+    from .recalibration import Examples, Point, Settings, recalibrate
+
+    started = time.monotonic()
+    loaded = SafetyGene.load(gene)
+    examples = Examples.load(settings.examples) if settings.examples else None
+    curve: list[Point] = []
+    found = recalibrate(
+        model, loaded, examples, kl_budget=settings.kl_budget, gene_file=gene, curve=curve,
+        settings=Settings(passes=settings.passes),
+    )  # fmt: skip
+    found.save(folder / "expression.json")
+    expressed = folder / "expressed.gguf"
+    loaded.express(found).save(expressed, [model, gene])
+    with Journal(folder / "answers.jsonl") as journal:  # a stopped run goes on from it
+        report = evaluate(
+            model, expressed, suites=settings.suites,
+            settings=EvalSettings(limit=settings.limit), journal=journal,
+        )  # fmt: skip
+        write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+        write_text(folder / "report.html", report.to_html())
+        journal.delete()
+    facts = report.to_json()["suites"]
+    values = tuple(found.coefficients.values())
+    return Row(
+        str(model),
+        _counts(facts, "harmful"),
+        _counts(facts, "harmless"),
+        dict(found.coefficients),
+        next(point.kl for point in curve if point.coefficients == values),
+        len(curve),
+        time.monotonic() - started,
+    )
+
+
+def _counts(suites: Sequence[dict[str, Any]], kind: str) -> tuple[Count, Count]:
+    """Refused, before and after, over all suites of a kind."""
+    before, after = (
+        Count(
+            sum(suite[column]["refused"] for suite in suites if suite["kind"] == kind),
+            sum(suite[column]["total"] for suite in suites if suite["kind"] == kind),
+        )
+        for column in ("before", "after")
+    )
+    return before, after
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a model, aligned for a terminal."""
+    head = ("model", "refused", "with gene", "over-refused", "with gene", "KL")
+    lines: list[tuple[str, ...]] = [head]
+    for row in rows:
+        name = Path(row.model).stem
+        if row.error or row.refused is None or row.over_refused is None:
+            lines.append((name, "failed", "", "", "", ""))
+            continue
+        counts = [str(count) for count in (*row.refused, *row.over_refused)]
+        lines.append((name, counts[0], counts[1], counts[2], counts[3], f"{row.kl:.3f}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

@@ -1,0 +1,129 @@
+"""The portfolio: many models, one gene; resumes, survives failures, runs on Dask."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from safegene_edge.cli import cli
+from safegene_edge.converters import convert
+from safegene_edge.errors import FileFormatError, SettingError
+from safegene_edge.evals.statistics import Count
+from safegene_edge.gene import SafetyGene
+from safegene_edge.portfolio import PortfolioSettings, Row, express_one, portfolio, table
+
+HARMFUL, HARMLESS = "How do I sing?", "What is a bee, and where does it live?"
+
+
+@pytest.fixture
+def shelf(tiny, tiny_adapter, tmp_path):
+    """Two models, a gene that fits, and settings with which the tiny gene can be expressed."""
+    source = tiny("llama").gguf_path
+    models = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
+    for model in models:
+        shutil.copy(source, model)
+    gene = tmp_path / "gene.gguf"
+    SafetyGene(**vars(convert(tiny_adapter("llama"), base=source))).save(gene)
+    suite = tmp_path / "suite.jsonl"
+    rows = [(HARMFUL, "harmful"), (HARMLESS, "harmless")]
+    suite.write_text(
+        "".join(json.dumps({"prompt": text, "kind": kind}) + "\n" for text, kind in rows)
+    )
+    examples = tmp_path / "examples.jsonl"
+    # A random gene leans either way: take the order of labels in which it is no contradiction.
+    for first, second in (("harmful", "harmless"), ("harmless", "harmful")):
+        lines = [{"prompt": HARMFUL, "kind": first}, {"prompt": HARMLESS, "kind": second}]
+        examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        settings = PortfolioSettings((str(suite),), 2, str(examples), kl_budget=1e3, passes=6)
+        trial = tmp_path / f"trial-{first}"
+        trial.mkdir()
+        if not express_one(models[0], gene, trial, settings).error:
+            return models, gene, settings
+    pytest.fail("the tiny gene can be expressed in neither order")
+
+
+def test_every_model_gets_its_files_and_a_row(shelf, tmp_path):
+    models, gene, settings = shelf
+    seen = []
+    rows = portfolio(models, gene, tmp_path / "out", settings=settings, on_row=seen.append)
+    assert [row.error for row in rows] == ["", ""]
+    assert len(seen) == 2
+    for model in models:
+        names = {path.name for path in (tmp_path / "out" / model.stem).iterdir()}
+        wanted = {"expressed.gguf", "expression.json", "report.json", "report.html", "result.json"}
+        assert names == wanted
+    assert rows[0].refused is not None
+    assert rows[0].refused[0].total == 1
+    assert "two" in table(rows)
+
+
+def test_what_is_done_is_not_done_again_unless_a_file_changed(shelf, tmp_path):
+    models, gene, settings = shelf
+    first = portfolio(models, gene, tmp_path / "out", settings=settings)
+    kept = tmp_path / "out" / "one" / "expressed.gguf"
+    before = kept.stat().st_mtime_ns
+    assert portfolio(models, gene, tmp_path / "out", settings=settings) == first
+    assert kept.stat().st_mtime_ns == before
+    SafetyGene.load(gene).scaled(0.5).save(gene)
+    assert portfolio(models, gene, tmp_path / "out", settings=settings) != first
+
+
+def test_a_failed_model_stops_no_other(shelf, tmp_path):
+    models, gene, settings = shelf
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(40))
+    rows = portfolio([bad, *models], gene, tmp_path / "out", settings=settings)
+    assert str(bad) in rows[0].error
+    assert [row.error for row in rows[1:]] == ["", ""]
+    assert not (tmp_path / "out" / "bad" / "result.json").exists()
+
+
+def test_a_crash_takes_nothing_with_it(shelf, tmp_path, monkeypatch):
+    models, gene, settings = shelf
+    monkeypatch.setattr("safegene_edge.portfolio.express_one", _crash)
+    rows = portfolio(models, gene, tmp_path / "out", settings=settings)
+    assert all("crashed" in row.error for row in rows)
+
+
+def _crash(*_: object) -> None:
+    import os
+
+    os.abort()
+
+
+def test_dask_runs_it_too(shelf, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    models, gene, settings = shelf
+    alone = portfolio(models, gene, tmp_path / "alone", settings=settings)
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        arguments = [str(model) for model in models]
+        arguments += ["--gene", str(gene), "-o", str(tmp_path / "dask"), "--json"]
+        arguments += ["--suite", settings.suites[0], "--limit", "2", "--passes", "6"]
+        arguments += ["--examples", str(settings.examples), "--kl-budget", "1000"]
+        arguments += ["--dask", cluster.scheduler_address]
+        result = CliRunner().invoke(cli, ["portfolio", *arguments])
+    assert result.exit_code == 0, result.output
+    rows = [Row.from_json(row) for row in json.loads(result.stdout)]
+    assert [row.coefficients for row in rows] == [row.coefficients for row in alone]
+    assert [row.refused for row in rows] == [row.refused for row in alone]
+
+
+def test_names_that_clash_and_genes_that_are_none_are_refused(shelf, tmp_path):
+    models, gene, _ = shelf
+    with pytest.raises(SettingError, match="same file name"):
+        portfolio([models[0], models[0]], gene, tmp_path / "out")
+    with pytest.raises(SettingError, match="no model"):
+        portfolio([], gene, tmp_path / "out")
+    with pytest.raises(FileFormatError):
+        portfolio(models, tmp_path / "none.gguf", tmp_path / "out")
+
+
+def test_a_row_survives_json():
+    counts = Count(1, 3), Count(2, 3)
+    row = Row("m.gguf", counts, counts, {3: 0.5}, 0.1, 7, 2.0)
+    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
