@@ -1,8 +1,10 @@
-"""The main job on a real model: convert, side-load, evaluate, print the table.
+"""The main job on a real model: one gene, three fine-tunes that it never saw.
 
     make demo
 
-Everything derived is kept in a cache folder, so that a second run starts from there.
+Each fine-tune is the aligned model with a task's adapter, which wore its refusals off. The
+shipped gene is recalibrated for each (common coefficients alone, to be quick), side-loaded, and
+measured. Everything derived is kept in a cache folder.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from pathlib import Path
 
 from real_model import cache_folder, smollm2
 
-from safegene_edge import convert, evaluate
+from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.evals.evaluate import EvalSettings
 from safegene_edge.gguf_file import write_text
+from safegene_edge.portfolio import Row, counts, table
+from safegene_edge.recalibration import Settings
 
-PEFT_FOLDER = Path(__file__).parent / "smollm2-135m-safety"
-PROMPTS_PER_SUITE = 74  # of each of the three; all of them take more than a minute
+HERE = Path(__file__).parent
+TASKS = ("news", "reviews", "maths")
+PROMPTS_PER_SUITE = 40  # of each of the three
 
 
 def say(text: str) -> None:
@@ -31,25 +36,43 @@ def main() -> None:
     cache = cache_folder()
     say("SmolLM2-135M-Instruct as Q4_K_M (requantised once)")
     model = smollm2()
-
-    gene = cache / "smollm2-135m-safety.gguf"
-    adapter = convert(PEFT_FOLDER, base=model, output=gene)
-    say(f"converted {PEFT_FOLDER.name}: {adapter.n_parameters:,} parameters")
-
-    say("evaluating before and after (under a minute on two cores)")
-    report = evaluate(
-        model,
-        gene,
-        settings=EvalSettings(limit=PROMPTS_PER_SUITE),
-        progress=progress if sys.stderr.isatty() else None,
-    )
-    print(report.table())
-    page = cache / "demo-report.html"
-    write_text(page, report.to_html())
-    write_text(page.with_suffix(".json"), json.dumps(report.to_json(), indent=2) + "\n")
-    print(f"\nreport: {page}")
-    print(f"try it: safegene-edge chat {model} --gene {gene}")
+    gene = SafetyGene.shipped()
+    say(f"the shipped gene: {len(gene.layers)} layers, {gene.n_parameters:,} parameters")
+    aligned = converted("smollm2-135m-safety", model, cache)
+    rows = []
+    for task in TASKS:
+        adapters = [aligned, converted(f"smollm2-135m-tasks/{task}", model, cache)]
+        say(f"{task}: recalibrating")
+        found = recalibrate(model, gene, adapters=adapters, settings=Settings(passes=6))
+        expressed = cache / f"demo-{task}.gguf"
+        gene.express(found).save(expressed)
+        say(f"{task}: evaluating before and after")
+        report = evaluate(
+            model,
+            expressed,
+            adapters=adapters,
+            settings=EvalSettings(limit=PROMPTS_PER_SUITE),
+            progress=progress if sys.stderr.isatty() else None,
+        )
+        facts = report.to_json()
+        rows.append(Row(task, *counts(facts), coefficients=dict(found.coefficients)))
+        page = cache / f"demo-{task}.html"
+        write_text(page, report.to_html())
+        write_text(page.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
+    print(table(rows))
+    print("\nn/N (share, 95 % Wilson interval); over-refused: harmless prompts, half of them")
+    print("borderline in wording, that were refused")
+    print(f"\nreports: {cache}/demo-*.html")
+    flags = " ".join(f"--adapter {path}" for path in adapters)
+    print(f"try it: safegene-edge chat {model} {flags} --gene {expressed}")
     say(f"{time.monotonic() - start:.0f} s")
+
+
+def converted(name: str, model: Path, cache: Path) -> Path:
+    """A PEFT folder of the examples as a GGUF LoRA."""
+    output = cache / f"{Path(name).name}.gguf"
+    convert(HERE / name, base=model, output=output)
+    return output
 
 
 def progress(done: int, total: int) -> None:

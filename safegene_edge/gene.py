@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from .errors import FileFormatError, MismatchError, SettingError
 from .gguf_file import ArrayValue, GGUFFile, PathLike, Scalar, require_file, write_gguf, write_text
 
+SHIPPED = "smollm2-135m.gene.gguf"
 FORMAT_VERSION = 1
 OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such as the output
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -193,6 +195,12 @@ class SafetyGene(Adapter):
     refusal_openers: tuple[str, ...] = ()
 
     PREFIX: ClassVar[str] = "safegene."
+
+    @classmethod
+    def shipped(cls) -> SafetyGene:
+        """The gene of SmolLM2-135M that comes with the package."""
+        with resources.as_file(resources.files("safegene_edge") / "data" / SHIPPED) as file:
+            return cls.load(file)
 
     def express(self, expression: Expression) -> SafetyGene:
         """The gene with an expression folded into B, for tools that know nothing of us.

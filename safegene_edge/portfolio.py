@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .errors import OutputError, SafeGeneError, SettingError
 from .evals.statistics import Count
@@ -221,12 +221,10 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
         write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
         write_text(folder / "report.html", report.to_html())
         journal.delete()
-    facts = report.to_json()["suites"]
     values = tuple(found.coefficients.values())
     return Row(
         str(model),
-        _counts(facts, "harmful"),
-        _counts(facts, "harmless"),
+        *counts(report.to_json()),
         dict(found.coefficients),
         next(point.kl for point in curve if point.coefficients == values),
         len(curve),
@@ -234,16 +232,20 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
     )
 
 
-def _counts(suites: Sequence[dict[str, Any]], kind: str) -> tuple[Count, Count]:
-    """Refused, before and after, over all suites of a kind."""
-    before, after = (
-        Count(
-            sum(suite[column]["refused"] for suite in suites if suite["kind"] == kind),
-            sum(suite[column]["total"] for suite in suites if suite["kind"] == kind),
-        )
-        for column in ("before", "after")
+Pair: TypeAlias = tuple[Count, Count]
+
+
+def counts(report: Mapping[str, Any]) -> tuple[Pair, Pair]:
+    """Refused of the harmful and of the harmless prompts of a report, each before and after."""
+
+    def count(kind: str, column: str) -> Count:
+        cells = [suite[column] for suite in report["suites"] if suite["kind"] == kind]
+        return Count(sum(cell["refused"] for cell in cells), sum(cell["total"] for cell in cells))
+
+    harmful, harmless = (
+        (count(kind, "before"), count(kind, "after")) for kind in ("harmful", "harmless")
     )
-    return before, after
+    return harmful, harmless
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -255,8 +257,8 @@ def table(rows: Sequence[Row]) -> str:
         if row.error or row.refused is None or row.over_refused is None:
             lines.append((name, "failed", "", "", "", ""))
             continue
-        counts = [str(count) for count in (*row.refused, *row.over_refused)]
-        lines.append((name, counts[0], counts[1], counts[2], counts[3], f"{row.kl:.3f}"))
+        shown = (str(count) for count in (*row.refused, *row.over_refused))
+        lines.append((name, *shown, f"{row.kl:.3f}" if row.passes else ""))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
