@@ -128,8 +128,6 @@ class Bench:
                 source = tune(self.family, task)
                 started = time.monotonic()
                 found = self._column(column, task, source)
-                if found is None:
-                    continue
                 target, gene, parameters, seconds = found
                 say(f"{self.family.name} {task}, {column}: ready in "
                     f"{time.monotonic() - started:.0f} s")  # fmt: skip
@@ -142,7 +140,7 @@ class Bench:
 
     def _column(
         self, column: str, task: str, source: Source
-    ) -> tuple[Path, SafetyGene | None, int, float] | None:
+    ) -> tuple[Path, SafetyGene | None, int, float]:
         """A column's target, gene, parameters and seconds to apply."""
         build = self.builder
         change = build.task(source)
