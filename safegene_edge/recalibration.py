@@ -97,8 +97,8 @@ class Settings:
     """Settings of a recalibration.
 
     Attributes:
-        weight: w, how much a nat of KL counts against a nat of refusal loss. With 1, the last
-            hundredths of refusal loss were bought by refusing borderline prompts too.
+        weight: w, how much a nat of KL counts against a nat of refusal loss. On SmolLM2's
+            fine-tunes 1 over-refused and 10 left a fifth of the refusals lost.
         tokens: of each harmless answer that the KL sees.
         upper: the largest coefficient that is looked at.
         passes: points looked at, at most; each is one pass over the examples.
@@ -106,7 +106,7 @@ class Settings:
             search needs a few passes for each.
     """
 
-    weight: float = 10.0
+    weight: float = 4.0
     tokens: int = 8
     upper: float = 2.0
     passes: int = 24
