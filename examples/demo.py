@@ -20,7 +20,7 @@ from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.evals.evaluate import EvalSettings
 from safegene_edge.gguf_file import write_text
 from safegene_edge.portfolio import Row, counts, table
-from safegene_edge.recalibration import Settings
+from safegene_edge.recalibration import Point, Settings, taken
 
 HERE = Path(__file__).parent
 TASKS = ("news", "reviews", "maths")
@@ -43,7 +43,10 @@ def main() -> None:
     for task in TASKS:
         adapters = [aligned, converted(f"smollm2-135m-tasks/{task}", model, cache)]
         say(f"{task}: recalibrating")
-        found = recalibrate(model, gene, adapters=adapters, settings=Settings(passes=6))
+        curve: list[Point] = []
+        found = recalibrate(
+            model, gene, adapters=adapters, settings=Settings(passes=6), curve=curve
+        )
         expressed = cache / f"demo-{task}.gguf"
         gene.express(found).save(expressed)
         say(f"{task}: evaluating before and after")
@@ -55,7 +58,7 @@ def main() -> None:
             progress=progress if sys.stderr.isatty() else None,
         )
         facts = report.to_json()
-        rows.append(Row(task, *counts(facts), coefficients=dict(found.coefficients)))
+        rows.append(Row(task, *counts(facts), kl=taken(found, curve).kl))
         page = cache / f"demo-{task}.html"
         write_text(page, report.to_html())
         write_text(page.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")

@@ -200,7 +200,7 @@ def _kept(path: Path, key: dict[str, Any]) -> Row | None:
 def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
     from .evals.evaluate import EvalSettings, evaluate
     from .evals.journal import Journal
-    from .recalibration import Examples, Point, Settings, recalibrate
+    from .recalibration import Examples, Point, Settings, recalibrate, taken
 
     started = time.monotonic()
     loaded = SafetyGene.load(gene)
@@ -221,12 +221,11 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
         write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
         write_text(folder / "report.html", report.to_html())
         journal.delete()
-    values = tuple(found.coefficients.values())
     return Row(
         str(model),
         *counts(report.to_json()),
         dict(found.coefficients),
-        next(point.kl for point in curve if point.coefficients == values),
+        taken(found, curve).kl,
         len(curve),
         time.monotonic() - started,
     )
@@ -258,7 +257,7 @@ def table(rows: Sequence[Row]) -> str:
             lines.append((name, "failed", "", "", "", ""))
             continue
         shown = (str(count) for count in (*row.refused, *row.over_refused))
-        lines.append((name, *shown, f"{row.kl:.3f}" if row.passes else ""))
+        lines.append((name, *shown, f"{row.kl:.3f}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -187,6 +187,12 @@ def recalibrate(
     return Expression(found, sha256(gene_file) if gene_file else "", sha256(Path(target)))
 
 
+def taken(expression: Expression, curve: Sequence[Point]) -> Point:
+    """The point of a recalibration's curve that became its expression."""
+    values = tuple(expression.coefficients.values())
+    return next(point for point in curve if point.coefficients == values)
+
+
 def _search(look: Callable[[Scaling], float], count: int, settings: Settings) -> None:
     """A line of common scales, then COBYLA in the box from the best of them."""
     from scipy.optimize import minimize

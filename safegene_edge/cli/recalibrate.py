@@ -30,7 +30,7 @@ def recalibrate(
     """Find a gene's coefficients for MODEL.gguf from a few examples, without training."""
     from ..gene import SafetyGene
     from ..gguf_file import check_output
-    from ..recalibration import Examples, Point
+    from ..recalibration import Examples, Point, taken
     from ..recalibration import recalibrate as run
 
     if not (output or expression or as_json):
@@ -55,8 +55,7 @@ def recalibrate(
         loaded.express(found).save(output, inputs)
     if expression:
         found.save(expression)
-    values = tuple(found.coefficients.values())
-    taken = next(point for point in curve if point.coefficients == values)
+    point = taken(found, curve)
     if as_json:
         points = [
             {"coefficients": list(p.coefficients), "refusal_loss": p.refusal_loss, "kl": p.kl}
@@ -66,7 +65,7 @@ def recalibrate(
                  "target": found.target, "kl_budget": kl_budget, "curve": points}  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
     click.echo(
-        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {taken.refusal_loss:.3f} nats, "
-        f"KL {taken.kl:.4f} nats a token, {len(curve)} points looked at",
+        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f} nats, "
+        f"KL {point.kl:.4f} nats a token, {len(curve)} points looked at",
         err=True,
     )
