@@ -69,7 +69,7 @@ def _family(found: Cell) -> str:
     parts = [f"## {found['family']}, Q4_K_M\n"]
     for task, entry in found["tasks"].items():
         lines = [_row(entry, column) for column in entry]
-        header = ["", "AdvBench", "HarmBench", "recovered", "borderline over-refused",
+        header = ["", "AdvBench", "HarmBench", "recovered, %", "borderline over-refused",
                   "harmless over-refused", "task", "parameters", "s to apply"]  # fmt: skip
         parts.append(f"### {task}\n\n{table(header, lines)}")
     parts.append(_means(found))
@@ -127,7 +127,7 @@ def _means(found: Cell) -> str:
             [column, f"{len(entries)}/{len(lost)}", percent(sum(shares) / len(shares)),
              percent(min(shares)), f"{100 * sum(over) / len(over):+.1f} points"]
         )  # fmt: skip
-    header = ["", "fine-tunes", "recovered, mean", "least", "over-refusal against aligned, mean"]
+    header = ["", "fine-tunes", "recovered, mean, %", "least", "over-refusal against aligned, mean"]
     return f"### Means over {', '.join(lost)}\n\n{table(header, lines)}"
 
 
