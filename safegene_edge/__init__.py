@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .converters import convert as convert
+    from .converters import merge as merge
     from .converters import to_peft as to_peft
     from .errors import SafeGeneError as SafeGeneError
     from .evals.evaluate import evaluate as evaluate
@@ -36,6 +37,7 @@ _HOMES = {
     "evaluate": "evals.evaluate",
     "extract": "training.extract",
     "judge": "evals.judge",
+    "merge": "converters",
     "recalibrate": "recalibration",
     "to_peft": "converters",
 }

@@ -13,7 +13,7 @@ from .errors import FileFormatError, MismatchError
 from .gene import Adapter
 from .gguf_file import GGUFFile, PathLike
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SHOWN = 5  # problems named in an error message; `check` returns all
 
 
@@ -42,24 +42,26 @@ def open_model(path: PathLike) -> GGUFFile:
         )
     if not file.tensors:
         raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
-    _add_shards(file)
+    for part in other_parts(file):
+        file.tensors.update(part.tensors)
     return file
 
 
-def _add_shards(file: GGUFFile) -> None:
-    """Enter the tensors of a split model's other files: name-00001-of-00003.gguf and so on."""
+def other_parts(file: GGUFFile) -> list[GGUFFile]:
+    """The other files of a split model, in order: name-00002-of-00003.gguf and so on."""
     count = int(file.number("split.count", 1))
     if count < 2:
-        return
-    match = _SHARD.fullmatch(file.path.name)
+        return []
+    match = SHARD.fullmatch(file.path.name)
     if match is None or (int(match[2]), int(match[3])) != (1, count):
         raise FileFormatError(
             f"{file.path}: is a part of a model split into {count} files, but not the first",
             f"Give the file that ends in -00001-of-{count:05d}.gguf, under its own name",
         )
-    for number in range(2, count + 1):
-        part = GGUFFile(file.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf"))
-        file.tensors.update(part.tensors)
+    return [
+        GGUFFile(file.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf"))
+        for number in range(2, count + 1)
+    ]
 
 
 def check(adapter: Adapter, model: GGUFFile) -> list[Problem]:

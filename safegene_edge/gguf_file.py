@@ -86,6 +86,7 @@ class GGUFFile:
         self.path = Path(path)
         self.metadata: dict[str, Scalar | ArrayValue] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.spans: dict[str, tuple[int, int]] = {}  # key to where its bytes lie, name and value
         with _mapped(self.path) as data:
             self.n_bytes = len(data)
             try:
@@ -193,10 +194,12 @@ class GGUFFile:
         if n_tensors * 24 + n_values * 13 > cursor.left:
             raise self._broken("its header counts more entries than the file could hold")
         for _ in range(n_values):
+            begin = cursor.position
             key = cursor.string()
             if key in self.metadata:
                 raise self._broken(f"the key '{key}' occurs twice")
             self.metadata[key] = self._value(cursor, cursor.unpack("<I"))
+            self.spans[key] = begin, cursor.position
         pending = [self._tensor_record(cursor) for _ in range(n_tensors)]
         alignment = int(self.number("general.alignment", 32))
         if alignment < 1 or alignment & (alignment - 1):
@@ -220,8 +223,7 @@ class GGUFFile:
         if kind == _STRING:
             if count * 8 > cursor.left:
                 raise self._broken("a list of strings is longer than the file")
-            for _ in range(count):
-                cursor.skip(cursor.unpack("<Q"))
+            cursor.skip_strings(count)
         else:
             cursor.skip(count * self._dtype(kind).itemsize)
         return value
@@ -296,6 +298,13 @@ class _Cursor:
                 "It is truncated: download or convert it again",
             )
         self.position += n_bytes
+
+    def skip_strings(self, count: int) -> None:
+        """Skip so many strings; a vocabulary's, so the loop is a tight one."""
+        read, data, at = struct.Struct("<Q").unpack_from, self._data, self.position
+        for _ in range(count):
+            at += 8 + read(data, at)[0]
+        self.skip(at - self.position)
 
     def take(self, n_bytes: int) -> bytes:
         start = self.position

@@ -168,6 +168,84 @@ def negative_kl_budget(c):
     return ["recalibrate", c.model, c.gene, "--kl-budget", "-1", "-o", c.output]
 
 
+def merged(c, *more):
+    return ["merge", c.model, c.gene, "-o", c.output, *more]
+
+
+@case("give -o")
+def merging_without_an_output(c):
+    return ["merge", c.model, c.gene]
+
+
+@case("'qwen2'")
+def merging_another_architecture(c):
+    random_adapter(c.tiny("qwen2").gguf_path).save(c.gene)
+    return merged(c)
+
+
+@case("blk.77.attn_q.weight")
+def merging_a_pair_that_has_no_tensor(c):
+    _, pair = first_pair(c)
+    Adapter("llama", 4.0, {**c.adapter.pairs, "blk.77.attn_q.weight": pair}).save(c.gene)
+    return merged(c)
+
+
+@case("is also an input")
+def merging_onto_the_model(c):
+    return ["merge", c.model, c.gene, "-o", c.model]
+
+
+@case("is also an input")
+def merging_onto_the_adapter(c):
+    return ["merge", c.model, c.gene, "-o", c.gene]
+
+
+@case("lora_b' holds NaN")
+def merging_nan(c):
+    name, pair = first_pair(c)
+    Adapter("llama", 4.0, {name: Pair(pair.a, pair.b * np.nan)}).save(c.gene)
+    return merged(c)
+
+
+@case("is not finite")
+def merging_what_overflows(c):
+    name, pair = first_pair(c)
+    Adapter("llama", 4.0, {name: Pair(pair.a * 1e30, pair.b * 1e30)}).save(c.gene)
+    return merged(c)
+
+
+@case("neither a scale nor")
+def merging_with_a_scale_that_is_none(c):
+    return ["merge", c.model, f"{c.gene}=much", "-o", c.output]
+
+
+@case("the scale is nan")
+def merging_with_a_scale_of_nan(c):
+    return ["merge", c.model, f"{c.gene}=nan", "-o", c.output]
+
+
+@case("promote is -1")
+def promoting_fewer_than_none(c):
+    return merged(c, "--promote", "-1")
+
+
+@case("is no importance matrix")
+def an_importance_matrix_that_is_none(c):
+    return merged(c, "--imatrix", c.model)
+
+
+@case("does not exist")
+def merging_into_a_missing_folder(c):
+    return ["merge", c.model, c.gene, "-o", c.folder / "none" / "out.gguf"]
+
+
+@case("'qwen2'")
+def exporting_another_architecture(c):
+    random_adapter(c.tiny("qwen2").gguf_path).save(c.gene)
+    (c.folder / "there").mkdir()
+    return ["export", "ollama", c.model, c.gene, "-o", c.folder / "there"]
+
+
 @case("give -o")
 def recalibration_without_an_output(c):
     return ["recalibrate", c.model, c.gene]

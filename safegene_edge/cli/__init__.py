@@ -18,6 +18,7 @@ from .chat import chat
 from .doctor import doctor
 from .evaluation import evaluate_model
 from .extract import extract
+from .merge import export, merge
 from .portfolio import portfolio
 from .recalibrate import recalibrate
 from .report import report_group
@@ -37,6 +38,8 @@ for _command in (
     extract,
     recalibrate,
     portfolio,
+    merge,
+    export,
     report_group,
     chat,
     doctor,

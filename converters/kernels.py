@@ -1,0 +1,134 @@
+"""ggml's own quantise and dequantise, through ctypes, from the library in llama-cpp-python's wheel.
+
+The calls leave Python's lock, so that threads run side by side. Nothing of llama.cpp's model
+code is loaded: `libggml-base` needs only the C library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LlamaCppError, SettingError, UnsupportedError
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+WRITABLE = frozenset({
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4", "TQ1_0", "TQ2_0",
+    "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S",
+    "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M",
+})  # fmt: skip
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_F32 = 0
+_NAMES = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+
+
+class _Traits(ctypes.Structure):
+    """ggml/include/ggml.h, `struct ggml_type_traits`."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+@lru_cache
+def _library() -> Any:
+    found = find_spec("llama_cpp")
+    if found is None or found.origin is None:
+        raise LlamaCppError("llama-cpp-python is not installed", "pip install llama-cpp-python")
+    path = Path(found.origin).parent / "lib" / _NAMES.get(sys.platform, _NAMES["linux"])
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LlamaCppError(f"{path}: {error}", "Reinstall llama-cpp-python") from error
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_int64, ctypes.c_void_p,
+    ]  # fmt: skip
+    return library
+
+
+@lru_cache
+def _to_float(ggml_type: int) -> Any:
+    address = _library().ggml_get_type_traits(ggml_type).contents.to_float
+    return _ToFloat(address) if address else None
+
+
+def needs_imatrix(ggml_type: int) -> bool:
+    """Whether ggml refuses to quantise to this type without an importance matrix."""
+    return bool(_library().ggml_quantize_requires_imatrix(ggml_type))
+
+
+def require_writable(ggml_type: int, name: str, where: str) -> None:
+    """Raise UnsupportedError for a type that ggml can read and not write.
+
+    `ggml_quantize_chunk` aborts the whole process on such a type: it must never be asked.
+    """
+    if name not in WRITABLE:
+        raise UnsupportedError(
+            f"{where}: has the type {name}, which ggml cannot write",
+            "Side-load the adapter, or requantise the model to another type first",
+        )
+
+
+def dequantise(raw: Bytes, ggml_type: int, shape: tuple[int, int]) -> Floats:
+    """Quantised bytes as float32.
+
+    Args:
+        raw: the rows' bytes, contiguous.
+        shape: rows×columns; columns are a multiple of the type's block.
+    """
+    values = np.empty(shape, np.float32)
+    if ggml_type == _F32:
+        values.reshape(-1).view(np.uint8)[:] = raw.reshape(-1)
+        return values
+    convert = _to_float(ggml_type)
+    if convert is None:
+        raise UnsupportedError(f"ggml cannot read the type {ggml_type}")
+    raw = np.ascontiguousarray(raw)
+    convert(raw.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+def quantise(values: Floats, ggml_type: int, importance: Floats | None = None) -> Bytes:
+    """Float32 (rows×columns) as bytes (rows×bytes a row) of a type.
+
+    Args:
+        importance: weight of each column (columns), from an importance matrix.
+
+    Raises:
+        SettingError: the type needs an importance matrix.
+    """
+    values = np.ascontiguousarray(values, np.float32)
+    rows, columns = values.shape
+    if needs_imatrix(ggml_type) and importance is None:
+        raise SettingError(f"the type {ggml_type} needs an importance matrix", "Give --imatrix")
+    traits = _library().ggml_get_type_traits(ggml_type).contents
+    width = columns // traits.blck_size * traits.type_size
+    out = np.empty((rows, width), np.uint8)
+    weights = None
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        weights = importance.ctypes.data
+    written = _library().ggml_quantize_chunk(
+        ggml_type, values.ctypes.data, out.ctypes.data, 0, rows, columns, weights
+    )
+    if written != out.size:
+        raise LlamaCppError(f"ggml wrote {written} bytes of {out.size} for the type {ggml_type}")
+    return out

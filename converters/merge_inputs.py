@@ -1,0 +1,147 @@
+"""What a merge is given: adapters with their scales, the sum of their updates, their origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import MismatchError, SettingError
+from ..gene import Adapter, Expression, Pair, SafetyGene
+from ..gguf_file import GGUFFile, PathLike, sha256
+from . import kernels, rounding
+from .rewrite import Value
+
+Floats = npt.NDArray[np.float32]
+AdapterLike: TypeAlias = PathLike | Adapter
+How: TypeAlias = float | Expression
+Given: TypeAlias = AdapterLike | tuple[AdapterLike, How]
+PREFIX = "safegene.merge."
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """An adapter with its scale or expression folded into B.
+
+    Attributes:
+        name: for messages; source: the file, None for an adapter in memory.
+        how: what was folded.
+    """
+
+    content: Adapter
+    name: str
+    source: Path | None
+    how: How
+
+
+def fold(given: Iterable[Given]) -> list[Folded]:
+    """Load adapters and fold their scales or expressions.
+
+    Raises:
+        SettingError: there is none, a scale is not finite, or an expression has no gene.
+        MismatchError: an expression is of another gene.
+    """
+    items = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
+    if not items:
+        raise SettingError("no adapter is given", "Name at least one")
+    return [_folded(item, how) for item, how in items]
+
+
+def _folded(item: AdapterLike, how: How) -> Folded:
+    source = None if isinstance(item, Adapter) else Path(item)
+    content = item if isinstance(item, Adapter) else SafetyGene.load(item)
+    name = str(source or "an adapter in memory")
+    if isinstance(how, Expression):
+        if not isinstance(content, SafetyGene):
+            raise SettingError(f"{name}: an expression belongs to a gene", "Give a scale")
+        if how.gene and source and how.gene != sha256(source):
+            raise MismatchError(f"{name}: the expression is of another gene", "Recalibrate")
+        return Folded(content.express(how), name, source, how)
+    if not np.isfinite(how):
+        raise SettingError(f"{name}: the scale is {how}", "Give a finite number")
+    return Folded(content.scaled(float(how)) if how != 1.0 else content, name, source, how)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The sum of all adapters' updates of one tensor: b @ a, in llama.cpp's own scale.
+
+    a is R×in, b is out×R with all scales in it; basis (k×in) spans the rows of a.
+    """
+
+    a: Floats
+    b: Floats
+    basis: Floats
+
+    def rows(self, start: int, stop: int) -> Floats:
+        """The update of some rows; what overflows is found and named by the caller."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.asarray(self.b[start:stop] @ self.a, np.float32)
+
+
+def updates_of(adapters: Iterable[Adapter]) -> dict[str, Update]:
+    """The sum of several adapters' updates, tensor by tensor."""
+    halves: dict[str, list[tuple[Floats, Floats]]] = {}
+    for adapter in adapters:
+        for name, pair in adapter.pairs.items():
+            b = pair.b.astype(np.float32) * np.float32(adapter.effective_scale(name))
+            halves.setdefault(name, []).append((pair.a.astype(np.float32), b))
+    found = {}
+    for name, parts in halves.items():
+        a = np.concatenate([part[0] for part in parts])
+        found[name] = Update(a, np.concatenate([p[1] for p in parts], axis=1), rounding.basis_of(a))
+    return found
+
+
+def require_writable(model: GGUFFile, name: str, importance: Mapping[str, Floats]) -> None:
+    """Raise unless ggml can write the tensor's type with what is given."""
+    info = model.tensors[name]
+    where = f"{model.path}: tensor '{name}'"
+    if len(info.shape) != 2:
+        raise MismatchError(f"{where} has {len(info.shape)} dimensions, not two")
+    kernels.require_writable(info.ggml_type, info.type_name, where)
+    columns = info.shape[1]
+    if name in importance and importance[name].size != columns:
+        raise MismatchError(
+            f"{where} has {columns} columns, the importance matrix {importance[name].size}",
+            "Give the one made for this model",
+        )
+    if kernels.needs_imatrix(info.ggml_type) and name not in importance:
+        raise SettingError(
+            f"{where} has the type {info.type_name}, which needs an importance matrix",
+            "Give --imatrix FILE, as llama-imatrix writes it, or side-load the adapter",
+        )
+
+
+def provenance(hashes: Sequence[str], model: Path, adapters: Sequence[Folded]) -> dict[str, Value]:
+    """What a merged file says of where it came from."""
+    from .. import __version__
+
+    scales = [1.0 if isinstance(one.how, Expression) else float(one.how) for one in adapters]
+    facts: dict[str, Value] = {
+        f"{PREFIX}version": __version__,
+        f"{PREFIX}model": model.name,
+        f"{PREFIX}model_hashes": list(hashes),
+        f"{PREFIX}adapters": [Path(one.name).name for one in adapters],
+        f"{PREFIX}adapter_hashes": [sha256(one.source) if one.source else "" for one in adapters],
+        f"{PREFIX}scales": scales,
+    }
+    for number, one in enumerate(adapters):
+        if isinstance(one.content, SafetyGene) and one.content.coefficients:
+            values = one.content.coefficients
+            facts[f"{PREFIX}{number}.layers"] = [float(layer) for layer in values]
+            facts[f"{PREFIX}{number}.coefficients"] = [float(v) for v in values.values()]
+    return facts
+
+
+def combined(adapters: Sequence[Folded]) -> Adapter:
+    """One adapter that does what all do together, for tools that take one file and no scale."""
+    first = adapters[0].content
+    if len(adapters) == 1:
+        return first
+    pairs = {n: Pair(u.a, u.b) for n, u in updates_of(one.content for one in adapters).items()}
+    return Adapter(first.architecture, 0.0, pairs)  # alpha 0: B A is applied as it is

@@ -1,0 +1,155 @@
+"""A GGUF file written anew: metadata and untouched tensors byte for byte, others in their place.
+
+The header is the source's own bytes with keys added or left out; tensors keep their order.
+gguf-py would read every value and write it again; a copy cannot change what it does not read.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import FileFormatError
+from ..gguf_file import MAGIC, GGUFFile, Scalar, TensorInfo
+
+_STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4
+_COPY = 1 << 26  # bytes a system call
+Value = Scalar | list[str] | list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor goes in the new file."""
+
+    info: TensorInfo
+    ggml_type: int
+    offset: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A file to be written: its header, its tensors' places, its size in bytes."""
+
+    header: bytes
+    places: tuple[Place, ...]
+    n_bytes: int
+
+
+def draft(
+    parts: list[GGUFFile],
+    types: Mapping[str, int],
+    added: Mapping[str, Value],
+    drop: Callable[[str], bool],
+) -> Draft:
+    """Lay out a file with the first part's metadata and the tensors of all parts.
+
+    Args:
+        parts: one file, or all files of a split model that becomes one.
+        types: tensor to its new ggml type; others keep theirs.
+        added: keys to add; they replace those of the same name.
+        drop: tells the keys to leave out.
+    """
+    first = parts[0]
+    alignment = int(first.number("general.alignment", 32))
+    with open(first.path, "rb") as source:
+        data = source.read(max((end for _, end in first.spans.values()), default=24))
+    kept = [data[a:b] for key, (a, b) in first.spans.items() if key not in added and not drop(key)]
+    pairs = kept + [_string(key) + _value(value) for key, value in added.items()]
+    infos = [info for part in parts for info in part.tensors.values() if info.path == part.path]
+    records, places, end = [], list[Place](), 0
+    for info in infos:
+        kind = types.get(info.name, info.ggml_type)
+        size = _bytes_as(info, kind)
+        shape = info.shape[::-1]
+        records.append(_string(info.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape,
+                                                        kind, end))  # fmt: skip
+        places.append(Place(info, kind, end, size))
+        end = -(-(end + size) // alignment) * alignment
+    version = struct.unpack("<I", data[4:8])[0]
+    head = MAGIC + struct.pack("<IQQ", version, len(records), len(pairs))
+    header = head + b"".join(pairs) + b"".join(records)
+    header += b"\0" * (-len(header) % alignment)
+    moved = tuple(Place(p.info, p.ggml_type, p.offset + len(header), p.n_bytes) for p in places)
+    return Draft(header, moved, len(header) + end)
+
+
+def _bytes_as(info: TensorInfo, ggml_type: int) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
+    if info.shape[-1] % block:
+        raise FileFormatError(f"{info.path}: rows of '{info.name}' do not fit the new type")
+    return int(info.n_elements // block * size)
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _value(value: Value) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, list):
+        texts = [item for item in value if isinstance(item, str)]
+        numbers = [item for item in value if not isinstance(item, str)]
+        kind = _STRING if texts else _FLOAT32
+        body = b"".join(map(_string, texts)) or struct.pack(f"<{len(numbers)}f", *numbers)
+        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + body
+    if isinstance(value, float):
+        return struct.pack("<If", _FLOAT32, value)
+    return struct.pack("<II", _UINT32, int(value))
+
+
+def begin(path: Path, planned: Draft) -> int:
+    """Open the new file with its header and its full size reserved; returns the descriptor.
+
+    Raises:
+        OSError: the disk is too small, before anything else is written.
+    """
+    handle = os.open(path, os.O_RDWR)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, planned.n_bytes)
+        else:
+            os.ftruncate(handle, planned.n_bytes)
+        os.pwrite(handle, planned.header, 0)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def copy(places: Iterable[Place], handle: int) -> None:
+    """Copy tensors byte for byte; the kernel does it where it can."""
+    sources: dict[Path, int] = {}
+    try:
+        for place in places:
+            path = place.info.path
+            if path not in sources:
+                sources[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            _copy_range(sources[path], place.info.offset, handle, place.offset, place.n_bytes)
+    finally:
+        for source in sources.values():
+            os.close(source)
+
+
+def _copy_range(source: int, at: int, target: int, to: int, left: int) -> None:
+    in_kernel = hasattr(os, "copy_file_range")
+    while left:
+        step = min(left, _COPY)
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source, target, step, at, to)
+            except OSError:  # across file systems on an old kernel, or a file system without it
+                in_kernel = False
+                continue
+        else:
+            done = os.pwrite(target, os.pread(source, min(step, 1 << 20), at), to)
+        if not done:
+            raise OSError("the input became shorter while it was copied")
+        at, to, left = at + done, to + done, left - done

@@ -1,0 +1,156 @@
+"""`merge` and `export`: a model with adapters, as files for other tools."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..converters.merge import MergeReport, MergeSettings
+    from ..converters.merge_inputs import Given
+
+_ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
+_TOOLS = ("ollama", "llama-server", "lm-studio")
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
+@click.option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
+@click.option("--imatrix", metavar="FILE", help="Importance matrix; some types need one.")
+@click.option("--promote", default=0, show_default=True, metavar="N",
+              help="Give the N tensors that keep least of their update a larger type.")  # fmt: skip
+@click.option("--plain", is_flag=True, help="Quantise touched tensors afresh, as others do.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
+def merge(
+    model: str,
+    adapters: tuple[str, ...],
+    output: str | None,
+    imatrix: str | None,
+    promote: int,
+    plain: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write MODEL.gguf with adapters merged in; every tensor keeps its type.
+
+    An adapter may carry a scale, or a gene its expression: gene.gguf=expression.json. There is
+    no way back from a merged file: keep the model and the adapters.
+    """
+    from ..converters.merge import Plan
+    from ..converters.merge import merge as run
+
+    if not output and not dry_run:
+        raise click.UsageError("give -o OUT.gguf, or --dry-run")
+    given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix, promote, plain)
+    if dry_run:
+        plan = Plan.of(model, given, settings)
+        if output:
+            plan.check_outputs(output)
+        report, estimate = plan.report([]), asdict(plan.estimate())
+    else:
+        assert output  # held above
+        with click.progressbar(
+            length=100, label="merging", file=sys.stderr, hidden=not sys.stderr.isatty()
+        ) as bar:
+            report = run(
+                model, given, output, settings=settings,
+                progress=lambda done, total: bar.update(100 * done // total - bar.pos),
+            )  # fmt: skip
+        estimate = {}
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        click.echo(json.dumps({**asdict(report), **estimate}, indent=2))
+    elif dry_run:
+        click.echo(_plan(report, estimate))
+    else:
+        click.echo(f"{output}: {_done(report)}", err=True)
+
+
+@click.command()
+@click.argument("tool", type=click.Choice(_TOOLS))
+@click.argument("model", type=click.Path())
+@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
+@click.option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")
+@click.option("--imatrix", metavar="FILE", help="For LM Studio's merged model.")
+@click.option("--json", "as_json", is_flag=True, help="Print files and commands as JSON.")
+def export(
+    tool: str,
+    model: str,
+    adapters: tuple[str, ...],
+    output: str,
+    imatrix: str | None,
+    as_json: bool,
+) -> None:
+    """Write what Ollama, llama-server or LM Studio need to run MODEL.gguf with adapters.
+
+    Files go to DIR; the commands that use them are printed. LM Studio loads no adapters: it
+    gets a merged model.
+    """
+    from ..converters.exports import export as run
+
+    made = run(
+        tool, model, [parse_adapter(text) for text in adapters], output,
+        settings=_settings(imatrix, 0, False),
+    )  # fmt: skip
+    for warning in made.merged.warnings if made.merged else ():
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        facts = {"files": [str(file) for file in made.files], "commands": list(made.commands)}
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        click.echo("\n".join(made.commands))
+
+
+def parse_adapter(text: str) -> Given:
+    """An adapter from "FILE", "FILE=SCALE" or "FILE=EXPRESSION.json"; a file's name may hold =."""
+    from ..gene import Expression
+
+    name, sign, how = text.rpartition("=")
+    if not sign or Path(text).exists():
+        return text
+    if how.endswith(".json"):
+        return name, Expression.load(how)
+    try:
+        return name, float(how)
+    except ValueError:
+        raise click.UsageError(
+            f"'{how}' in '{text}' is neither a scale nor an expression's .json"
+        ) from None
+
+
+def _settings(imatrix: str | None, promote: int, plain: bool) -> MergeSettings:
+    from ..converters.merge import MergeSettings
+
+    chosen = MergeSettings(imatrix=imatrix, promote=promote)
+    return MergeSettings(imatrix, promote, None) if plain else chosen
+
+
+def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:
+    width = max(len(t.name) for t in report.tensors)
+    lines = [
+        f"{t.name:<{width}}  {'×'.join(map(str, t.shape)):>12}  {t.before:>5}  "
+        f"{t.n_bytes:>12,} bytes"
+        for t in report.tensors
+    ]
+    lines += [
+        f"{len(report.tensors)} tensors to touch, {report.untouched} copied as they are",
+        f"{report.before:,} bytes in, {report.after:,} bytes out",
+        f"about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB of memory",
+    ]
+    return "\n".join(lines)
+
+
+def _done(report: MergeReport) -> str:
+    return (
+        f"{len(report.tensors)} tensors touched, {report.untouched} copied; "
+        f"{100 * report.survived:.1f} % of the update survives, "
+        f"error {report.rms_error:.2f} of its size; {report.after - report.before:+,} bytes"
+    )

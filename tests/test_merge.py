@@ -1,0 +1,530 @@
+"""Merging: types, bytes, truth, what survives, splits, importance matrices, kills, full disks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from adapters import random_adapter
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from safegene_edge.compat import open_model
+from safegene_edge.converters import kernels, rounding
+from safegene_edge.converters.codes import layouts
+from safegene_edge.converters.imatrix import read_imatrix
+from safegene_edge.converters.merge import MergeSettings, Plan, merge
+from safegene_edge.errors import (
+    FileFormatError,
+    MismatchError,
+    NoEffectError,
+    OutputError,
+    SettingError,
+)
+from safegene_edge.gene import Expression, Pair, SafetyGene
+from safegene_edge.gguf_file import GGUFFile
+from safegene_edge.runtime.llama import SafeLlama
+from safegene_edge.runtime.quantise import quantise
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+KINDS = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M",
+    "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "TQ2_0", "MXFP4_MOE",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
+    """`model(kind)` is a tiny model whose rows hold whole super-blocks, quantised."""
+    folder = tmp_path_factory.mktemp("quantised")
+    source = tiny("llama", **WIDE).gguf_path
+
+    def made(kind="Q4_K_M"):
+        path = folder / f"{kind}.gguf"
+        if not path.exists():
+            quantise(source, path, kind)
+        return path
+
+    return made
+
+
+def adapter_for(path, folder, **facts):
+    gene = folder / "gene.gguf"
+    random_adapter(path, **{"size": 0.05, **facts}).save(gene)
+    return gene
+
+
+def bytes_of(file, name):
+    return file.raw(name).tobytes()
+
+
+def logits(path, adapters=(), text=b"The cat sat on the mat and"):
+    with SafeLlama(str(path), adapters, n_ctx=64, logits_all=True) as llama:
+        tokens = llama.tokenize(text)
+        llama.clear()
+        llama.eval(tokens)
+        return np.array(llama.scores[: len(tokens)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_types_and_untouched_bytes_stay(kind, model, tmp_path):
+    source = model(kind)
+    gene = adapter_for(source, tmp_path)
+    output = tmp_path / "out.gguf"
+    report = merge(source, [gene], output)
+    before, after = open_model(source), open_model(output)
+    assert list(before.tensors) == list(after.tensors)
+    touched = {tensor.name for tensor in report.tensors}
+    assert touched == set(SafetyGene.load(gene).pairs)
+    changed = set()
+    for name, info in before.tensors.items():
+        assert after.tensors[name].ggml_type == info.ggml_type
+        assert after.tensors[name].shape == info.shape
+        if bytes_of(before, name) != bytes_of(after, name):
+            changed.add(name)
+    assert changed and changed <= touched
+    data = sum(info.n_bytes for info in before.tensors.values())
+    assert after.n_bytes - before.n_bytes < 2048 < data
+    assert np.isfinite(logits(output)).all()
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("F32", 1e-3), ("F16", 2e-2)])
+def test_merged_logits_are_the_side_loaded_ones(kind, bound, model, tmp_path):
+    source = model(kind)
+    gene = adapter_for(source, tmp_path)
+    output = tmp_path / "out.gguf"
+    merge(source, [(gene, 0.7)], output)
+    side = logits(source, [(gene, 0.7)])
+    assert np.abs(side - logits(source)).max() > 10 * bound
+    assert np.abs(logits(output) - side).max() <= bound
+
+
+def test_f32_holds_the_very_sum(model, tmp_path):
+    source = model("F32")
+    gene = adapter_for(source, tmp_path)
+    output = tmp_path / "out.gguf"
+    merge(source, [gene], output)
+    content, before, after = SafetyGene.load(gene), open_model(source), open_model(output)
+    for name in content.pairs:
+        expected = before.floats(name) + content.delta(name)
+        np.testing.assert_allclose(after.floats(name), expected, rtol=0, atol=1e-6)
+
+
+def test_several_adapters_add_up(model, tmp_path):
+    source = model("F32")
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+    one = adapter_for(source, tmp_path / "1", seed=1)
+    two = adapter_for(source, tmp_path / "2", seed=2, rank=2, alpha=3.0)
+    output = tmp_path / "out.gguf"
+    merge(source, [(one, 0.5), (two, -1.5)], output)
+    side = logits(source, [(one, 0.5), (two, -1.5)])
+    assert np.abs(logits(output) - side).max() <= 1e-3
+
+
+def test_a_gene_goes_in_with_its_expression(model, tmp_path):
+    source = model("F32")
+    gene = adapter_for(source, tmp_path, family="tiny")
+    expression = Expression({0: 0.0, 1: 1.5, 2: 0.3}, hashlib.sha256(gene.read_bytes()).hexdigest())
+    output = tmp_path / "out.gguf"
+    report = merge(source, [(gene, expression)], output)
+    assert not any(t.name.startswith("blk.0.") for t in report.tensors)
+    expressed = SafetyGene.load(gene).express(expression)
+    assert np.abs(logits(output) - logits(source, [expressed])).max() <= 1e-3
+    facts = GGUFFile(output)
+    assert facts.numbers("safegene.merge.0.layers") == [1, 2]
+    np.testing.assert_allclose(facts.numbers("safegene.merge.0.coefficients"), [1.5, 0.3])
+
+
+def test_all_metadata_stays_and_provenance_comes(model, tmp_path):
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
+    merge(source, [gene], once)
+    merge(once, [(gene, 0.5)], twice)
+    before, after = GGUFFile(source), GGUFFile(twice)
+    data = [path.read_bytes() for path in (source, twice)]
+    for key, (start, end) in before.spans.items():
+        a, b = after.spans[key]
+        assert data[1][a:b] == data[0][start:end], key
+    assert after.strings("safegene.merge.model_hashes") == [
+        hashlib.sha256(once.read_bytes()).hexdigest()
+    ]
+    assert after.strings("safegene.merge.adapter_hashes") == [
+        hashlib.sha256(gene.read_bytes()).hexdigest()
+    ]
+    assert after.numbers("safegene.merge.scales") == [0.5]
+    assert set(after.spans) - set(before.spans) == {
+        f"safegene.merge.{key}"
+        for key in ("version", "model", "model_hashes", "adapters", "adapter_hashes", "scales")
+    }
+
+
+def test_the_same_merge_gives_the_same_bytes_with_any_number_of_threads(model, tmp_path):
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    outputs = [tmp_path / f"{threads}.gguf" for threads in (1, 3)]
+    for threads, output in zip((1, 3), outputs, strict=True):
+        merge(source, [gene], output, settings=MergeSettings(threads=threads))
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+# -- rounding -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", layouts())
+def test_codes_are_where_ggml_looks_for_them(kind):
+    """Taken apart and put together again the bytes are the same, and the grid is ggml's."""
+    values = np.random.default_rng(3).normal(size=(5, 512)).astype(np.float32)
+    ggml_type, layout = int(GGMLQuantizationType[kind]), layouts()[kind]
+    raw = kernels.quantise(values, ggml_type)
+    codes = layout.unpack(raw)
+    assert codes.min() >= layout.lowest and codes.max() <= layout.highest
+    assert len(np.unique(codes)) > 3
+    assert (layout.pack(raw, codes) == raw).all()
+    other = np.random.default_rng(4).integers(layout.lowest, layout.highest + 1, codes.shape)
+    moved = layout.pack(raw, other.astype(np.int16))
+    assert (layout.unpack(moved) == other).all()
+    weights = [kernels.dequantise(bytes_, ggml_type, values.shape) for bytes_ in (raw, moved)]
+    steps = layout.steps(raw, ggml_type, values.shape[1])
+    np.testing.assert_allclose(weights[1] - weights[0], (other - codes) * steps, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", layouts())
+def test_an_update_below_half_a_step_survives(kind):
+    """Quantised afresh, or rounded to the nearest code, next to nothing of it is left."""
+    random_ = np.random.default_rng(5)
+    values = random_.normal(size=(64, 512)).astype(np.float32)
+    a = random_.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
+    delta = random_.normal(0, 0.02, (64, 4)).astype(np.float32) @ a
+    ggml_type, basis = int(GGMLQuantizationType[kind]), rounding.basis_of(a)
+    raw = kernels.quantise(values, ggml_type)
+    before = kernels.dequantise(raw, ggml_type, values.shape)
+
+    def survived(new):
+        kept = kernels.dequantise(new, ggml_type, values.shape) - before
+        return float((kept * delta).sum() / (delta * delta).sum())
+
+    ours = survived(rounding.requantise(raw, kind, ggml_type, delta, basis, strength=1000.0))
+    nearest = survived(rounding.requantise(raw, kind, ggml_type, delta, basis, strength=0.0))
+    assert abs(ours - 1) < 0.3
+    assert nearest < 0.6
+    assert ours > nearest
+
+
+def test_what_leaves_the_codes_range_gets_new_scales():
+    random_ = np.random.default_rng(6)
+    values = random_.normal(size=(8, 256)).astype(np.float32)
+    a = random_.normal(size=(1, 256)).astype(np.float32)
+    delta = np.full((8, 1), 5.0, np.float32) @ a
+    ggml_type = int(GGMLQuantizationType.Q4_K)
+    raw = kernels.quantise(values, ggml_type)
+    new = rounding.requantise(raw, "Q4_K", ggml_type, delta, rounding.basis_of(a))
+    before = kernels.dequantise(raw, ggml_type, values.shape)
+    error = kernels.dequantise(new, ggml_type, values.shape) - before - delta
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(delta)
+
+
+def test_basis_spans_the_rows_and_forgets_repeated_ones():
+    a = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    basis = rounding.basis_of(np.concatenate([a, a[:1] * 2, a[1:2] - a[2:]]))
+    assert basis.shape == (3, 40)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(a @ basis.T @ basis, a, atol=1e-4)
+
+
+def test_more_survives_than_quantised_afresh_and_the_report_says_so(model, tmp_path):
+    source = model("Q4_0")
+    gene = adapter_for(source, tmp_path, size=0.01)
+    reports = {
+        strength: merge(
+            source, [gene], tmp_path / "out.gguf", settings=MergeSettings(strength=strength)
+        )
+        for strength in (rounding.STRENGTH, None)
+    }
+    plain = reports[None]
+    assert reports[rounding.STRENGTH].survived > plain.survived + 0.3
+    assert plain.survived < 0.8
+    assert "side-load" in plain.warnings[-1] and "--promote" in plain.warnings[-1]
+    content, before, after = (
+        SafetyGene.load(gene),
+        open_model(source),
+        open_model(tmp_path / "out.gguf"),
+    )
+    tensor = plain.tensors[0]
+    delta = content.delta(tensor.name)
+    kept = after.floats(tensor.name) - before.floats(tensor.name)
+    assert tensor.update == pytest.approx(np.linalg.norm(delta), rel=1e-4)
+    assert tensor.error == pytest.approx(np.linalg.norm(kept - delta), rel=1e-3)
+    assert tensor.survived == pytest.approx((kept * delta).sum() / (delta**2).sum(), abs=1e-3)
+
+
+def test_promoting_gives_the_worst_tensors_a_larger_type(model, tmp_path):
+    source = model("Q4_0")
+    gene = adapter_for(source, tmp_path, size=0.01)
+    settings = MergeSettings(strength=None, promote=2)
+    report = merge(source, [gene], tmp_path / "out.gguf", settings=settings)
+    larger = [tensor for tensor in report.tensors if tensor.after != tensor.before]
+    assert [tensor.after for tensor in larger] == ["Q8_0", "Q8_0"]
+    assert min(tensor.survived for tensor in larger) > 0.8
+    file = open_model(tmp_path / "out.gguf")
+    assert all(file.tensors[tensor.name].type_name == "Q8_0" for tensor in larger)
+    assert report.after - report.before == pytest.approx(
+        sum(t.n_bytes for t in larger) * (1 - 18 / 34), abs=2048
+    )
+    assert np.isfinite(logits(tmp_path / "out.gguf")).all()
+
+
+def test_an_update_that_changes_nothing_is_refused(model, tmp_path):
+    source = model("Q4_0")
+    gene = adapter_for(source, tmp_path, size=1e-9)
+    with pytest.raises(NoEffectError, match="nothing would change"):
+        merge(source, [gene], tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == [gene]
+
+
+# -- importance matrices --------------------------------------------------
+
+
+def imatrix_for(path, output, binary=False):
+    """An importance matrix of random mean squares, in one of llama-imatrix's two forms."""
+    random_, file = np.random.default_rng(0), GGUFFile(path)
+    means = {
+        name: random_.uniform(0.1, 4, info.shape[1]).astype(np.float32)
+        for name, info in file.tensors.items()
+        if len(info.shape) == 2
+    }
+    if binary:
+        body = struct.pack("<i", len(means))
+        for name, values in means.items():
+            body += struct.pack("<i", len(name)) + name.encode()
+            body += struct.pack("<ii", 5, values.size) + (values * 5).tobytes()
+        output.write_bytes(body)
+        return means
+    writer = GGUFWriter(output, "")
+    writer.add_type("imatrix")
+    for name, values in means.items():
+        writer.add_tensor(f"{name}.in_sum2", (values * 7)[None, :])
+        writer.add_tensor(f"{name}.counts", np.array([[7.0]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return means
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_both_forms_of_an_importance_matrix_are_read(binary, model, tmp_path):
+    means = imatrix_for(model(), tmp_path / "imatrix", binary)
+    found = read_imatrix(tmp_path / "imatrix")
+    assert set(found) == set(means)
+    for name, values in means.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6)
+
+
+def test_a_type_that_needs_an_importance_matrix_gets_it_or_is_refused(tiny, tmp_path):
+    """IQ2_XXS, written by ggml's own quantiser, since llama.cpp's refuses to without a matrix."""
+    source, target = open_model(tiny("llama", **WIDE).gguf_path), tmp_path / "iq2.gguf"
+    name = "blk.1.ffn_down.weight"
+    values = source.floats(name)
+    kind = GGMLQuantizationType.IQ2_XXS
+    raw = kernels.quantise(values, int(kind), np.ones(values.shape[1], np.float32))
+    writer = GGUFWriter(target, source.architecture)
+    writer.add_tensor(name, raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    gene = tmp_path / "gene.gguf"
+    random_adapter(target, size=0.2).save(gene)
+    with pytest.raises(SettingError, match="needs an importance matrix"):
+        merge(target, [gene], tmp_path / "out.gguf")
+    imatrix_for(target, tmp_path / "imatrix.gguf")
+    settings = MergeSettings(imatrix=tmp_path / "imatrix.gguf")
+    merge(target, [gene], tmp_path / "out.gguf", settings=settings)
+    assert open_model(tmp_path / "out.gguf").tensors[name].type_name == "IQ2_XXS"
+
+
+def test_an_importance_matrix_steers_the_rounding(model, tmp_path):
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    imatrix_for(source, tmp_path / "imatrix.gguf")
+    for name, file in (("with", tmp_path / "imatrix.gguf"), ("without", None)):
+        merge(source, [gene], tmp_path / name, settings=MergeSettings(imatrix=file))
+    assert (tmp_path / "with").read_bytes() != (tmp_path / "without").read_bytes()
+
+
+@pytest.mark.parametrize("data", [b"\x01\0\0\0", b"\xff" * 64, b"GGUF", struct.pack("<i", 2) * 9])
+def test_what_is_no_importance_matrix_is_refused(data, model, tmp_path):
+    (tmp_path / "imatrix").write_bytes(data)
+    gene = adapter_for(model(), tmp_path)
+    with pytest.raises(FileFormatError):
+        merge(model(), [gene], tmp_path / "o", settings=MergeSettings(imatrix=tmp_path / "imatrix"))
+
+
+# -- split models ---------------------------------------------------------
+
+
+@pytest.fixture
+def split(model, tmp_path):
+    """The quantised model in files of ten tensors, as llama.cpp's gguf-split makes them."""
+    whole = open_model(model("Q8_0"))
+    writer = GGUFWriter(tmp_path / "split.gguf", whole.architecture, split_max_tensors=10)
+    for key, value in whole.metadata.items():
+        if key.startswith("llama.") and isinstance(value, (int, float)):
+            add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+            add(key, value)
+    for name, info in whole.tensors.items():
+        kind = GGMLQuantizationType(info.ggml_type)
+        if kind == GGMLQuantizationType.F32:
+            writer.add_tensor(name, whole.floats(name))
+        else:
+            raw = whole.raw(name).reshape(info.shape[0], -1)
+            writer.add_tensor(name, np.array(raw), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(tmp_path.glob("split-*.gguf"))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_split_model_stays_split_or_becomes_one_file(joined, split, model, tmp_path):
+    gene = adapter_for(model("Q8_0"), tmp_path)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    merge(model("Q8_0"), [gene], tmp_path / "whole.gguf")
+    name = "one.gguf" if joined else f"two-00001-of-{len(split):05d}.gguf"
+    merge(split[0], [gene], folder / name)
+    assert len(list(folder.iterdir())) == (1 if joined else len(split))
+    whole, made = open_model(tmp_path / "whole.gguf"), open_model(folder / name)
+    assert ("split.count" in made.metadata) is not joined
+    assert set(made.tensors) == set(whole.tensors)
+    for tensor in whole.tensors:
+        assert bytes_of(whole, tensor) == bytes_of(made, tensor)
+
+
+def test_a_name_for_another_number_of_files_is_refused(split, model, tmp_path):
+    gene = adapter_for(model("Q8_0"), tmp_path)
+    with pytest.raises(OutputError, match="asks for 9 files"):
+        merge(split[0], [gene], tmp_path / "two-00001-of-00009.gguf")
+
+
+# -- what must not happen -------------------------------------------------
+
+
+def test_an_expression_of_another_gene_is_refused(model, tmp_path):
+    gene = adapter_for(model(), tmp_path, family="tiny")
+    with pytest.raises(MismatchError, match="of another gene"):
+        merge(model(), [(gene, Expression({0: 1.0}, "00"))], tmp_path / "out.gguf")
+
+
+def test_an_expression_for_another_model_is_said(model, tmp_path):
+    gene = adapter_for(model(), tmp_path, family="tiny")
+    report = merge(model(), [(gene, Expression({0: 1.0}, "", "00"))], tmp_path / "out.gguf")
+    assert "found for another model" in report.warnings[0]
+
+
+def test_killed_it_leaves_no_output(model, tmp_path):
+    """SIGKILL at random moments; the bench does it fifty times on a real model."""
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    before = hashlib.sha256(source.read_bytes()).hexdigest()
+    command = [sys.executable, "-m", "safegene_edge", "merge", source, gene, "-o"]
+    started = time.monotonic()
+    subprocess.run([*command, tmp_path / "whole.gguf"], check=True, capture_output=True)
+    whole, needed = (tmp_path / "whole.gguf").read_bytes(), time.monotonic() - started
+    choice = random.Random(1)
+    for number in range(5):
+        output = tmp_path / f"{number}.gguf"
+        with subprocess.Popen([*command, output], stderr=subprocess.DEVNULL) as process:
+            time.sleep(choice.uniform(0.3, 1.0) * needed)
+            process.send_signal(signal.SIGKILL)
+        assert not output.exists() or output.read_bytes() == whole
+    assert hashlib.sha256(source.read_bytes()).hexdigest() == before
+
+
+def test_a_full_disk_gives_one_line_and_no_output(model, tmp_path):
+    """A limit on the file's size fails as a full disk does: when the room is reserved."""
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    program = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "from safegene_edge.cli import main; main()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, "merge", source, gene, "-o", tmp_path / "out.gguf"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert len(ran.stderr.strip().splitlines()) == 1 and "cannot be written" in ran.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gene.gguf"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_a_small_tmpfs_gives_one_line_and_no_output(model, tmp_path):
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with pytest.raises(OutputError, match="are free"):
+            merge(source, [gene], small / "out.gguf")
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_an_infinite_update_names_its_tensor(model, tmp_path):
+    source = model()
+    huge = random_adapter(source)
+    name, pair = next(iter(huge.pairs.items()))
+    huge = SafetyGene("llama", 8.0, {name: Pair(pair.a * 1e30, pair.b * 1e30)})
+    with pytest.raises(Exception, match=name):
+        merge(source, [huge], tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_reads_no_weights_and_writes_nothing(model, tmp_path):
+    gene = adapter_for(model(), tmp_path)
+    plan = Plan.of(model(), [gene])
+    report, estimate = plan.report([]), plan.estimate()
+    assert {t.name for t in report.tensors} == set(SafetyGene.load(gene).pairs)
+    assert estimate.seconds > 0 and estimate.memory > 50 << 20
+    assert list(tmp_path.iterdir()) == [gene]
+
+
+def test_the_command_line(model, tmp_path):
+    gene = adapter_for(model(), tmp_path, family="tiny")
+    expression = tmp_path / "expression.json"
+    Expression({0: 0.5, 1: 2.0, 2: 0.0}).save(expression)
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "safegene_edge", "merge", *map(str, arguments)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+
+    output = tmp_path / "out.gguf"
+    facts = json.loads(run(model(), f"{gene}={expression}", "-o", output, "--json").stdout)
+    assert {t["name"].split(".")[1] for t in facts["tensors"]} == {"0", "1"}
+    assert 0.5 < facts["survived"] < 1.5
+    shown = run(model(), f"{gene}=0.5", "--dry-run")
+    assert "copied as they are" in shown.stdout and "MiB of memory" in shown.stdout
+    shutil.copy(gene, tmp_path / "a=1.gguf")
+    run(model(), tmp_path / "a=1.gguf", "-o", output)
