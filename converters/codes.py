@@ -73,11 +73,22 @@ class Layout:
     def steps(self, raw: kernels.Bytes, ggml_type: int, columns: int) -> Floats:
         """By how much a weight grows with its code (rows×columns); may be negative or 0."""
         shape = len(raw), columns
+        blocks = raw.reshape(-1, self.n_bytes) & ~self._pattern((1 << 8) - 1)
         ends = [
-            kernels.dequantise(self.pack(raw, np.full(shape, code, np.int16)), ggml_type, shape)
+            kernels.dequantise(blocks | self._pattern(code ^ self.flip), ggml_type, shape)
             for code in (self.lowest, self.highest)
         ]
-        return np.asarray((ends[1] - ends[0]) / (self.highest - self.lowest), np.float32)
+        ends[1] -= ends[0]
+        ends[1] /= np.float32(self.highest - self.lowest)
+        return ends[1]
+
+    def _pattern(self, stored: int) -> kernels.Bytes:
+        """The bytes of a block whose codes are all stored as this number; the scales are 0."""
+        block = np.zeros(self.n_bytes, np.uint8)
+        for part in self.parts:
+            bits = (stored >> part.low) & ((1 << part.bits) - 1)
+            np.bitwise_or.at(block, part.bytes_, np.uint8(bits << part.shift))
+        return block
 
 
 def _part(block: int, place: object, shift: object, bits: int, low: int) -> list[_Part]:

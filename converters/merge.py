@@ -327,8 +327,9 @@ class Plan:
                     np.uint8,
                 ).reshape(stop - start, width)
                 delta = update.rows(start, stop)
-                new = self._rounded(raw, place, delta, update.basis)
-                sums += _account(raw, new, delta, info.ggml_type, place.ggml_type)
+                new, error = self._rounded(raw, place, delta, update.basis)
+                changed = (raw != new).sum() if place.ggml_type == info.ggml_type else 0
+                sums += _account(delta, error, int(changed))
                 if handle is not None:
                     os.pwrite(handle, new.data, place.offset + start * (place.n_bytes // rows))
         size = float(np.sqrt(sums[0]))
@@ -340,7 +341,7 @@ class Plan:
 
     def _rounded(
         self, raw: kernels.Bytes, place: Place, delta: Floats, basis: Floats
-    ) -> kernels.Bytes:
+    ) -> tuple[kernels.Bytes, Floats]:
         info, strength = place.info, self.settings.strength
         importance = self.importance.get(info.name)
         if not np.isfinite(delta).all():
@@ -398,16 +399,11 @@ class Plan:
 # -- small things ---------------------------------------------------------
 
 
-def _account(
-    raw: kernels.Bytes, new: kernels.Bytes, delta: Floats, before: int, after: int
-) -> npt.NDArray[np.float64]:
+def _account(delta: Floats, error: Floats, changed: int) -> npt.NDArray[np.float64]:
     """|update|^2, |error|^2, <kept, update> and bytes changed of some rows."""
-    kept = kernels.dequantise(new, after, delta.shape) - kernels.dequantise(
-        raw, before, delta.shape
-    )
-    flat, error = delta.reshape(-1), (kept - delta).reshape(-1)
-    changed = int((raw != new).sum()) if before == after else 0
-    return np.array([flat @ flat, error @ error, kept.reshape(-1) @ flat, changed], np.float64)
+    flat, wrong = delta.reshape(-1), error.reshape(-1)
+    size = flat @ flat
+    return np.array([size, wrong @ wrong, size + wrong @ flat, changed], np.float64)
 
 
 def _type_name(ggml_type: int) -> str:

@@ -23,8 +23,8 @@ from . import kernels
 from .codes import Codes, Layout, layouts
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 100.0  # how many times more activations lie along Q than along any other direction
-_CHUNK = 64
+STRENGTH = 10.0  # how much more of the activations lies along Q than along any other direction
+_CHUNK = 64  # columns that are weighed against each other
 
 
 def basis_of(a: Floats) -> Floats:
@@ -43,7 +43,7 @@ def requantise(
     basis: Floats,
     importance: Floats | None = None,
     strength: float = STRENGTH,
-) -> kernels.Bytes:
+) -> tuple[kernels.Bytes, Floats]:
     """Rows of a quantised tensor plus an update, in the tensor's own type.
 
     Args:
@@ -52,6 +52,9 @@ def requantise(
         basis: of the update's row space (k×columns), orthonormal.
         importance: weight of each column, from an importance matrix.
         strength: 0 rounds to the nearest code.
+
+    Returns:
+        The new bytes, and the error (rows×columns): what they changed minus the update.
     """
     layout = layouts().get(type_name)
     if layout is None:
@@ -61,109 +64,97 @@ def requantise(
         weights = np.maximum(importance / importance.mean(), np.float32(1e-3))
     steps = layout.steps(raw, ggml_type, delta.shape[1])
     codes = layout.unpack(raw)
-    moved, clipped = _moved(codes, steps, delta, basis, weights, layout, strength)
+    moved, error, clipped = _moved(codes, steps, delta, basis, weights, layout, strength)
     result = layout.pack(raw, codes + moved)
-    if clipped.any():
-        rows = np.flatnonzero(clipped)
-        _better(result, raw, rows, ggml_type, delta, basis, weights, importance, strength)
-    return result
+    rows = np.flatnonzero(clipped)
+    if rows.size:
+        fresh, other = afresh(raw[rows], ggml_type, ggml_type, delta[rows], importance)
+
+        def objective(candidate: Floats) -> Floats:
+            seen = ((candidate @ basis.T) ** 2).sum(axis=1)
+            return np.asarray((candidate**2 * weights).sum(axis=1) + strength * seen, np.float32)
+
+        wins = objective(other) < objective(error[rows])
+        result[rows[wins]], error[rows[wins]] = fresh[wins], other[wins]
+    return result, error
 
 
 def afresh(
     raw: kernels.Bytes, source: int, target: int, delta: Floats, importance: Floats | None
-) -> kernels.Bytes:
-    """Dequantise, add, quantise: new scales and new rounding errors for every weight."""
-    return kernels.quantise(
-        kernels.dequantise(raw, source, delta.shape) + delta, target, importance
-    )
+) -> tuple[kernels.Bytes, Floats]:
+    """Dequantise, add, quantise: new scales, new errors of every weight; as `requantise`."""
+    whole = kernels.dequantise(raw, source, delta.shape)
+    whole += delta
+    new = kernels.quantise(whole, target, importance)
+    return new, kernels.dequantise(new, target, delta.shape) - whole
 
 
 def _moved(
     codes: Codes, steps: Floats, delta: Floats, basis: Floats, weights: Floats, layout: Layout,
     strength: float,
-) -> tuple[Codes, npt.NDArray[np.bool_]]:  # fmt: skip
-    """By how much each code changes, and the rows whose update leaves the codes' range."""
+) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:  # fmt: skip
+    """By how much each code changes, the error left, and the rows that leave the codes' range."""
     inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
-    down, up = (
-        (layout.lowest - codes).astype(np.float32),
-        (layout.highest - codes).astype(np.float32),
-    )
-    wanted = delta * inverse
-    clipped = np.any((wanted < down - 1) | (wanted > up + 1), axis=1)
-    moved = np.minimum(np.maximum(np.rint(wanted), down), up)
-    residual = (moved * steps - delta) @ basis.T
-    leverage = (basis**2).sum(axis=0)
-    for some in _chunks(leverage, strength):
-        grid = _Grid(
-            basis[:, some], weights[some], strength, steps[:, some], inverse[:, some],
-            down[:, some], up[:, some], moved[:, some], delta[:, some],
-        )  # fmt: skip
-        moved[:, some] = grid.descend(residual)
-    return moved.astype(np.int16), clipped
+    down, up = layout.lowest - codes, layout.highest - codes
+    moved = delta * inverse
+    clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
+    np.clip(np.rint(moved, out=moved), down, up, out=moved)
+    error = moved * steps
+    error -= delta
+    residual = error @ basis.T
+    for start in range(0, delta.shape[1] if strength else 0, _CHUNK):
+        some = slice(start, start + _CHUNK)
+        part = basis[:, some]
+        gram = np.float32(strength) * (part.T @ part)
+        gram[np.diag_indices(len(gram))] += weights[some]
+        curvature = gram.diagonal().copy()
+        # The best change of each error, were it not for the grid: the derivative there is 0.
+        best = residual @ (part * (np.float32(-strength) / curvature))
+        best -= error[:, some] * (weights[some] / curvature)
+        code = np.rint(best * inverse[:, some])
+        rows = np.flatnonzero(code.any(axis=1))
+        if rows.size:
+            range_ = down[rows, some] - moved[rows, some], up[rows, some] - moved[rows, some]
+            total = _descend(best[rows], steps[rows, some], inverse[rows, some], *range_,
+                             gram, curvature)  # fmt: skip
+            moved[rows, some] += total
+            total *= steps[rows, some]
+            error[rows, some] += total
+            residual[rows] += total @ part.T
+    return moved.astype(np.int16), error, clipped
 
 
-class _Grid:
-    """Some columns of some rows, and the codes that they may take."""
+def _descend(
+    best: Floats, steps: Floats, inverse: Floats, down: Floats, up: Floats, gram: Floats,
+    curvature: Floats,
+) -> Floats:  # fmt: skip
+    """Move the best code of each row until none lowers its row's objective; returns the moves.
 
-    def __init__(
-        self, basis: Floats, weights: Floats, strength: float, steps: Floats, inverse: Floats,
-        down: Floats, up: Floats, moved: Floats, delta: Floats,
-    ) -> None:  # fmt: skip
-        self.basis, self.weights, self.strength = basis, weights, np.float32(strength)
-        self.steps, self.inverse, self.down, self.up = steps, inverse, down, up
-        self.moved, self.delta = moved, delta
-        self.curvature = weights + self.strength * (basis**2).sum(axis=0)
-
-    def descend(self, residual: Floats) -> Floats:
-        """Codes moved until no single one lowers its row's objective; `residual` follows."""
-        rows = np.arange(len(residual))
-        for _ in range(4 * len(self.weights)):  # each pass lowers every row in it: this is a stop
-            rows = self._pass(rows, residual)
-            if not rows.size:
-                break
-        return self.moved
-
-    def _pass(self, rows: npt.NDArray[np.intp], residual: Floats) -> npt.NDArray[np.intp]:
-        """Move the best code of each row; returns the rows that moved one."""
-        steps, moved = self.steps[rows], self.moved[rows]
-        error = moved * steps - self.delta[rows]
-        slope = error * self.weights
-        slope += self.strength * (residual[rows] @ self.basis)
-        best = slope / -self.curvature  # the error's best change, were it not for the grid
-        code = np.rint(best * self.inverse[rows])
-        code = np.minimum(np.maximum(code, self.down[rows] - moved), self.up[rows] - moved)
-        change = code * steps
-        gain = change * (2 * best - change) * self.curvature
-        column = gain.argmax(axis=1)
-        each = np.arange(len(rows))
+    Args:
+        best: change of each error that would be best without the grid (rows×columns); spent.
+        down, up: how far each code may move.
+        gram: half the objective's second derivative (columns×columns); curvature: its diagonal.
+    """
+    total = np.zeros_like(best)
+    spread = gram / curvature  # what one unit of change in a row's column takes from its best
+    left = np.arange(len(best))
+    for _ in range(4 * len(curvature)):  # each pass lowers every row in it: this is a stop
+        code = np.rint(best * inverse)
+        np.clip(code, down, up, out=code)
+        gain = code * steps
+        gain *= (best + best - gain) * curvature
+        column, each = gain.argmax(axis=1), np.arange(len(left))
         wins = gain[each, column] > 0
-        rows, column, each = rows[wins], column[wins], each[wins]
-        self.moved[rows, column] += code[each, column]
-        residual[rows] += change[each, column, None] * self.basis.T[column]
-        return rows
-
-
-def _chunks(leverage: Floats, strength: float) -> list[npt.NDArray[np.intp]]:
-    """Columns in the order of their leverage, in chunks; none where nothing can be corrected."""
-    if not strength or not leverage.any():
-        return []
-    order = np.argsort(-leverage, kind="stable")
-    return [order[start : start + _CHUNK] for start in range(0, len(order), _CHUNK)]
-
-
-def _better(
-    result: kernels.Bytes, raw: kernels.Bytes, rows: npt.NDArray[np.intp], ggml_type: int,
-    delta: Floats, basis: Floats, weights: Floats, importance: Floats | None, strength: float,
-) -> None:  # fmt: skip
-    """Quantise these rows afresh, and keep that where its objective is the smaller one."""
-    shape = len(rows), delta.shape[1]
-    before = kernels.dequantise(raw[rows], ggml_type, shape)
-    fresh = kernels.quantise(before + delta[rows], ggml_type, importance)
-
-    def objective(candidate: kernels.Bytes) -> Floats:
-        error = kernels.dequantise(candidate, ggml_type, shape) - before - delta[rows]
-        seen = ((error @ basis.T) ** 2).sum(axis=1)
-        return np.asarray((error**2 * weights).sum(axis=1) + strength * seen, np.float32)
-
-    wins = objective(fresh) < objective(result[rows])
-    result[rows[wins]] = fresh[wins]
+        if not wins.all():
+            keep = np.flatnonzero(wins)
+            if not keep.size:
+                break
+            column, each, left = column[keep], each[: len(keep)], left[keep]
+            code, best, steps = code[keep], best[keep], steps[keep]
+            inverse, down, up = inverse[keep], down[keep], up[keep]
+        by = code[each, column]
+        total[left, column] += by
+        down[each, column] -= by
+        up[each, column] -= by
+        best -= (by * steps[each, column])[:, None] * spread[column]
+    return total
