@@ -18,24 +18,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from ..compat import SHARD, other_parts, require_fit
-from ..errors import NoEffectError, OutputError, SafeGeneError, SettingError
+from ..compat import SHARD, open_model, other_parts, require_fit
+from ..errors import NoEffectError, OutputError, SettingError
 from ..gene import Expression
 from ..gguf_file import GGUFFile, PathLike, atomic_output, check_output, sha256
-from . import kernels, rounding
+from . import rounding
 from .imatrix import read_imatrix
-from .merge_inputs import Given, Update, fold, provenance, require_writable, updates_of
+from .merge_inputs import Folded, Given, fold, provenance, require_writable, updates_of
+from .merge_work import WORKER_MEMORY, Job, Progress, TensorReport, cpus, run_jobs
 from .rewrite import Draft, Place, Value, begin, copy, draft
+from .rounding import Kind, Update
 
-Floats = npt.NDArray[np.float32]
 ENOUGH = 0.8  # of the update must survive, or a warning says so
 PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type becomes Q8_0
-_BLOCK = 1 << 19  # weights that a thread works on at a time
 _COPIED = 500e6  # bytes a second, hashed and copied: a laptop's disk
-_BASE_MEMORY, _BYTES_A_WEIGHT = 90 << 20, 70
-_FLOAT_TYPES = ("F32", "F16", "BF16")
+_BASE_MEMORY = 80 << 20
 
 
 @dataclass(frozen=True)
@@ -63,28 +61,6 @@ class MergeSettings:
             raise SettingError(f"threads is {self.threads}", "Give 1 or more")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorReport:
-    """What became of one touched tensor.
-
-    Attributes:
-        shape: out×in; before, after: type names; n_bytes: in the output.
-        update: Frobenius norm of the update; error: of what is wrong with it after rounding.
-        survived: share of the update that is there, by projection: <kept, update> / |update|^2.
-        changed: bytes that differ from the input; -1 where the type changed.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    before: str
-    after: str
-    n_bytes: int
-    update: float = 0.0
-    error: float = 0.0
-    survived: float = 0.0
-    changed: int = 0
-
-
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge did, or would do.
@@ -107,13 +83,21 @@ class MergeReport:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a merge will take: seconds on this machine, and bytes of memory."""
+
+    seconds: float
+    memory: int
+
+
 def merge(
     model: PathLike,
     adapters: Iterable[Given],
     output: PathLike,
     *,
     settings: MergeSettings | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = None,
 ) -> MergeReport:
     """Write the model with the adapters in its own tensors, each in the type that it had.
 
@@ -139,11 +123,13 @@ def merge(
         plan = plan.promoted(progress)
     found: list[TensorReport] = []
     with ExitStack() as stack:
+        threads = stack.enter_context(ThreadPoolExecutor(1))
+        hashing = threads.submit(lambda: [sha256(part.path) for part in plan.parts])
         # Renamed in the reverse of this order: the first file, which stands for the model, last.
         temporary = [stack.enter_context(atomic_output(path, plan.inputs)) for path in outputs]
         for number, path in enumerate(temporary):
-            found += plan.write(path, number, len(outputs), progress)
-        report = plan.report(found)
+            found += plan.write(path, number, len(outputs), hashing.result, progress)
+        report = plan.signed(hashing.result()).report(found)
         if not any(t.changed for t in report.tensors):
             raise NoEffectError(
                 f"{plan.name}: every update is too small for the model's quantisation; "
@@ -153,14 +139,6 @@ def merge(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a merge will take: seconds on this machine, and bytes of memory."""
-
-    seconds: float
-    memory: int
-
-
 @dataclass(frozen=True)
 class Plan:
     """A merge, checked before any work."""
@@ -168,22 +146,18 @@ class Plan:
     parts: list[GGUFFile]
     updates: Mapping[str, Update]
     types: Mapping[str, int]  # of the touched tensors, in the output
-    provenance: Mapping[str, Value]
+    folded: Sequence[Folded]
+    provenance: Mapping[str, Value]  # of files not hashed yet: as long as it will be
     inputs: tuple[Path, ...]
-    importance: Mapping[str, Floats]
+    importance: Mapping[str, rounding.Floats]
     settings: MergeSettings
     warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls,
-        model: PathLike,
-        adapters: Iterable[Given],
-        settings: MergeSettings | None = None,
+        cls, model: PathLike, adapters: Iterable[Given], settings: MergeSettings | None = None
     ) -> Plan:
         """Read and check everything but the weights."""
-        from ..compat import open_model
-
         settings = settings or MergeSettings()
         whole = open_model(model)
         parts = [whole, *other_parts(whole)]  # the first one's table holds the others' tensors too
@@ -197,18 +171,22 @@ class Plan:
         types = {name: whole.tensors[name].ggml_type for name in updates}
         files = [part.path for part in parts] + [one.source for one in folded if one.source]
         files += [Path(settings.imatrix)] if settings.imatrix else []
-        hashes = [sha256(part.path) for part in parts]
-        warnings = tuple(
-            f"{one.name}: its expression was found for another model"
-            for one in folded
-            if isinstance(one.how, Expression) and one.how.target not in ("", hashes[0])
-        )
-        facts = provenance(hashes, whole.path, folded)
-        return cls(parts, updates, types, facts, tuple(files), importance, settings, warnings)
+        facts = provenance(["0" * 64 for _ in parts], whole.path, folded)
+        return cls(parts, updates, types, folded, facts, tuple(files), importance, settings)
 
     @property
     def name(self) -> Path:
         return self.parts[0].path
+
+    def signed(self, hashes: list[str]) -> Plan:
+        """The plan with the hashes of the model's files, which take a while for a large one."""
+        warnings = tuple(
+            f"{one.name}: its expression was found for another model"
+            for one in self.folded
+            if isinstance(one.how, Expression) and one.how.target not in ("", hashes[0])
+        )
+        facts = provenance(hashes, self.name, self.folded)
+        return replace(self, provenance=facts, warnings=warnings)
 
     # -- outputs ----------------------------------------------------------
 
@@ -247,114 +225,67 @@ class Plan:
 
     # -- work -------------------------------------------------------------
 
-    def promoted(self, progress: Callable[[int, int], None] | None = None) -> Plan:
+    def promoted(self, progress: Progress = None) -> Plan:
         """The plan with larger types for the tensors that would keep least of their update."""
-        places = [p for p in self.draft(0, 1).places if p.info.name in self.updates]
-        rows = self._each(places, None, progress)
-        worst = sorted(rows, key=lambda r: (r.survived, r.name))
-        worst = [r for r in worst if r.before != "F32"][: self.settings.promote]
         from gguf import GGMLQuantizationType
 
+        places = [p for p in self.draft(0, 1).places if p.info.name in self.updates]
+        rows = run_jobs(self.jobs(places), None, self.settings.threads, progress)
+        worst = sorted(rows, key=lambda r: (r.survived, r.name))
+        worst = [r for r in worst if r.before != "F32"][: self.settings.promote]
         larger = {r.name: int(GGMLQuantizationType[PROMOTED.get(r.before, "Q8_0")]) for r in worst}
         return replace(self, types={**self.types, **larger})
 
     def write(
-        self, path: Path, number: int, count: int, progress: Callable[[int, int], None] | None
+        self,
+        path: Path,
+        number: int,
+        count: int,
+        hashes: Callable[[], list[str]],
+        progress: Progress,
     ) -> list[TensorReport]:
-        """Write one output file; returns its touched tensors."""
+        """Write one of `count` output files; returns its touched tensors."""
         planned = self.draft(number, count)
-        handle = begin(path, planned)
+        handle = begin(path, planned.n_bytes)
         try:
             touched = [p for p in planned.places if p.info.name in self.updates]
-            copy((p for p in planned.places if p.info.name not in self.updates), handle)
-            return self._each(touched, handle, progress)
+            others = [p for p in planned.places if p.info.name not in self.updates]
+            with ThreadPoolExecutor(1) as threads:  # the kernel copies while the codes are found
+                copying = threads.submit(copy, others, handle)
+                found = run_jobs(self.jobs(touched), path, self.settings.threads, progress)
+                copying.result()
+            os.pwrite(handle, self.signed(hashes()).draft(number, count).header, 0)
+            return found
         finally:
             os.close(handle)
 
-    def _each(
-        self,
-        places: Sequence[Place],
-        handle: int | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> list[TensorReport]:
-        done, total = 0, sum(place.info.n_elements for place in places)
-        found = []
-        with ThreadPoolExecutor(self.settings.threads or _cpus()) as pool:
-            futures = [pool.submit(self._merge_tensor, place, handle) for place in places]
-            try:
-                for place, future in zip(places, futures, strict=True):
-                    found.append(future.result())
-                    done += place.info.n_elements
-                    if progress is not None:
-                        progress(done, total)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        return found
+    def jobs(self, places: Iterable[Place]) -> list[Job]:
+        """The work on touched tensors, one by one."""
+        strength = self.settings.strength
+        return [
+            Job(self.name, p, self.updates[p.info.name], self.importance.get(p.info.name), strength)
+            for p in places
+        ]
 
     def estimate(self) -> Estimate:
         """Time and memory, from a sample of each type's rows and of the copying."""
         started, elements, sampled = time.perf_counter(), 0, 0
-        places = [p for p in self.draft(0, 1).places if p.info.name in self.updates]
         seen: dict[int, Place] = {}
-        for place in places:
-            elements += place.info.n_elements
-            seen.setdefault(place.info.ggml_type, place)
+        for place in self.draft(0, 1).places:
+            if place.info.name in self.updates:
+                elements += place.info.n_elements
+                seen.setdefault(place.info.ggml_type, place)
         for place in seen.values():
-            rows, columns = min(64, place.info.shape[0]), place.info.shape[1]
+            rows, columns = min(256, place.info.shape[0]), place.info.shape[1]
             width = place.info.n_bytes // place.info.shape[0]
             part = replace(place.info, shape=(rows, columns), n_bytes=rows * width)
-            self._merge_tensor(replace(place, info=part), None)
+            run_jobs(self.jobs([replace(place, info=part)]), None, 1, None)
             sampled += rows * columns
-        threads = self.settings.threads or _cpus()
+        threads = self.settings.threads or cpus()
         work = (time.perf_counter() - started) * elements / sampled / threads
         copied = sum(part.n_bytes for part in self.parts) / _COPIED
         halves = sum(u.a.nbytes + u.b.nbytes + u.basis.nbytes for u in self.updates.values())
-        return Estimate(work + copied, _BASE_MEMORY + halves + threads * _BLOCK * _BYTES_A_WEIGHT)
-
-    def _merge_tensor(self, place: Place, handle: int | None) -> TensorReport:
-        """Merge one tensor, block of rows by block of rows; written unless `handle` is None."""
-        info, update = place.info, self.updates[place.info.name]
-        rows, columns = info.shape
-        width = info.n_bytes // rows
-        block = max(1, _BLOCK // columns)
-        sums = np.zeros(4)  # |update|^2, |error|^2, <kept, update>, bytes changed
-        with open(info.path, "rb", buffering=0) as source:
-            for start in range(0, rows, block):
-                stop = min(rows, start + block)
-                raw = np.frombuffer(
-                    os.pread(source.fileno(), (stop - start) * width, info.offset + start * width),
-                    np.uint8,
-                ).reshape(stop - start, width)
-                delta = update.rows(start, stop)
-                new, error = self._rounded(raw, place, delta, update.basis)
-                changed = (raw != new).sum() if place.ggml_type == info.ggml_type else 0
-                sums += _account(delta, error, int(changed))
-                if handle is not None:
-                    os.pwrite(handle, new.data, place.offset + start * (place.n_bytes // rows))
-        size = float(np.sqrt(sums[0]))
-        return TensorReport(
-            info.name, info.shape, info.type_name, _type_name(place.ggml_type), place.n_bytes,
-            size, float(np.sqrt(sums[1])), float(sums[2] / sums[0]) if sums[0] else 1.0,
-            int(sums[3]) if place.ggml_type == info.ggml_type else -1,
-        )  # fmt: skip
-
-    def _rounded(
-        self, raw: kernels.Bytes, place: Place, delta: Floats, basis: Floats
-    ) -> tuple[kernels.Bytes, Floats]:
-        info, strength = place.info, self.settings.strength
-        importance = self.importance.get(info.name)
-        if not np.isfinite(delta).all():
-            raise SafeGeneError(
-                f"{self.name}: the update of '{info.name}' is not finite",
-                "The adapter is broken, or its scale far too large",
-            )
-        fresh = info.type_name in _FLOAT_TYPES or place.ggml_type != info.ggml_type
-        if fresh or strength is None:
-            return rounding.afresh(raw, info.ggml_type, place.ggml_type, delta, importance)
-        return rounding.requantise(
-            raw, info.type_name, info.ggml_type, delta, basis, importance, strength
-        )
+        return Estimate(work + copied, _BASE_MEMORY + halves + threads * WORKER_MEMORY)
 
     def report(self, rows: Sequence[TensorReport]) -> MergeReport:
         """The whole merge, from its tensors; without them, the plan."""
@@ -364,7 +295,7 @@ class Plan:
         places = [p for d in drafts for p in d.places]
         if not rows:
             rows = [TensorReport(p.info.name, p.info.shape, p.info.type_name,
-                                 _type_name(p.ggml_type), p.n_bytes)
+                                 Kind.of(p.ggml_type).name, p.n_bytes)
                     for p in places if p.info.name in self.updates]  # fmt: skip
         updates = sum(row.update**2 for row in rows)
         errors = sum(row.error**2 for row in rows)
@@ -394,23 +325,3 @@ class Plan:
                 block, size = GGML_QUANT_SIZES[larger]
                 costs.append(int(np.prod(row.shape)) // block * size - row.n_bytes)
         return costs
-
-
-# -- small things ---------------------------------------------------------
-
-
-def _account(delta: Floats, error: Floats, changed: int) -> npt.NDArray[np.float64]:
-    """|update|^2, |error|^2, <kept, update> and bytes changed of some rows."""
-    flat, wrong = delta.reshape(-1), error.reshape(-1)
-    size = flat @ flat
-    return np.array([size, wrong @ wrong, size + wrong @ flat, changed], np.float64)
-
-
-def _type_name(ggml_type: int) -> str:
-    from gguf import GGMLQuantizationType
-
-    return str(GGMLQuantizationType(ggml_type).name)
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

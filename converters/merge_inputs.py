@@ -13,8 +13,9 @@ import numpy.typing as npt
 from ..errors import MismatchError, SettingError
 from ..gene import Adapter, Expression, Pair, SafetyGene
 from ..gguf_file import GGUFFile, PathLike, sha256
-from . import kernels, rounding
+from . import kernels
 from .rewrite import Value
+from .rounding import Update
 
 Floats = npt.NDArray[np.float32]
 AdapterLike: TypeAlias = PathLike | Adapter
@@ -66,23 +67,6 @@ def _folded(item: AdapterLike, how: How) -> Folded:
     return Folded(content.scaled(float(how)) if how != 1.0 else content, name, source, how)
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """The sum of all adapters' updates of one tensor: b @ a, in llama.cpp's own scale.
-
-    a is R×in, b is out×R with all scales in it; basis (k×in) spans the rows of a.
-    """
-
-    a: Floats
-    b: Floats
-    basis: Floats
-
-    def rows(self, start: int, stop: int) -> Floats:
-        """The update of some rows; what overflows is found and named by the caller."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(self.b[start:stop] @ self.a, np.float32)
-
-
 def updates_of(adapters: Iterable[Adapter]) -> dict[str, Update]:
     """The sum of several adapters' updates, tensor by tensor."""
     halves: dict[str, list[tuple[Floats, Floats]]] = {}
@@ -93,7 +77,7 @@ def updates_of(adapters: Iterable[Adapter]) -> dict[str, Update]:
     found = {}
     for name, parts in halves.items():
         a = np.concatenate([part[0] for part in parts])
-        found[name] = Update(a, np.concatenate([p[1] for p in parts], axis=1), rounding.basis_of(a))
+        found[name] = Update.of(a, np.concatenate([part[1] for part in parts], axis=1))
     return found
 
 

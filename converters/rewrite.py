@@ -105,19 +105,18 @@ def _value(value: Value) -> bytes:
     return struct.pack("<II", _UINT32, int(value))
 
 
-def begin(path: Path, planned: Draft) -> int:
-    """Open the new file with its header and its full size reserved; returns the descriptor.
+def begin(path: Path, n_bytes: int) -> int:
+    """Open the new file with its full size reserved; returns the descriptor.
 
     Raises:
-        OSError: the disk is too small, before anything else is written.
+        OSError: the disk is too small; nothing is written yet.
     """
     handle = os.open(path, os.O_RDWR)
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, planned.n_bytes)
+            os.posix_fallocate(handle, 0, n_bytes)
         else:
-            os.ftruncate(handle, planned.n_bytes)
-        os.pwrite(handle, planned.header, 0)
+            os.ftruncate(handle, n_bytes)
     except BaseException:
         os.close(handle)
         raise

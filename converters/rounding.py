@@ -9,12 +9,14 @@ of the rows of A, minimised by coordinate descent is
     sum_j w_j e_j^2 + strength * |Q e|^2
 
 An update B A acts on what Q sees of the activations, so Q e = 0 keeps the effect whole, however
-few codes change. Columns come in the order of |Q_j|: coarse corrections first, fine ones last.
-Types without a uniform grid, and rows whose update leaves the range of their codes, are
-quantised afresh by ggml; of the two ways a row takes the one with the smaller objective.
+few codes change. Types without a uniform grid, and rows whose update leaves the range of their
+codes, are quantised afresh by ggml; of the two ways a row takes the one with the smaller
+objective. Columns are worked on in groups; what couples them is Q e alone, k numbers a row.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ from .codes import Codes, Layout, layouts
 
 Floats = npt.NDArray[np.float32]
 STRENGTH = 10.0  # how much more of the activations lies along Q than along any other direction
-_CHUNK = 64  # columns that are weighed against each other
+_GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
+_CHUNK = 64  # columns whose codes are weighed against each other
+_PASSES = 8  # codes of a row that move in a chunk, at most: what is left, later chunks put right
 
 
 def basis_of(a: Floats) -> Floats:
@@ -35,126 +39,218 @@ def basis_of(a: Floats) -> Floats:
     return np.asarray((vectors[:, kept] / np.sqrt(values[kept])).T @ wide, np.float32)
 
 
-def requantise(
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A tensor type: its name, ggml's number, weights a block and bytes a block."""
+
+    name: str
+    number: int
+    block: int
+    size: int
+
+    @classmethod
+    def of(cls, number: int) -> Kind:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType(number)
+        return cls(str(kind.name), number, *GGML_QUANT_SIZES[kind])
+
+    def width(self, columns: int) -> int:
+        """Bytes of so many weights."""
+        return columns // self.block * self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The update b @ a of a tensor: a is R×in, b out×R; basis (k×in) spans the rows of a."""
+
+    a: Floats
+    b: Floats
+    basis: Floats
+
+    @classmethod
+    def of(cls, a: Floats, b: Floats) -> Update:
+        return cls(a, b, basis_of(a))
+
+
+def merged(
     raw: kernels.Bytes,
-    type_name: str,
-    ggml_type: int,
-    delta: Floats,
-    basis: Floats,
+    kinds: tuple[Kind, Kind],
+    update: Update,
     importance: Floats | None = None,
-    strength: float = STRENGTH,
-) -> tuple[kernels.Bytes, Floats]:
-    """Rows of a quantised tensor plus an update, in the tensor's own type.
+    strength: float | None = STRENGTH,
+) -> tuple[kernels.Bytes, npt.NDArray[np.float64]]:
+    """Rows of a tensor plus an update.
 
     Args:
         raw: the rows' bytes (rows×bytes a row).
-        delta: the update (rows×columns).
-        basis: of the update's row space (k×columns), orthonormal.
-        importance: weight of each column, from an importance matrix.
-        strength: 0 rounds to the nearest code.
+        kinds: the tensor's type, before and after.
+        update: with the b of these rows.
+        importance: weight of each column (columns), from an importance matrix.
+        strength: 0 rounds to the nearest code, None quantises afresh.
 
     Returns:
-        The new bytes, and the error (rows×columns): what they changed minus the update.
+        The new bytes, and |update|^2, |error|^2, <update, error> with the error being what the
+        new bytes changed minus the update.
+
+    Raises:
+        FloatingPointError: the update is not finite.
     """
-    layout = layouts().get(type_name)
-    if layout is None:
-        return afresh(raw, ggml_type, ggml_type, delta, importance)
-    weights = np.ones(delta.shape[1], np.float32)
-    if importance is not None and importance.any():
-        weights = np.maximum(importance / importance.mean(), np.float32(1e-3))
-    steps = layout.steps(raw, ggml_type, delta.shape[1])
-    codes = layout.unpack(raw)
-    moved, error, clipped = _moved(codes, steps, delta, basis, weights, layout, strength)
-    result = layout.pack(raw, codes + moved)
-    rows = np.flatnonzero(clipped)
-    if rows.size:
-        fresh, other = afresh(raw[rows], ggml_type, ggml_type, delta[rows], importance)
+    before, after = kinds
+    columns = update.a.shape[1]
+    new = np.empty((len(raw), after.width(columns)), np.uint8)
+    layout = layouts().get(before.name) if before == after and strength is not None else None
+    with np.errstate(over="ignore", invalid="ignore"):
+        residual = -(update.b @ (update.a @ update.basis.T))
+    sums = np.zeros(3)
+    for start in range(0, columns, _GROUP):
+        some = slice(start, min(columns, start + _GROUP))
+        part = np.ascontiguousarray(raw[:, before.width(start) : before.width(some.stop)])
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta = update.b @ update.a[:, some]
+        if not np.isfinite(delta).all():
+            raise FloatingPointError
+        share = importance[some] if importance is not None else None
+        if layout is None:
+            done, error = _afresh(part, before.number, after.number, delta, share)
+        else:
+            weights = _weights(share, importance, delta.shape[1])
+            group = _Group(
+                layout, before.number, delta, update.basis[:, some], weights, strength or 0
+            )
+            done, error = group.rounded(part, residual, share)
+        new[:, after.width(start) : after.width(some.stop)] = done
+        flat, wrong = delta.reshape(-1), error.reshape(-1)
+        sums += flat @ flat, wrong @ wrong, flat @ wrong
+    return new, sums
 
-        def objective(candidate: Floats) -> Floats:
-            seen = ((candidate @ basis.T) ** 2).sum(axis=1)
-            return np.asarray((candidate**2 * weights).sum(axis=1) + strength * seen, np.float32)
 
-        wins = objective(other) < objective(error[rows])
-        result[rows[wins]], error[rows[wins]] = fresh[wins], other[wins]
-    return result, error
+def _weights(share: Floats | None, importance: Floats | None, columns: int) -> Floats:
+    if share is None or importance is None or not importance.any():
+        return np.ones(columns, np.float32)
+    return np.asarray(np.maximum(share / importance.mean(), 1e-3), np.float32)
 
 
-def afresh(
+def _afresh(
     raw: kernels.Bytes, source: int, target: int, delta: Floats, importance: Floats | None
 ) -> tuple[kernels.Bytes, Floats]:
-    """Dequantise, add, quantise: new scales, new errors of every weight; as `requantise`."""
+    """Dequantise, add, quantise: new scales, new errors of every weight."""
     whole = kernels.dequantise(raw, source, delta.shape)
     whole += delta
     new = kernels.quantise(whole, target, importance)
     return new, kernels.dequantise(new, target, delta.shape) - whole
 
 
-def _moved(
-    codes: Codes, steps: Floats, delta: Floats, basis: Floats, weights: Floats, layout: Layout,
-    strength: float,
-) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:  # fmt: skip
-    """By how much each code changes, the error left, and the rows that leave the codes' range."""
-    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
-    down, up = layout.lowest - codes, layout.highest - codes
-    moved = delta * inverse
-    clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
-    np.clip(np.rint(moved, out=moved), down, up, out=moved)
-    error = moved * steps
-    error -= delta
-    residual = error @ basis.T
-    for start in range(0, delta.shape[1] if strength else 0, _CHUNK):
-        some = slice(start, start + _CHUNK)
-        part = basis[:, some]
-        gram = np.float32(strength) * (part.T @ part)
-        gram[np.diag_indices(len(gram))] += weights[some]
-        curvature = gram.diagonal().copy()
-        # The best change of each error, were it not for the grid: the derivative there is 0.
-        best = residual @ (part * (np.float32(-strength) / curvature))
-        best -= error[:, some] * (weights[some] / curvature)
-        code = np.rint(best * inverse[:, some])
-        rows = np.flatnonzero(code.any(axis=1))
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Some columns of some rows, on their way back to their own quantisation."""
+
+    layout: Layout
+    ggml_type: int
+    delta: Floats
+    basis: Floats
+    weights: Floats
+    strength: float
+
+    def rounded(
+        self, raw: kernels.Bytes, residual: Floats, importance: Floats | None
+    ) -> tuple[kernels.Bytes, Floats]:
+        """New bytes and error; `residual` (Q e, rows×k) is kept up to date."""
+        before = residual.copy()
+        codes = self.layout.unpack(raw)
+        moved, error, clipped = self._moved(codes, raw, residual)
+        new = self.layout.pack(raw, codes + moved)
+        rows = np.flatnonzero(clipped)
         if rows.size:
-            range_ = down[rows, some] - moved[rows, some], up[rows, some] - moved[rows, some]
-            total = _descend(best[rows], steps[rows, some], inverse[rows, some], *range_,
-                             gram, curvature)  # fmt: skip
+            fresh, other = _afresh(
+                raw[rows], self.ggml_type, self.ggml_type, self.delta[rows], importance
+            )
+            wins = self._objective(other, rows, before) < self._objective(error[rows], rows, before)
+            chosen = rows[wins]
+            new[chosen], error[chosen] = fresh[wins], other[wins]
+            residual[chosen] = before[chosen] + (other[wins] + self.delta[chosen]) @ self.basis.T
+        return new, error
+
+    def _objective(self, error: Floats, rows: npt.NDArray[np.intp], before: Floats) -> Floats:
+        seen = before[rows] + (error + self.delta[rows]) @ self.basis.T
+        own = (error**2 * self.weights).sum(axis=1)
+        return np.asarray(own + self.strength * (seen**2).sum(axis=1), np.float32)
+
+    def _moved(
+        self, codes: Codes, raw: kernels.Bytes, residual: Floats
+    ) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
+        """By how much each code changes, the error left, the rows that leave the codes' range."""
+        steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])
+        inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+        down, up = self.layout.lowest - codes, self.layout.highest - codes
+        moved = self.delta * inverse
+        clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
+        np.clip(np.rint(moved, out=moved), down, up, out=moved)
+        change = moved * steps
+        residual += change @ self.basis.T
+        error = change - self.delta
+        for start in range(0, codes.shape[1] if self.strength else 0, _CHUNK):
+            some = slice(start, start + _CHUNK)
+            part = self.basis[:, some]
+            gram = np.float32(self.strength) * (part.T @ part)
+            gram[np.diag_indices(len(gram))] += self.weights[some]
+            curvature = gram.diagonal().copy()
+            # The best change of each error, were it not for the grid: the derivative there is 0.
+            best = residual @ (part * (np.float32(-self.strength) / curvature))
+            best -= error[:, some] * (self.weights[some] / curvature)
+            code = np.rint(best * inverse[:, some])
+            rows = np.flatnonzero(code.any(axis=1))
+            if not rows.size:
+                continue
+            room = down[rows, some] - moved[rows, some], up[rows, some] - moved[rows, some]
+            total = _descend(
+                best[rows], steps[rows, some], inverse[rows, some], *room, gram, curvature
+            )
             moved[rows, some] += total
             total *= steps[rows, some]
             error[rows, some] += total
             residual[rows] += total @ part.T
-    return moved.astype(np.int16), error, clipped
+        return moved.astype(np.int16), error, clipped
 
 
 def _descend(
     best: Floats, steps: Floats, inverse: Floats, down: Floats, up: Floats, gram: Floats,
     curvature: Floats,
 ) -> Floats:  # fmt: skip
-    """Move the best code of each row until none lowers its row's objective; returns the moves.
+    """Move the best code of each row, and the next best, while that lowers its objective.
 
     Args:
         best: change of each error that would be best without the grid (rows×columns); spent.
         down, up: how far each code may move.
         gram: half the objective's second derivative (columns×columns); curvature: its diagonal.
+
+    Returns:
+        The moves of the codes (rows×columns).
     """
     total = np.zeros_like(best)
     spread = gram / curvature  # what one unit of change in a row's column takes from its best
-    left = np.arange(len(best))
-    for _ in range(4 * len(curvature)):  # each pass lowers every row in it: this is a stop
+    left, each = np.arange(len(best)), np.arange(len(best))
+    for _ in range(_PASSES):
         code = np.rint(best * inverse)
         np.clip(code, down, up, out=code)
-        gain = code * steps
-        gain *= (best + best - gain) * curvature
-        column, each = gain.argmax(axis=1), np.arange(len(left))
+        change = code * steps
+        gain = best + best
+        gain -= change
+        gain *= change
+        gain *= curvature
+        column = gain.argmax(axis=1)
         wins = gain[each, column] > 0
-        if not wins.all():
+        count = int(wins.sum())
+        if not count:
+            break
+        if 2 * count < len(wins):  # copying costs: leave the rows that are done when half are
             keep = np.flatnonzero(wins)
-            if not keep.size:
-                break
-            column, each, left = column[keep], each[: len(keep)], left[keep]
-            code, best, steps = code[keep], best[keep], steps[keep]
-            inverse, down, up = inverse[keep], down[keep], up[keep]
-        by = code[each, column]
+            column, left, each = column[keep], left[keep], each[:count]
+            code, change, best, steps = code[keep], change[keep], best[keep], steps[keep]
+            inverse, down, up, wins = inverse[keep], down[keep], up[keep], wins[keep]
+        by = code[each, column] * wins
         total[left, column] += by
         down[each, column] -= by
         up[each, column] -= by
-        best -= (by * steps[each, column])[:, None] * spread[column]
+        best -= (change[each, column] * wins)[:, None] * spread[column]
     return total

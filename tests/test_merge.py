@@ -19,7 +19,7 @@ from adapters import random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters import kernels, rounding
+from safegene_edge.converters import kernels, merge_work, rounding
 from safegene_edge.converters.codes import layouts
 from safegene_edge.converters.imatrix import read_imatrix
 from safegene_edge.converters.merge import MergeSettings, Plan, merge
@@ -28,6 +28,7 @@ from safegene_edge.errors import (
     MismatchError,
     NoEffectError,
     OutputError,
+    SafeGeneError,
     SettingError,
 )
 from safegene_edge.gene import Expression, Pair, SafetyGene
@@ -178,6 +179,33 @@ def test_the_same_merge_gives_the_same_bytes_with_any_number_of_threads(model, t
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
+def test_workers_write_what_one_process_writes(model, tmp_path, monkeypatch):
+    """Small models are merged in one process: here the limit goes, and the workers come."""
+    source = model()
+    gene = adapter_for(source, tmp_path)
+    merge(source, [gene], tmp_path / "one.gguf", settings=MergeSettings(threads=1))
+    monkeypatch.setattr(merge_work, "_WORTH", 0)
+    seen = []
+    report = merge(
+        source, [gene], tmp_path / "two.gguf", settings=MergeSettings(threads=2),
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+    assert len(seen) == len(report.tensors) and seen[-1][0] == seen[-1][1]
+
+
+def test_an_error_in_a_worker_is_the_callers(model, tmp_path, monkeypatch):
+    source = model()
+    huge = random_adapter(source)
+    name, pair = next(iter(huge.pairs.items()))
+    pairs = {**huge.pairs, name: Pair(pair.a * 1e30, pair.b * 1e30)}
+    monkeypatch.setattr(merge_work, "_WORTH", 0)
+    with pytest.raises(SafeGeneError, match=name):
+        merge(source, [SafetyGene("llama", 8.0, pairs)], tmp_path / "out.gguf",
+              settings=MergeSettings(threads=2))  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
 # -- rounding -------------------------------------------------------------
 
 
@@ -205,8 +233,8 @@ def test_an_update_below_half_a_step_survives(kind):
     random_ = np.random.default_rng(5)
     values = random_.normal(size=(64, 512)).astype(np.float32)
     a = random_.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
-    delta = random_.normal(0, 0.02, (64, 4)).astype(np.float32) @ a
-    ggml_type, basis = int(GGMLQuantizationType[kind]), rounding.basis_of(a)
+    b = random_.normal(0, 0.02, (64, 4)).astype(np.float32)
+    delta, ggml_type = b @ a, int(GGMLQuantizationType[kind])
     raw = kernels.quantise(values, ggml_type)
     before = kernels.dequantise(raw, ggml_type, values.shape)
 
@@ -214,8 +242,10 @@ def test_an_update_below_half_a_step_survives(kind):
         kept = kernels.dequantise(new, ggml_type, values.shape) - before
         return float((kept * delta).sum() / (delta * delta).sum())
 
-    ours = survived(rounding.requantise(raw, kind, ggml_type, delta, basis, strength=1000.0)[0])
-    nearest = survived(rounding.requantise(raw, kind, ggml_type, delta, basis, strength=0.0)[0])
+    kinds = (rounding.Kind.of(ggml_type),) * 2
+    update = rounding.Update.of(a, b)
+    ours = survived(rounding.merged(raw, kinds, update, strength=1000.0)[0])
+    nearest = survived(rounding.merged(raw, kinds, update, strength=0.0)[0])
     assert abs(ours - 1) < 0.3
     assert nearest < 0.6
     assert ours > nearest
@@ -225,14 +255,14 @@ def test_what_leaves_the_codes_range_gets_new_scales():
     random_ = np.random.default_rng(6)
     values = random_.normal(size=(8, 256)).astype(np.float32)
     a = random_.normal(size=(1, 256)).astype(np.float32)
-    delta = np.full((8, 1), 5.0, np.float32) @ a
-    ggml_type = int(GGMLQuantizationType.Q4_K)
-    raw = kernels.quantise(values, ggml_type)
-    new, error = rounding.requantise(raw, "Q4_K", ggml_type, delta, rounding.basis_of(a))
-    before = kernels.dequantise(raw, ggml_type, values.shape)
-    seen = kernels.dequantise(new, ggml_type, values.shape) - before - delta
-    np.testing.assert_allclose(error, seen, atol=1e-4)
-    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(delta)
+    b = np.full((8, 1), 5.0, np.float32)
+    kind = rounding.Kind.of(int(GGMLQuantizationType.Q4_K))
+    raw = kernels.quantise(values, kind.number)
+    new, sums = rounding.merged(raw, (kind, kind), rounding.Update.of(a, b))
+    before = kernels.dequantise(raw, kind.number, values.shape)
+    error = kernels.dequantise(new, kind.number, values.shape) - before - b @ a
+    assert sums[1] == pytest.approx((error**2).sum(), rel=1e-3)
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(b @ a)
 
 
 def test_basis_spans_the_rows_and_forgets_repeated_ones():

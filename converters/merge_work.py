@@ -1,0 +1,246 @@
+"""The work of a merge: tensor by tensor, in processes of their own where there is much of it.
+
+Threads would wait for each other: the search for codes is many short calls of numpy, each of
+which takes Python's lock. The workers are plain subprocesses that are sent their jobs, so that
+the caller's own program is neither forked nor imported anew.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import SafeGeneError
+from . import rounding
+from .kernels import Bytes
+from .rewrite import Place
+from .rounding import Kind, Update
+
+Progress: TypeAlias = Callable[[int, int], None] | None
+WORKER_MEMORY = 150 << 20  # bytes that one worker takes, roughly
+_ROWS, _BYTES = 2048, 8 << 20  # of a tensor that are worked on at a time
+_WORTH = 8_000_000  # weights below which a worker takes longer to start than to help
+_FLOAT_TYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorReport:
+    """What became of one touched tensor.
+
+    Attributes:
+        shape: out×in; before, after: type names; n_bytes: in the output.
+        update: Frobenius norm of the update; error: of what is wrong with it after rounding.
+        survived: share of the update that is there, by projection: <kept, update> / |update|^2.
+        changed: bytes that differ from the input; -1 where the type changed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    before: str
+    after: str
+    n_bytes: int
+    update: float = 0.0
+    error: float = 0.0
+    survived: float = 0.0
+    changed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor to merge.
+
+    Attributes:
+        model: for messages; place: where the tensor lies and goes.
+        importance: a weight for each column, or None; strength: see `rounding`.
+    """
+
+    model: Path
+    place: Place
+    update: Update
+    importance: rounding.Floats | None
+    strength: float | None
+
+    def run(self, handle: int | None) -> TensorReport:
+        """Merge the tensor, rows by rows; written to an open file unless `handle` is None.
+
+        Raises:
+            SafeGeneError: the update is not finite.
+        """
+        info = self.place.info
+        rows, columns = info.shape
+        kinds = Kind.of(info.ggml_type), Kind.of(self.place.ggml_type)
+        widths = [kind.width(columns) for kind in kinds]
+        block = max(64, min(_ROWS, _BYTES // widths[0]))
+        sums, changed = np.zeros(3), 0
+        with open(info.path, "rb", buffering=0) as source:
+            for start in range(0, rows, block):
+                count = min(block, rows - start)
+                data = os.pread(source.fileno(), count * widths[0], info.offset + start * widths[0])
+                raw = np.frombuffer(data, np.uint8).reshape(count, widths[0])
+                new, found = self._merged(raw, kinds, start)
+                sums += found
+                changed += int((raw != new).sum()) if kinds[0] == kinds[1] else 0
+                if handle is not None:
+                    os.pwrite(handle, new.data, self.place.offset + start * widths[1])
+        size = float(sums[0])
+        return TensorReport(
+            info.name, info.shape, kinds[0].name, kinds[1].name, self.place.n_bytes, size**0.5,
+            float(sums[1]) ** 0.5, 1 + float(sums[2]) / size if size else 1.0,
+            changed if kinds[0] == kinds[1] else -1,
+        )  # fmt: skip
+
+    def _merged(
+        self, raw: Bytes, kinds: tuple[Kind, Kind], start: int
+    ) -> tuple[Bytes, npt.NDArray[np.float64]]:
+        piece = replace(self.update, b=self.update.b[start : start + len(raw)])
+        strength = None if kinds[0].name in _FLOAT_TYPES else self.strength
+        try:
+            return rounding.merged(raw, kinds, piece, self.importance, strength)
+        except FloatingPointError:
+            raise SafeGeneError(
+                f"{self.model}: the update of '{self.place.info.name}' is not finite",
+                "The adapter is broken, or its scale far too large",
+            ) from None
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_jobs(
+    jobs: Sequence[Job], output: Path | None, threads: int | None, progress: Progress
+) -> list[TensorReport]:
+    """Do all jobs; the reports come in the jobs' order.
+
+    Args:
+        output: an existing file to write into; None only counts what would survive.
+        threads: workers at most; default: one a processor.
+        progress: called with the weights done and their number.
+    """
+    total = sum(job.place.info.n_elements for job in jobs)
+    count = min(threads or cpus(), len(jobs))
+    if count < 2 or total < _WORTH or getattr(sys, "frozen", False):
+        done = _here(jobs, output)
+    else:
+        done = _in_workers(_shared_out(jobs, count), output)
+    found: dict[str, TensorReport] = {}
+    finished = 0
+    for report in done:
+        found[report.name] = report
+        finished += int(np.prod(report.shape))
+        if progress is not None:
+            progress(finished, total)
+    return [found[job.place.info.name] for job in jobs]
+
+
+def _here(jobs: Sequence[Job], output: Path | None) -> Iterator[TensorReport]:
+    handle = None if output is None else os.open(output, os.O_RDWR)
+    try:
+        for job in jobs:
+            yield job.run(handle)
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _shared_out(jobs: Sequence[Job], count: int) -> list[list[Job]]:
+    """The jobs in `count` piles of about the same number of weights."""
+    piles: list[list[Job]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for job in sorted(jobs, key=lambda job: -job.place.info.n_elements):
+        least = sizes.index(min(sizes))
+        piles[least].append(job)
+        sizes[least] += job.place.info.n_elements
+    return piles
+
+
+# -- workers --------------------------------------------------------------
+
+
+def _in_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[TensorReport]:
+    """Reports as they come from subprocesses; the first error ends them all."""
+    # One thread of BLAS each: the workers have the processors already.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+        )
+        for _ in piles
+    ]
+    queue: SimpleQueue[TensorReport | Exception | None] = SimpleQueue()
+    try:
+        for worker, pile in zip(workers, piles, strict=True):
+            threading.Thread(
+                target=_listen, args=(worker, pile, output, queue), daemon=True
+            ).start()
+        running = len(workers)
+        while running:
+            said = queue.get()
+            if said is None:
+                running -= 1
+            elif isinstance(said, Exception):
+                raise said
+            else:
+                yield said
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def _listen(
+    worker: subprocess.Popen[bytes],
+    pile: list[Job],
+    output: Path | None,
+    queue: SimpleQueue[TensorReport | Exception | None],
+) -> None:
+    """Send a worker its jobs, and pass on what it says; its input stays open while we live."""
+    try:
+        assert worker.stdin and worker.stdout
+        pickle.dump((pile, output), worker.stdin)
+        worker.stdin.flush()
+        for _ in pile:
+            queue.put(pickle.load(worker.stdout))
+        queue.put(None)
+    except (OSError, EOFError, pickle.UnpicklingError):
+        queue.put(SafeGeneError("a worker of the merge was killed", "Is there enough memory?"))
+
+
+def main() -> None:
+    """A worker: jobs come on stdin, reports and errors go to stdout."""
+    jobs, output = pickle.load(sys.stdin.buffer)
+    said = sys.stdout.buffer
+
+    def leave_with_the_parent() -> None:
+        sys.stdin.buffer.read(1)  # comes back when the parent is gone
+        os._exit(1)
+
+    threading.Thread(target=leave_with_the_parent, daemon=True).start()
+    try:
+        for report in _here(jobs, output):
+            pickle.dump(report, said)
+            said.flush()
+    except (SafeGeneError, OSError) as error:
+        pickle.dump(error, said)
+    said.flush()
+    os._exit(0)  # the thread above still holds stdin, which a tidy exit would wait for
+
+
+if __name__ == "__main__":
+    main()
