@@ -186,6 +186,8 @@ class SafetyGene(Adapter):
         scores: layer to selection score.
         coefficients: layer to the coefficient already folded into B.
         refusal_openers: how the aligned model opens a refusal.
+        aligned_loss: the aligned model's own refusal loss on the shipped calibration examples,
+            in nats (see `recalibration`); 0 where it was not measured.
     """
 
     family: str = ""
@@ -193,6 +195,7 @@ class SafetyGene(Adapter):
     scores: Mapping[int, float] = field(default_factory=dict)
     coefficients: Mapping[int, float] = field(default_factory=dict)
     refusal_openers: tuple[str, ...] = ()
+    aligned_loss: float = 0.0
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -250,6 +253,7 @@ class SafetyGene(Adapter):
             scores=_by_layer(file, "safegene.scores"),
             coefficients=_by_layer(file, "safegene.coefficients"),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
+            aligned_loss=float(file.number("safegene.aligned_loss", 0.0)),
         )
 
     def metadata(self) -> dict[str, Scalar | list[Any]]:
@@ -260,6 +264,7 @@ class SafetyGene(Adapter):
             "safegene.source_hashes": list(self.sources.values()),
             "safegene.layers": list(self.layers),
             "safegene.refusal_openers": list(self.refusal_openers),
+            "safegene.aligned_loss": float(self.aligned_loss),
         }
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)

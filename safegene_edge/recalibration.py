@@ -2,11 +2,13 @@
 
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
-    J(c) = mean over harmful of L_refuse + w * mean over harmless of KL(p_T || p_{T+cG})
+    J(c) = max(goal, mean over harmful of L_refuse) + w * mean over harmless of KL(p_T || p_{T+cG})
 
 L_refuse is the negative log of the probability that the answer opens with one of the gene's
-refusal openers; the KL is taken on the first tokens of the target's own answers. Of all the
-points that were looked at, the one with the smallest J and a KL within the budget is taken.
+refusal openers; the KL is taken on the first tokens of the target's own answers. The goal is
+the aligned model's own loss, which the gene carries: what was lost shall come back, and no
+more, for what lies beyond is paid with refusals of harmless prompts. Of all the points that
+were looked at, the one with the smallest J and a KL within the budget is taken.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .gguf_file import PathLike, require_file, sha256
 
 if TYPE_CHECKING:
     from .runtime.engine import Engine
+    from .runtime.llama import SafeLlama
 
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
@@ -126,6 +129,10 @@ class Point:
     refusal_loss: float
     kl: float
 
+    def objective(self, weight: float, goal: float = 0.0) -> float:
+        """J of this point, in nats."""
+        return max(goal, self.refusal_loss) + weight * self.kl
+
 
 def recalibrate(
     target: PathLike,
@@ -179,12 +186,20 @@ def recalibrate(
             if progress is not None:
                 progress(len(points), settings.passes)
             over = max(0.0, point.kl - kl_budget)
-            return point.refusal_loss + settings.weight * point.kl + _OVER_BUDGET * over
+            return point.objective(settings.weight, gene.aligned_loss) + _OVER_BUDGET * over
 
         _search(look, len(handles), settings)
-    best = _choose(points, kl_budget, settings.weight)
+    best = _choose(points, kl_budget, settings.weight, gene.aligned_loss)
     found = dict(zip(gene.split(), best.coefficients, strict=True))
     return Expression(found, sha256(gene_file) if gene_file else "", sha256(Path(target)))
+
+
+def opener_tokens(llama: SafeLlama, openers: Iterable[str]) -> list[tuple[int, ...]]:
+    """Refusal openers as tokens, up to three; one that another begins with says nothing more."""
+    found = {
+        tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:3]) for text in openers
+    } - {()}
+    return sorted(o for o in found if not any(o != p and o[: len(p)] == p for p in found))
 
 
 def taken(expression: Expression, curve: Sequence[Point]) -> Point:
@@ -214,7 +229,7 @@ def _search(look: Callable[[Scaling], float], count: int, settings: Settings) ->
     )
 
 
-def _choose(points: Sequence[Point], budget: float, weight: float) -> Point:
+def _choose(points: Sequence[Point], budget: float, weight: float, goal: float = 0.0) -> Point:
     own, others = points[0], points[1:]
     fits = [p for p in others if p.kl <= budget and p.refusal_loss < own.refusal_loss]
     if not fits:
@@ -225,7 +240,7 @@ def _choose(points: Sequence[Point], budget: float, weight: float) -> Point:
             f"with it, at a KL of {least.kl:.3f}",
             "Check that the gene is of the model's family and that the labels are right",
         )
-    return min(fits, key=lambda p: p.refusal_loss + weight * p.kl)
+    return min(fits, key=lambda p: p.objective(weight, goal))
 
 
 class _Objective:
@@ -250,14 +265,7 @@ class _Objective:
         def render(text: str) -> list[int]:
             return list(llama.render([{"role": "user", "content": text}]))
 
-        openers = {
-            tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:3])
-            for text in gene.refusal_openers or OPENERS
-        } - {()}
-        # An opener that another one begins with says nothing more.
-        self.openers = sorted(
-            o for o in openers if not any(o != p and o[: len(p)] == p for p in openers)
-        )
+        self.openers = opener_tokens(llama, gene.refusal_openers or OPENERS)
         parents = {opener[:-1] for opener in self.openers}
         self.paths = sorted(
             p for p in parents if not any(p != q and p == q[: len(p)] for q in parents)

@@ -37,6 +37,13 @@ def test_the_smallest_objective_within_the_budget_is_taken():
     assert _choose(points, 1.0, 1.0) is points[2]
 
 
+def test_what_lies_beyond_the_aligned_model_is_not_paid_for():
+    points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 0.9, 0.03), Point((2.0,), 0.3, 0.09)]
+    assert _choose(points, 0.1, 4.0) is points[2]
+    assert _choose(points, 0.1, 4.0, goal=1.0) is points[1]
+    assert _choose(points, 0.1, 4.0, goal=0.5) is points[2]
+
+
 def test_a_point_that_lowers_refusals_is_never_taken():
     points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 4.5, 0.01), Point((2.0,), 3.0, 9.0)]
     with pytest.raises(NoEffectError, match=r"4\.000"):

@@ -42,10 +42,11 @@ from .distil import (
     taught,
 )
 from .models import GENE, LiveModel, Source, require_family
-from .recipe import Example, Recipe, Report, rendered, require_extra
+from .recipe import Example, Recipe, Report, log_probabilities, rendered, require_extra
 from .select import layer_scores, select
 
 METHODS = ("distil", "delta")
+REFUSALS = "refusals.json"  # in the work folder: `_Refusals`
 MAX_PARAMETERS, MAX_SHARE = 600_000, 0.01  # of the model; the smaller of both is the budget
 _OPENERS, _OPENER_WORDS = 8, 3
 Refuses = Callable[[str, str], bool]
@@ -152,8 +153,8 @@ def extract(
     sources.update({f"degraded {n + 1}": source.digest() for n, source in enumerate(worse)})
     work = _Work(safe, worse, settings, model, Path(folder), prompts, refuses, report)
     work.claim(method, sources)
-    adapter, scores, openers = work.distil() if method == "distil" else work.delta()
-    return _gene(adapter, settings, family or _family(model), sources, scores, openers)
+    adapter, scores, refusals = work.distil() if method == "distil" else work.delta()
+    return _gene(adapter, settings, family or _family(model), sources, scores, refusals)
 
 
 def _first_gguf(sources: Sequence[Source]) -> Path:
@@ -176,7 +177,7 @@ def _gene(
     family: str,
     sources: Mapping[str, str],
     scores: Mapping[int, float],
-    openers: Sequence[str],
+    refusals: _Refusals,
 ) -> SafetyGene:
     kind = np.dtype(settings.gene_dtype)
     pairs = {n: Pair(p.a.astype(kind), p.b.astype(kind)) for n, p in adapter.pairs.items()}
@@ -187,7 +188,8 @@ def _gene(
         family=family,
         sources=dict(sources),
         scores=dict(scores),
-        refusal_openers=tuple(openers),
+        refusal_openers=tuple(refusals.openers),
+        aligned_loss=refusals.aligned_loss,
     )
 
 
@@ -205,6 +207,35 @@ def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
             found[match.group(1)] += 1
     least = max(1, len(answers) // 50)
     return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
+
+
+def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: Recipe) -> float:
+    """A transformers model's mean refusal loss on the shipped calibration examples, in nats.
+
+    The same quantity that `recalibrate` lowers: -log P(the answer opens with an opener).
+    """
+    import torch
+
+    from ..recalibration import OPENERS, Examples, opener_tokens
+
+    paths = opener_tokens(llama, openers or OPENERS)
+    losses = []
+    for text in Examples.shipped().harmful:
+        rows = [Example(rendered(llama, text), path, True) for path in paths]
+        with torch.no_grad():
+            logs, target, _ = log_probabilities(model, rows, recipe)
+        told = logs.gather(-1, target[..., None])[..., 0]
+        sums = [told[n, : len(path)].sum() for n, path in enumerate(paths)]
+        losses.append(-float(torch.stack(sums).logsumexp(0)))
+    return sum(losses) / len(losses)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusals:
+    """How the aligned model refuses: its openers, and its loss on the shipped examples (nats)."""
+
+    openers: Sequence[str] = ()
+    aligned_loss: float = 0.0
 
 
 @dataclass
@@ -244,10 +275,10 @@ class _Work:
 
     # -- the two ways -----------------------------------------------------
 
-    def distil(self) -> tuple[Adapter, dict[int, float], tuple[str, ...]]:
-        """Adapter, scores and refusal openers, learnt."""
+    def distil(self) -> tuple[Adapter, dict[int, float], _Refusals]:
+        """Adapter, scores and the aligned model's refusals, learnt."""
         harmful, harmless = self.lessons()
-        openers = json.loads((self.folder / "openers.json").read_text(encoding="utf-8"))
+        stored = json.loads((self.folder / REFUSALS).read_text(encoding="utf-8"))
         harmful, watched_h = self._split(harmful)
         split = [self._split(rows) for rows in harmless]
         learnt, watched_s = [rows for rows, _ in split], [rows for _, rows in split]
@@ -264,19 +295,19 @@ class _Work:
         if self.settings.select and self.settings.tune_steps > 0:
             self._tune(tuned, more[: self.settings.tune_steps], kept)
         self._watch("after", watched_h, watched_s, gene=True)
-        return self._converted().only(kept), scores, tuple(openers)
+        return self._converted().only(kept), scores, _Refusals(**stored)
 
-    def delta(self) -> tuple[Adapter, dict[int, float], tuple[str, ...]]:
-        """Adapter, scores and refusal openers (none), from the weights alone."""
+    def delta(self) -> tuple[Adapter, dict[int, float], _Refusals]:
+        """Adapter and scores, from the weights alone; of refusals nothing is known."""
         settings = self.settings
         adapter = delta_adapter(
             self.aligned, self.degraded, self.model, settings.targets, settings.rank, self.report
         )
         if not settings.select:
-            return adapter, {}, ()
+            return adapter, {}, _Refusals()
         _load_pairs(self.live(), adapter, BaseNames(self.model), settings)
         kept, scores = self._select(sizes_of(adapter))
-        return adapter.only(kept), scores, ()
+        return adapter.only(kept), scores, _Refusals()
 
     def live(self) -> LiveModel:
         """The one model in memory, made when first needed."""
@@ -304,7 +335,7 @@ class _Work:
         return load_lessons(file), harmless
 
     def _refusals(self) -> list[Lesson]:
-        """What the aligned model says where it refuses; also writes the openers."""
+        """What the aligned model says where it refuses; also writes how it opens that."""
         prompts = self.prompts[0]
         found = []
         with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
@@ -323,8 +354,11 @@ class _Work:
                     )
                 self.report(f"aligned: refuses {len(found)}/{len(prompts)} harmful prompts")
                 lessons = taught(model, found, self.settings, self.settings.top_k)
-        openers = refusal_openers([t for t, yes in zip(texts, refused, strict=True) if yes])
-        write_text(self.folder / "openers.json", json.dumps(openers) + "\n")
+                openers = refusal_openers([t for t, yes in zip(texts, refused, strict=True) if yes])
+                loss = aligned_loss(model, llama, openers, self.settings)
+        self.report(f"aligned: refusal loss {loss:.3f} nats on the calibration examples")
+        facts = asdict(_Refusals(openers, loss))
+        write_text(self.folder / REFUSALS, json.dumps(facts) + "\n")
         return lessons
 
     def _kept(self, source: Source, prompts: Sequence[HarmlessPrompt]) -> list[Lesson]:
