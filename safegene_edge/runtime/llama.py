@@ -20,6 +20,7 @@ from ..compat import open_model, require_fit
 from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
 from ..gene import Adapter, SafetyGene
 from ..gguf_file import PathLike
+from .controls import ControlTexts
 from .devices import physical_cores
 
 DEFAULT_CONTEXT = 2048
@@ -101,6 +102,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             # would print one line a tensor while an adapter loads.
             logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
         self._formatter = self._chat_formatter()
+        self._controls = ControlTexts.of(self._model.vocab, self.n_vocab())
         for item in adapters:
             adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.attach(adapter, scale)
@@ -267,18 +269,25 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     ) -> list[int]:
         """Messages as tokens, through the chat template in the GGUF.
 
+        Only the template's own control tokens become such: in a message they are plain text.
+
         Raises:
             SettingError: the template refuses these messages (a system role, say).
         """
         formatter = self._formatter
         formatter.add_generation_prompt = add_generation_prompt
+        hidden: list[str] = []
+        safe = [{**m, "content": self._controls.hide(m["content"], hidden)} for m in messages]
         try:
-            prompt = formatter(messages=list(messages)).prompt
+            prompt = formatter(messages=safe).prompt
         except Exception as error:  # a template may raise anything
             raise SettingError(f"{self._file.path}: its chat template failed ({error})") from error
         bos = self._token_text(self.token_bos())
         add_bos = not (bos and prompt.startswith(bos))
-        tokens: list[int] = self.tokenize(prompt.encode(), add_bos=add_bos, special=True)
+        tokens: list[int] = []
+        for text, trusted in self._controls.parts(prompt, hidden):
+            tokens += self.tokenize(text.encode(), add_bos=add_bos, special=trusted)
+            add_bos = False
         return tokens
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -1,0 +1,79 @@
+"""What people write never becomes a control token.
+
+A chat template marks turns with control tokens, written as text such as "<|im_end|>". A
+rendered chat is tokenised with those texts read as tokens, so a message that contains one
+would end its own turn and forge another. Here such texts are replaced, before rendering, by
+stand-ins that no message can contain, and afterwards tokenised as the plain characters that
+they are. A chat without any is tokenised exactly as ever.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import llama_cpp
+
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters: never part of an exchanged text
+_FIRST = 0xF0000  # private use; 65,534 numbers
+_MOST = 0xFFFE
+_STAND_IN = re.compile(f"{_OPEN}(.){_CLOSE}", re.DOTALL)
+_RESERVED = re.compile(f"[{_OPEN}{_CLOSE}]")
+
+
+class ControlTexts:
+    """The texts of a vocabulary's control tokens.
+
+    Args:
+        texts: as llama.cpp's tokenizer would find them in text that it is told to trust.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = sorted({text for text in texts if text}, key=len, reverse=True)
+        self._any = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
+        self._longest = max(map(len, self.texts), default=0)
+        # A message may also end in the first half of a control text, and the template go on
+        # with the second.
+        self._heads = {text[:i] for text in self.texts for i in range(1, len(text))}
+        self._tails = {text[i:] for text in self.texts for i in range(1, len(text))}
+
+    @classmethod
+    def of(cls, vocab: Any, n_vocab: int) -> ControlTexts:
+        """Those of a llama.cpp vocabulary."""
+        special = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        attribute, text = llama_cpp.llama_vocab_get_attr, llama_cpp.llama_vocab_get_text
+        tokens = [token for token in range(n_vocab) if attribute(vocab, token) & special]
+        return cls(text(vocab, token).decode("utf-8", "replace") for token in tokens)
+
+    def hide(self, content: str, hidden: list[str]) -> str:
+        """The content with stand-ins; what they stand for is appended to `hidden`."""
+
+        def stand_in(text: str) -> str:
+            if not text or len(hidden) >= _MOST:
+                return "\ufffd" if text else ""
+            hidden.append(text)
+            return f"{_OPEN}{chr(_FIRST + len(hidden) - 1)}{_CLOSE}"
+
+        content = _RESERVED.sub("\ufffd", content)
+        core = content.strip()  # templates may strip, so its edges are edges as well
+        if not core:
+            return content
+        before, _, after = content.partition(core)
+        lengths = range(min(self._longest - 1, len(core)), 0, -1)
+        head = next((core[:n] for n in lengths if core[:n] in self._tails), "")
+        core = core[len(head) :]
+        tail = next((core[-n:] for n in lengths if core[-n:] in self._heads), "")
+        core = core[: len(core) - len(tail)]
+        core = self._any.sub(lambda match: stand_in(match[0]), core)
+        return before + stand_in(head) + core + stand_in(tail) + after
+
+    def parts(self, rendered: str, hidden: list[str]) -> Iterator[tuple[str, bool]]:
+        """The rendered text in parts, and whether each is the template's, to be trusted."""
+        for i, part in enumerate(_STAND_IN.split(rendered)):
+            number = ord(part) - _FIRST if i % 2 else 0
+            if i % 2 == 0:
+                if part:
+                    yield part, True
+            elif 0 <= number < len(hidden):
+                yield hidden[number], False
