@@ -22,6 +22,7 @@ from .merge import export, merge
 from .portfolio import portfolio
 from .recalibrate import recalibrate
 from .report import report_group
+from .serve import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -42,6 +43,7 @@ for _command in (
     export,
     report_group,
     chat,
+    serve,
     doctor,
 ):
     cli.add_command(_command)

@@ -8,6 +8,7 @@ conversation, which begins with the same tokens, goes on from there.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -21,8 +22,9 @@ from ..errors import LlamaCppError, SafeGeneError, SettingError
 from .engine import Engine, Scales
 from .sampling import Pieces, Sampling, TextStream, free_chain
 
+_LOG = logging.getLogger(__name__)
 AskFinish = Literal["stop", "length", "timeout", "error"]
-_MIN_PREFIX = 4  # fewer common tokens are not worth keeping another conversation's turn out
+_MIN_PREFIX = 16  # fewer common tokens are not worth keeping a newer conversation out
 
 
 class QueueFullError(SafeGeneError):
@@ -50,7 +52,7 @@ class Ask:
     prompt: Sequence[int]
     max_tokens: int
     heard: Callable[[str, AskFinish | None], None]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     stream: bool = True
     deadline: float = float("inf")
@@ -108,7 +110,8 @@ class Batcher:
         self._waiting: deque[Ask] = deque()
         self._active: list[Ask] = []
         # The idle slots, longest idle first, each with the tokens that it still holds.
-        self._idle: dict[int, list[int]] = {n: [] for n in range(1, engine.n_parallel + 1)}
+        self._slots = range(1, engine.n_parallel + 1)
+        self._idle: dict[int, list[int]] = {slot: [] for slot in self._slots}
         self._seconds = 1.0  # a running mean of what an answer takes
         self._closed = False
         self._wake = threading.Condition()
@@ -154,6 +157,11 @@ class Batcher:
         """Requests that wait for a slot."""
         return len(self._waiting)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """End the thread; whoever still waits hears "error"."""
         with self._wake:
@@ -175,7 +183,8 @@ class Batcher:
                 self._admit()
                 if self._active:
                     self._step(news)
-            except SafeGeneError:  # llama.cpp could not decode: these fail, the next may not
+            except Exception:  # llama.cpp could not decode: these fail, the next may not
+                _LOG.exception("a step failed")
                 self._fail(news)
             if news:
                 self.deliver(news)
@@ -205,7 +214,7 @@ class Batcher:
         for ask in list(self._active):
             self._finish(ask, "error", news)
         llama_cpp.llama_memory_clear(self.engine._memory, False)
-        self._idle = dict.fromkeys(self._idle, [])
+        self._idle = {slot: [] for slot in self._slots}
 
     # -- seats ------------------------------------------------------------
 

@@ -1,0 +1,296 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp
+
+from ..errors import LlamaCppError, SettingError
+from ..runtime.batcher import Ask, AskFinish, Batcher, News, QueueFullError
+from .answers import Events, Form, Inbox, collect, reason_of, usage_of
+from .guard import Guard, error_response
+from .metrics import Metrics
+from .schema import ApiError, ChatRequest, CompletionRequest, RequestT, parse
+from .settings import ServeSettings
+
+_LONG = 1 << 14  # characters; longer prompts are rendered off the event loop
+_PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A name under which a client can ask.
+
+    Attributes:
+        fingerprint: "gene-" and twelve hex digits of the gene file's SHA-256, or "no-gene".
+    """
+
+    name: str
+    fingerprint: str
+    batcher: Batcher
+
+
+def make_app(models: Sequence[Served], settings: ServeSettings) -> ASGIApp:
+    """The application that answers for these models; the first is the default."""
+    return _App(models, settings).guarded()
+
+
+class _App:
+    def __init__(self, models: Sequence[Served], settings: ServeSettings) -> None:
+        self.models = {served.name: served for served in models}
+        self.default, self.settings = models[0], settings
+        self.metrics, self.started = Metrics(), int(time.time())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        for served in models:
+            served.batcher.deliver = self._deliver
+
+    def guarded(self) -> ASGIApp:
+        app = FastAPI(
+            openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
+        )  # the documentation pages would load scripts from elsewhere
+        routes: dict[str, tuple[str, Callable[..., Any]]] = {
+            "/v1/models": ("GET", self.list_models),
+            "/v1/models/{name:path}": ("GET", self.one_model),
+            "/v1/chat/completions": ("POST", self.chat),
+            "/v1/completions": ("POST", self.complete),
+            "/health": ("GET", self.health),
+            "/metrics": ("GET", self.show_metrics),
+            **{path: ("GET", _page(name)) for path, name in _PAGE.items()},
+        }
+        for path, (method, handle) in routes.items():
+            app.add_api_route(path, handle, methods=[method], response_model=None)
+        app.add_exception_handler(ApiError, _api_error)
+        app.add_exception_handler(HTTPException, _http_error)
+        app.add_exception_handler(Exception, _our_fault)
+        return Guard(app, self.settings, self.metrics, frozenset(routes))
+
+    # -- what is asked ----------------------------------------------------
+
+    async def list_models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [*map(self._about, self.models.values())]})
+
+    async def one_model(self, name: str) -> Response:
+        return JSONResponse(self._about(self._served(name)))
+
+    async def health(self) -> Response:
+        alive = all(served.batcher.alive for served in self.models.values())
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    async def show_metrics(self) -> Response:
+        batchers = [served.batcher for served in self.models.values()]
+        gauges = {
+            "requests_active": sum(batcher.n_active for batcher in batchers),
+            "requests_waiting": sum(batcher.n_waiting for batcher in batchers),
+            "slots": sum(batcher.engine.n_parallel for batcher in batchers),
+            "up_seconds": time.time() - self.started,
+        }
+        return PlainTextResponse(
+            self.metrics.text(gauges), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._read(request, ChatRequest)
+        served = self._served(body.model)
+        messages = body.as_messages(self.settings.max_messages)
+        render = served.batcher.engine.llama.render
+        size = sum(len(message["content"]) for message in messages)
+        tokens = await self._tokens(lambda: render(messages), size)
+        return await self._answer(request, body, served, tokens, chat=True)
+
+    async def complete(self, request: Request) -> Response:
+        if self.settings.chat_only:
+            raise ApiError(404, "this server answers chats alone (--chat-only)", code="policy")
+        body = await self._read(request, CompletionRequest)
+        served = self._served(body.model)
+        tokenize = served.batcher.engine.llama.tokenize
+
+        def plain() -> list[int]:  # no text of a prompt is ever a control token
+            return list(tokenize(body.text.encode(), add_bos=True, special=False))
+
+        tokens = await self._tokens(plain, len(body.text))
+        return await self._answer(request, body, served, tokens, chat=False)
+
+    # -- how it is answered -----------------------------------------------
+
+    async def _read(self, request: Request, kind: type[RequestT]) -> RequestT:
+        limit = self.settings.max_body
+        too_large = ApiError(413, f"the body is larger than {limit} bytes")
+        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media != "application/json":
+            raise ApiError(415, "the body must be application/json")
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async for piece in request.stream():
+                body += piece
+                if len(body) > limit:
+                    raise too_large
+        except ClientDisconnect:
+            raise ApiError(400, "the request was cut off") from None
+        return parse(kind, bytes(body))
+
+    async def _tokens(self, make: Callable[[], list[int]], size: int) -> list[int]:
+        try:
+            tokens = await asyncio.to_thread(make) if size > _LONG else make()
+        except SettingError as error:  # the template refuses, a system role say
+            raise ApiError(
+                400, f"the chat template refuses these messages ({error})", param="messages"
+            ) from error
+        if not tokens:
+            raise ApiError(400, "the prompt is empty", param="prompt")
+        return tokens
+
+    async def _answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        served: Served,
+        tokens: list[int],
+        *,
+        chat: bool,
+    ) -> Response:
+        inbox = Inbox()
+        ask = Ask(
+            tokens,
+            self._limit(served, tokens, body.wanted_tokens),
+            inbox.heard,
+            sampling=body.sampling(self.settings.temperature),
+            stop=body.stops,
+            stream=bool(body.stream),
+            deadline=time.monotonic() + self.settings.seconds,
+        )
+        form = Form(chat, served.name, served.fingerprint)
+        start = time.monotonic()
+
+        def done(finish: AskFinish | None) -> None:
+            served.batcher.cancel(ask)  # no more is wanted, whether it ended or not
+            self._count(ask, finish, time.monotonic() - start)
+
+        self._submit(served.batcher, ask)
+        if body.stream:
+            options = body.stream_options
+            usage = bool(options and options.include_usage)
+            return Events(form, ask, inbox, usage=usage, done=done)
+        finish: AskFinish | None = None
+        try:
+            answer = await collect(inbox, request.receive)
+            if answer is None:
+                return Response(status_code=499)  # nobody is there to read it
+            text, finish = answer
+            return JSONResponse(form.whole(text, reason_of(finish, ask), usage_of(ask)))
+        finally:
+            done(finish)
+
+    def _submit(self, batcher: Batcher, ask: Ask) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            batcher.submit(ask)
+        except QueueFullError as error:
+            raise ApiError(
+                429,
+                str(error),
+                code="queue_full",
+                headers={"retry-after": str(error.retry_after)},
+            ) from error
+        except LlamaCppError as error:
+            raise ApiError(503, "the server is stopping") from error
+
+    def _limit(self, served: Served, tokens: list[int], wanted: int | None) -> int:
+        """How long the answer may be."""
+        left = served.batcher.n_ctx - len(tokens)
+        if left < 1 or (wanted or 0) > left:
+            answer = f" and {wanted} of answer" if wanted else ""
+            raise ApiError(
+                400,
+                f"the prompt's {len(tokens)} tokens{answer} do not fit into the context of "
+                f"{served.batcher.n_ctx}",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        most = self.settings.max_tokens
+        if wanted is None:
+            return min(left, most)
+        if wanted > most:
+            raise ApiError(
+                400, f"max_tokens is {wanted}, and this server gives {most}", param="max_tokens"
+            )
+        return wanted
+
+    def _served(self, name: str | None) -> Served:
+        if name is None:
+            return self.default
+        if name not in self.models:
+            names = ", ".join(f"'{known}'" for known in self.models)
+            raise ApiError(
+                404, f"no such model; here are {names}", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    def _about(self, served: Served) -> dict[str, Any]:
+        return {
+            "id": served.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "safegene-edge",
+            "gene": served.fingerprint,
+            "context": served.batcher.n_ctx,
+        }
+
+    def _deliver(self, news: News) -> None:
+        """From a batcher's thread: one call into the event loop for all news of a step."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(_hand_out, news)
+
+    def _count(self, ask: Ask, finish: AskFinish | None, seconds: float) -> None:
+        self.metrics.finished[finish or "cancelled"] += 1
+        self.metrics.prompt_tokens += len(ask.prompt)
+        self.metrics.reused_tokens += ask.reused
+        self.metrics.answer_tokens += ask.n_new
+        self.metrics.seconds += seconds
+
+
+def _hand_out(news: News) -> None:
+    for ask, text, finish in news:
+        ask.heard(text, finish)
+
+
+def _page(name: str) -> Callable[[], Any]:
+    content = (resources.files(__package__) / "page" / name).read_bytes()
+    media = _TYPES[name.rpartition(".")[2]]
+
+    async def page() -> Response:
+        return Response(content, media_type=media, headers={"cache-control": "no-cache"})
+
+    return page
+
+
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _http_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: "there is nothing at this address", 405: "the method is not allowed here"}
+    message = words.get(error.status_code, str(error.detail))
+    headers = dict(error.headers or {})
+    return error_response(ApiError(error.status_code, message, headers=headers))
+
+
+async def _our_fault(_: Request, error: Exception) -> Response:
+    return error_response(ApiError(500, "the server failed", code="server_error"))

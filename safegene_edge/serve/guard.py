@@ -1,0 +1,116 @@
+"""Who may ask: checked before anything else is looked at.
+
+A page on any web site can make a browser send requests to this machine. Three things keep it
+out: the Host must be this machine's (else the site's own name, rebound to 127.0.0.1, would
+do), a foreign Origin is refused unless the operator named it, and bodies must be JSON, which
+a browser does not send across origins without asking first.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .metrics import Metrics
+from .schema import ApiError
+from .settings import ServeSettings
+
+OPEN = frozenset({"/", "/page.css", "/page.js", "/health"})  # without a key
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        b"object-src 'none'",
+    ),
+)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The error in OpenAI's form."""
+    return JSONResponse(error.as_dict(), error.status, headers=error.headers)
+
+
+class Guard:
+    """ASGI middleware: Host, Origin, key; CORS for named origins; counts every response."""
+
+    def __init__(
+        self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: frozenset[str]
+    ) -> None:
+        self.app, self.settings, self.metrics, self.paths = app, settings, metrics, paths
+        self._key = f"Bearer {settings.api_key}".encode() if settings.api_key else None
+        self._hosts = {*_LOCAL, settings.host.lower()} if settings.loopback else set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it with an error."""
+        if scope["type"] != "http":
+            return
+        headers = dict(scope["headers"])
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        allowed = origin in self.settings.cors
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                path = scope["path"] if scope["path"] in self.paths else "other"
+                self.metrics.requests[path, message["status"]] += 1
+                message["headers"] = [*message["headers"], *HEADERS, *_cors(origin, allowed)]
+            await send(message)
+
+        try:
+            self._check(scope, headers, origin, allowed)
+        except ApiError as error:
+            await error_response(error)(scope, receive, watched)
+            return
+        if allowed and scope["method"] == "OPTIONS":
+            await JSONResponse({}, 200)(scope, receive, watched)
+            return
+        await self.app(scope, receive, watched)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes], origin: str, allowed: bool) -> None:
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self._hosts and _name(host) not in self._hosts:
+            raise ApiError(
+                403, "the Host header does not name this machine", code="host_not_allowed"
+            )
+        if origin and not allowed and origin not in (f"http://{host}", f"https://{host}"):
+            raise ApiError(
+                403, "pages of other origins may not ask this server", code="origin_not_allowed"
+            )
+        preflight = allowed and scope["method"] == "OPTIONS"
+        if self._key is None or scope["path"] in OPEN or preflight:
+            return
+        if not hmac.compare_digest(headers.get(b"authorization", b""), self._key):
+            raise ApiError(
+                401,
+                "a valid API key is needed: send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+
+def _name(host: str) -> str:
+    """The host of a Host header, without the port."""
+    try:
+        return (urlsplit(f"//{host}").hostname or "").lower()
+    except ValueError:
+        return ""
+
+
+def _cors(origin: str, allowed: bool) -> list[tuple[bytes, bytes]]:
+    if not allowed:
+        return []
+    headers: dict[bytes, Any] = {
+        b"access-control-allow-origin": origin.encode("latin-1"),
+        b"access-control-allow-methods": b"GET, POST",
+        b"access-control-allow-headers": b"authorization, content-type",
+        b"vary": b"origin",
+    }
+    return list(headers.items())

@@ -1,0 +1,135 @@
+"""From files to a running server: the model, its gene, the socket, the signals."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from ..errors import SettingError
+from ..gguf_file import PathLike, sha256
+from ..runtime.batcher import Batcher
+from ..runtime.engine import Engine, Scales
+from ..runtime.llama import SafeLlama
+from .app import Served, make_app
+from .http import protocol
+from .settings import ServeSettings
+
+NO_GENE = "no-gene"
+Ready = Callable[[str], None]
+
+
+def serve(
+    model: PathLike,
+    gene: PathLike | None = None,
+    adapters: Sequence[PathLike] = (),
+    settings: ServeSettings | None = None,
+    ready: Ready | None = None,
+) -> None:
+    """Serve a model until SIGINT or SIGTERM; running answers are finished first.
+
+    Args:
+        model: a GGUF model.
+        gene: the safety adapter, on for every answer.
+        adapters: others that are always on.
+        ready: called with the address once the server listens.
+
+    Raises:
+        SettingError: the address is taken or does not exist, or settings make no sense.
+        FileFormatError, MismatchError, NoEffectError: as `SafeLlama`.
+    """
+    settings = settings or ServeSettings()
+    with ExitStack() as stack:
+        sock = stack.enter_context(_bound(settings))  # before minutes of loading
+        server = stack.enter_context(opened(model, gene, adapters, settings))
+        server.ready = ready
+        # uvicorn sends itself the signal again when it has stopped: it has been heeded.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        server.run([sock])
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells its address when it listens."""
+
+    ready: Ready | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        if self.started and self.ready is not None and sockets:
+            self.ready(address(sockets[0]))
+
+
+@contextmanager
+def opened(
+    model: PathLike,
+    gene: PathLike | None,
+    adapters: Sequence[PathLike],
+    settings: ServeSettings,
+) -> Iterator[Server]:
+    """A server that does not run yet, and everything that it holds while it lives."""
+    if settings.compare and gene is None:
+        raise SettingError("there is nothing to compare without a gene", "Give --gene")
+    with ExitStack() as stack:
+        # The model's own context only proves the adapters; the engines have theirs.
+        llama = stack.enter_context(SafeLlama(model, adapters, n_ctx=256, n_batch=64))
+        name, fingerprint = Path(model).stem, NO_GENE
+        others: Scales = {adapter: adapter.scale for adapter in llama.adapters}
+        if gene is not None:
+            llama.attach(gene)
+            fingerprint = f"gene-{sha256(gene)[:12]}"
+
+        def served(name: str, fingerprint: str, scales: Scales | None) -> Served:
+            slots = settings.slots
+            engine = stack.enter_context(
+                Engine(llama, n_parallel=slots, n_ctx=settings.ctx, flash_attn=True)
+            )
+            batcher = Batcher(engine, adapters=scales, max_waiting=settings.queue)
+            stack.callback(batcher.close)
+            return Served(name, fingerprint, batcher)
+
+        models = [served(name, fingerprint, None)]
+        if settings.compare:
+            models.append(served(f"{name}:{NO_GENE}", NO_GENE, others))
+        config = uvicorn.Config(
+            make_app(models, settings),
+            http=protocol(settings),
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.stop_seconds),
+        )
+        yield Server(config)
+
+
+def address(sock: socket.socket) -> str:
+    """The URL of a bound socket."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@contextmanager
+def _bound(settings: ServeSettings) -> Iterator[socket.socket]:
+    where = f"{settings.host}:{settings.port}"
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        family, kind, number, _, target = found[0]
+        with socket.socket(family, kind, number) as sock:
+            if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(target)
+            yield sock
+    except OSError as error:
+        raise SettingError(
+            f"cannot listen at {where} ({error.strerror or error})", "Give another --port or --host"
+        ) from error

@@ -1,0 +1,79 @@
+"""What an operator may set."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from ..errors import SettingError
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """Settings of the server; all sizes in bytes, all times in seconds.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        slots: requests answered together; more wait.
+        ctx: tokens that all requests together may hold, prompts and answers.
+        api_key: wanted as `Authorization: Bearer KEY` for everything but the page and /health.
+        cors: origins whose pages may ask, such as "http://localhost:3000".
+        compare: also offer the model without the gene, under a name of its own.
+        chat_only: no /v1/completions.
+        max_tokens: of an answer, at most and by default.
+        queue: requests that may wait; the next one is told 429.
+        seconds: a request's time, with waiting.
+        temperature: where a request names none; 0 is what the gene was measured with.
+        max_body, max_messages: of a request.
+        read_seconds: for a client to send a request, and to read what it was sent.
+        connections: open at once.
+        stop_seconds: for running answers to finish when the server stops.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    slots: int = 4
+    ctx: int = 8192
+    api_key: str | None = None
+    cors: tuple[str, ...] = ()
+    compare: bool = False
+    chat_only: bool = False
+    max_tokens: int = 1024
+    queue: int = 64
+    seconds: float = 300.0
+    temperature: float = 0.0
+    max_body: int = 1 << 20
+    max_messages: int = 256
+    read_seconds: float = 20.0
+    connections: int = 512
+    stop_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "ctx", "max_tokens", "seconds", "max_body", "max_messages",
+                     "read_seconds", "connections", "queue"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
+        if not 0 <= self.temperature <= 2:
+            raise SettingError(f"temperature is {self.temperature}", "Give 0 to 2")
+        if not 0 <= self.port <= 65535:
+            raise SettingError(f"port is {self.port}", "Give 0 to 65535")
+        if self.stop_seconds < 0:
+            raise SettingError(f"stop_seconds is {self.stop_seconds}", "Give 0 or more")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+            raise SettingError("the API key is empty or not ASCII", "Give letters and digits")
+        for origin in self.cors:
+            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise SettingError(
+                    f"--cors {origin} is no origin",
+                    "Give scheme and host, as in http://localhost:3000; there is no wildcard",
+                )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
