@@ -20,7 +20,7 @@ F32 = 0
 @pytest.fixture(scope="module")
 def llama(tiny):
     path = tiny("llama", max_position_embeddings=8192).gguf_path
-    with SafeLlama(path, n_ctx=512, type_k=F32, type_v=F32) as model:
+    with SafeLlama(path, n_ctx=512, type_k=F32, type_v=F32, n_threads=1) as model:
         yield model
 
 
@@ -44,7 +44,7 @@ class Heard:
 
 @pytest.fixture
 def batcher(llama):
-    with Engine(llama, n_parallel=4, n_ctx=2048, flash_attn=True) as engine:
+    with Engine(llama, n_parallel=4, n_ctx=2048) as engine:
         made = Batcher(engine, max_waiting=64)
         yield made
         made.close()
@@ -86,7 +86,7 @@ def test_a_kept_prefix_changes_nothing(llama, batcher):
 
 
 def test_full_context_makes_idle_slots_forget(llama):
-    with Engine(llama, n_parallel=4, n_ctx=256, flash_attn=True) as engine:
+    with Engine(llama, n_parallel=4, n_ctx=256) as engine:
         batcher = Batcher(engine)
         expected = [answer(batcher, [n] * 100, 50).text() for n in (5, 6, 7)]
         again = [answer(batcher, [n] * 100, 50).text() for n in (5, 6, 7, 5, 6, 7)]

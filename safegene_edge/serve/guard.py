@@ -75,6 +75,8 @@ class Guard:
         await self.app(scope, receive, watched)
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes], origin: str, allowed: bool) -> None:
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise ApiError(505, "this server speaks HTTP/1.1")
         host = headers.get(b"host", b"").decode("latin-1")
         if self._hosts and _name(host) not in self._hosts:
             raise ApiError(

@@ -16,6 +16,36 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .schema import ApiError
 from .settings import ServeSettings
 
+_LINGER = 1.0  # seconds
+
+
+class _Transport:
+    """A transport whose `close` lets a client that is still sending read the answer first.
+
+    To close a socket with unread bytes resets the connection, and the client may never see
+    why. So only the sending half is closed; what still comes is thrown away for a moment.
+    """
+
+    def __init__(self, inner: Any, protocol: LimitedProtocol) -> None:
+        self._inner, self._protocol, self._closing = inner, protocol, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def is_closing(self) -> bool:
+        return self._closing or bool(self._inner.is_closing())
+
+    def close(self) -> None:
+        if self.is_closing():
+            return
+        self._closing = True
+        if self._protocol.conn.their_state in (h11.SEND_BODY, h11.ERROR):
+            self._inner.write_eof()
+            self._inner.resume_reading()
+            self._protocol.loop.call_later(_LINGER, self._inner.close)
+        else:
+            self._inner.close()
+
 
 class LimitedProtocol(H11Protocol):
     """uvicorn's protocol with limits; `protocol` makes the class for given settings."""
@@ -25,7 +55,7 @@ class LimitedProtocol(H11Protocol):
     _writing: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         if len(self.connections) > self.settings.connections:
             headers = {"retry-after": "1"}
             self._refuse(ApiError(503, "too many connections are open", headers=headers))

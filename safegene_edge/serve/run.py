@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -20,6 +21,8 @@ from .http import protocol
 from .settings import ServeSettings
 
 NO_GENE = "no-gene"
+# The model's own context only proves the adapters; the engines have theirs.
+_SMALL = {"n_ctx": 256, "n_batch": 64}
 Ready = Callable[[str], None]
 
 
@@ -29,6 +32,7 @@ def serve(
     adapters: Sequence[PathLike] = (),
     settings: ServeSettings | None = None,
     ready: Ready | None = None,
+    **options: Any,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; running answers are finished first.
 
@@ -37,6 +41,7 @@ def serve(
         gene: the safety adapter, on for every answer.
         adapters: others that are always on.
         ready: called with the address once the server listens.
+        options: any other argument of `SafeLlama`, such as n_threads or type_k.
 
     Raises:
         SettingError: the address is taken or does not exist, or settings make no sense.
@@ -45,7 +50,7 @@ def serve(
     settings = settings or ServeSettings()
     with ExitStack() as stack:
         sock = stack.enter_context(_bound(settings))  # before minutes of loading
-        server = stack.enter_context(opened(model, gene, adapters, settings))
+        server = stack.enter_context(opened(model, gene, adapters, settings, **options))
         server.ready = ready
         # uvicorn sends itself the signal again when it has stopped: it has been heeded.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -71,13 +76,13 @@ def opened(
     gene: PathLike | None,
     adapters: Sequence[PathLike],
     settings: ServeSettings,
+    **options: Any,
 ) -> Iterator[Server]:
     """A server that does not run yet, and everything that it holds while it lives."""
     if settings.compare and gene is None:
         raise SettingError("there is nothing to compare without a gene", "Give --gene")
     with ExitStack() as stack:
-        # The model's own context only proves the adapters; the engines have theirs.
-        llama = stack.enter_context(SafeLlama(model, adapters, n_ctx=256, n_batch=64))
+        llama = stack.enter_context(SafeLlama(model, adapters, **{**_SMALL, **options}))
         name, fingerprint = Path(model).stem, NO_GENE
         others: Scales = {adapter: adapter.scale for adapter in llama.adapters}
         if gene is not None:
@@ -86,8 +91,9 @@ def opened(
 
         def served(name: str, fingerprint: str, scales: Scales | None) -> Served:
             slots = settings.slots
+            flash = bool(options.get("flash_attn", True))
             engine = stack.enter_context(
-                Engine(llama, n_parallel=slots, n_ctx=settings.ctx, flash_attn=True)
+                Engine(llama, n_parallel=slots, n_ctx=settings.ctx, flash_attn=flash)
             )
             batcher = Batcher(engine, adapters=scales, max_waiting=settings.queue)
             stack.callback(batcher.close)
@@ -127,6 +133,8 @@ def _bound(settings: ServeSettings) -> Iterator[socket.socket]:
         with socket.socket(family, kind, number) as sock:
             if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # Of an answer that nobody reads, the system need not hold megabytes.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
             sock.bind(target)
             yield sock
     except OSError as error:
