@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,15 @@ def find_chromium() -> str | None:
     """The browser's program; CHROMIUM names another one."""
     names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
     return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+def find_axe() -> Path | None:
+    """axe-core's one file: from AXE_JS, or from the package that the dev extra names."""
+    if os.environ.get("AXE_JS"):
+        return Path(os.environ["AXE_JS"])
+    found = importlib.util.find_spec("axe_core_python")
+    path = Path(found.origin).parent / "axe.min.js" if found and found.origin else None
+    return path if path and path.is_file() else None
 
 
 class Browser:
@@ -94,6 +105,27 @@ class Browser:
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
         return answer["result"].get("value")
+
+    def type(self, text: str) -> None:
+        """Put text where the focus is, as a keyboard would."""
+        self.call("Input.insertText", text=text)
+
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press and let go of a key, such as "Enter" or "Escape"."""
+        codes = {"Enter": 13, "Escape": 27, "Tab": 9}
+        event = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind, more in (("keyDown", text), ("keyUp", {})):
+            self.call("Input.dispatchKeyEvent", type=kind, modifiers=8 * shift, **event, **more)
+
+    def wait_for(self, script: str, seconds: float = 30) -> Any:
+        """The value of an expression once it is truthy."""
+        end = time.monotonic() + seconds
+        while not (value := self.run(script)):
+            if time.monotonic() > end:
+                raise TimeoutError(script)
+            time.sleep(0.02)
+        return value
 
     def screenshot(self, path: Path) -> None:
         """The whole page, as high as it is, as a PNG."""

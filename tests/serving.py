@@ -14,7 +14,7 @@ from typing import Any
 from openai import OpenAI
 
 from safegene_edge.serve import ServeSettings
-from safegene_edge.serve.run import Server, _bound, address, opened
+from safegene_edge.serve.run import Server, address, bound, opened
 
 # 0 is ggml's number for float32; a tiny model gains nothing from a second thread.
 EXACT = {"type_k": 0, "type_v": 0, "flash_attn": False, "n_threads": 1}
@@ -87,7 +87,7 @@ def running(model: Path, gene: Path | None = None, **settings: Any) -> Iterator[
     question asked alone. In float16, which flash attention sums in, the order of sums shows.
     """
     chosen = ServeSettings(**{"port": 0, "slots": 4, "ctx": 2048, "max_tokens": 256, **settings})
-    with _bound(chosen) as sock, opened(model, gene, [], chosen, **EXACT) as server:
+    with bound(chosen) as sock, opened(model, gene, [], chosen, **EXACT) as server:
         listens = threading.Event()
         server.ready = lambda _: listens.set()
         url, port = address(sock), sock.getsockname()[1]

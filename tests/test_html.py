@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import json
-import os
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import reports
-from browser import Browser, find_chromium
+from browser import Browser, find_axe, find_chromium
 
 from safegene_edge.evals import findings
 from safegene_edge.evals.html import render_html
@@ -249,15 +246,6 @@ def test_the_policy_allows_only_our_own_style_and_script():
 
 
 # -- in a browser -------------------------------------------------------------
-
-
-def find_axe() -> Path | None:
-    """axe-core's one file: from AXE_JS, or from the package that the dev extra names."""
-    if os.environ.get("AXE_JS"):
-        return Path(os.environ["AXE_JS"])
-    found = importlib.util.find_spec("axe_core_python")
-    path = Path(found.origin).parent / "axe.min.js" if found and found.origin else None
-    return path if path and path.is_file() else None
 
 
 @pytest.fixture(scope="module")

@@ -220,9 +220,7 @@ def test_compare_is_there_only_when_asked_for(model, gene, server, bare):
             assert ask(client, text, model=name) == ask(bare.client(), text)
         both = [("", True), (name, False)] * 8
         with ThreadPoolExecutor(16) as pool:  # side by side, none crosses over
-            texts = list(
-                pool.map(lambda kind: ask(client, "Q", model=kind[0] or model.stem), both)
-            )
+            texts = list(pool.map(lambda kind: ask(client, "Q", model=kind[0] or model.stem), both))
         assert len(set(texts[::2])) == len(set(texts[1::2])) == 1
         assert texts[0] != texts[1]
 
@@ -290,19 +288,23 @@ def begun(server):
 
 
 def test_more_than_may_wait_are_told_when_to_come_again(model):
-    with running(model, slots=1, queue=1, ctx=8192, max_tokens=LONG) as small:
-        with ThreadPoolExecutor(1) as pool, closing(begun(small)):
-            waiting = pool.submit(small.post, CHAT, {"messages": HELLO, "max_tokens": 1})
-            while "requests_waiting 1" not in small.ask("GET", "/metrics").body.decode():
-                time.sleep(0.01)
-            refused = small.post(CHAT, {"messages": HELLO, "max_tokens": 1})
-            assert refused.status == 429
-            assert 1 <= int(refused.headers["retry-after"]) <= 60
-            assert refused.json["error"]["type"] == "rate_limit_error"
-            with pytest.raises(openai.RateLimitError):
-                ask(small.client(), "Hello", max_tokens=1)
-            assert small.ask("GET", "/health").status == 200
-            assert not waiting.done()
+    limits = {"slots": 1, "queue": 1, "ctx": 8192, "max_tokens": LONG}
+    with (
+        running(model, **limits) as small,
+        ThreadPoolExecutor(1) as pool,
+        closing(begun(small)),
+    ):
+        waiting = pool.submit(small.post, CHAT, {"messages": HELLO, "max_tokens": 1})
+        while "requests_waiting 1" not in small.ask("GET", "/metrics").body.decode():
+            time.sleep(0.01)
+        refused = small.post(CHAT, {"messages": HELLO, "max_tokens": 1})
+        assert refused.status == 429
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        assert refused.json["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            ask(small.client(), "Hello", max_tokens=1)
+        assert small.ask("GET", "/health").status == 200
+        assert not waiting.done()
     assert waiting.result().status == 200  # who hung up made room
 
 

@@ -19,14 +19,19 @@ from starlette.types import ASGIApp
 from ..errors import LlamaCppError, SettingError
 from ..runtime.batcher import Ask, AskFinish, Batcher, News, QueueFullError
 from .answers import Events, Form, Inbox, collect, reason_of, usage_of
-from .guard import Guard, error_response
+from .guard import FILES, Guard, error_response
 from .metrics import Metrics
 from .schema import ApiError, ChatRequest, CompletionRequest, RequestT, parse
 from .settings import ServeSettings
 
 _LONG = 1 << 14  # characters; longer prompts are rendered off the event loop
-_PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
-_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_PAGE = {"/": "index.html", **{f"/{name}": name for name in FILES}}
+_TYPES = {
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "svg": "image/svg+xml",
+}
 
 
 @dataclass(frozen=True)

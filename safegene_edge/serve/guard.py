@@ -19,7 +19,8 @@ from .metrics import Metrics
 from .schema import ApiError
 from .settings import ServeSettings
 
-OPEN = frozenset({"/", "/page.css", "/page.js", "/health"})  # without a key
+FILES = ("page.css", "page.js", "markdown.js", "icon.svg")  # of the chat page
+OPEN = frozenset({"/", "/health", *(f"/{name}" for name in FILES)})  # without a key
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),

@@ -49,7 +49,7 @@ def serve(
     """
     settings = settings or ServeSettings()
     with ExitStack() as stack:
-        sock = stack.enter_context(_bound(settings))  # before minutes of loading
+        sock = stack.enter_context(bound(settings))  # before minutes of loading
         server = stack.enter_context(opened(model, gene, adapters, settings, **options))
         server.ready = ready
         # uvicorn sends itself the signal again when it has stopped: it has been heeded.
@@ -124,20 +124,27 @@ def address(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-@contextmanager
-def _bound(settings: ServeSettings) -> Iterator[socket.socket]:
-    where = f"{settings.host}:{settings.port}"
+def bound(settings: ServeSettings) -> socket.socket:
+    """A socket at the address of the settings.
+
+    Raises:
+        SettingError: it is taken, or not this machine's.
+    """
+    sock = None
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
         family, kind, number, _, target = found[0]
-        with socket.socket(family, kind, number) as sock:
-            if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            # Of an answer that nobody reads, the system need not hold megabytes.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
-            sock.bind(target)
-            yield sock
+        sock = socket.socket(family, kind, number)
+        if hasattr(socket, "SO_REUSEPORT"):  # POSIX: a port in TIME_WAIT is free
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Of an answer that nobody reads, the system need not hold megabytes.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        sock.bind(target)
     except OSError as error:
+        if sock is not None:
+            sock.close()
         raise SettingError(
-            f"cannot listen at {where} ({error.strerror or error})", "Give another --port or --host"
+            f"cannot listen at {settings.host}:{settings.port} ({error.strerror or error})",
+            "Give another --port or --host",
         ) from error
+    return sock
