@@ -288,7 +288,6 @@ def test_hostile_bytes(server, name):
 
 
 SLOW = {
-    "silence": b"",
     "half a head": head()[:30],
     "a head and no body": head(f"POST {CHAT} HTTP/1.1", JSON, LENGTH),
     "half a body": head(f"POST {CHAT} HTTP/1.1", JSON, LENGTH) + BODY[:10],
@@ -300,6 +299,10 @@ SLOW = {
 def test_who_does_not_finish_is_hung_up_on(server, name):
     reply = Reply.parse(server.send(SLOW[name]))
     assert (reply.status, reply.json["error"]["type"]) == (408, "invalid_request_error")
+
+
+def test_who_says_nothing_is_hung_up_on(server):
+    assert server.send(b"") == b""
 
 
 def test_a_byte_now_and_then_does_not_help(server):

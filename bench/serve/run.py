@@ -160,7 +160,7 @@ def crossed(model: Path, prompts: list[str], entries: list[dict[str, Any]]) -> d
     seen: dict[tuple[int, str], None] = dict.fromkeys(
         (e["prompt"], e["text"]) for e in entries if e.get("text")
     )
-    pairs = list(seen)[:: max(1, len(seen) // 300)]
+    pairs = list(seen)[:: max(1, len(seen) // 80)]
     with SafeLlama(model, [GENE]) as llama, Engine(llama) as engine:
         rendered = [llama.render([{"role": "user", "content": text}]) for text in prompts]
         answers = [llama.tokenize(t.encode(), add_bos=False, special=False) for _, t in pairs]

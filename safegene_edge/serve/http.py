@@ -88,6 +88,9 @@ class LimitedProtocol(H11Protocol):
             self._reading = self.loop.call_later(self.settings.read_seconds, self._too_slow)
 
     def _too_slow(self) -> None:
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()  # nothing was asked, as browsers do that connect ahead
+            return
         self._refuse(ApiError(408, "the request did not come in whole in time"))
 
     def pause_writing(self) -> None:
