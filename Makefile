@@ -13,7 +13,7 @@ TYPES = rm -rf build/types && mkdir -p build/types/safegene_edge && \
 	ln -s $(CURDIR)/converters build/types/safegene_edge/converters && \
 	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml
 
-.PHONY: demo test lint bench gene clean
+.PHONY: demo test lint docs bench gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,10 @@ lint: $(VENV)/dev
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 	$(TYPES)
+
+# The site, in build/site; `.venv/bin/mkdocs serve` shows it while you write.
+docs: $(VENV)/dev
+	$(BIN)/python -m mkdocs build --strict
 
 # The shipped gene anew, resumable: 25 minutes on two cores.
 gene: $(VENV)/dev
@@ -44,7 +48,7 @@ $(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[demo,dev,train]'
+	$(PIP) -e '.[demo,dev,docs,plugins,train]'
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import FileFormatError, MismatchError
 from .gene import Adapter
@@ -42,13 +43,16 @@ def open_model(path: PathLike) -> GGUFFile:
         )
     if not file.tensors:
         raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
-    for part in other_parts(file):
+    for part in other_parts(file, Path(path)):
         file.tensors.update(part.tensors)
     return file
 
 
-def other_parts(file: GGUFFile) -> list[GGUFFile]:
-    """The other files of a split model, in order: name-00002-of-00003.gguf and so on."""
+def other_parts(file: GGUFFile, given: Path | None = None) -> list[GGUFFile]:
+    """The other files of a split model, in order: name-00002-of-00003.gguf and so on.
+
+    Their names follow from the name as it was given: of an `hf:` path, each is fetched.
+    """
     count = int(file.number("split.count", 1))
     if count < 2:
         return []
@@ -58,8 +62,9 @@ def other_parts(file: GGUFFile) -> list[GGUFFile]:
             f"{file.path}: is a part of a model split into {count} files, but not the first",
             f"Give the file that ends in -00001-of-{count:05d}.gguf, under its own name",
         )
+    named = given or file.path
     return [
-        GGUFFile(file.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf"))
+        GGUFFile(named.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf"))
         for number in range(2, count + 1)
     ]
 

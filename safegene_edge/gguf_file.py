@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import FileFormatError, OutputError
+from .hub import resolve
 
 PathLike: TypeAlias = str | os.PathLike[str]
 Scalar: TypeAlias = bool | int | float | str
@@ -83,7 +84,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: PathLike) -> None:
-        self.path = Path(path)
+        self.path = resolve(path)
         self.metadata: dict[str, Scalar | ArrayValue] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.spans: dict[str, tuple[int, int]] = {}  # key to where its bytes lie, name and value
@@ -328,8 +329,12 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def require_file(path: PathLike) -> Path:
-    """The path, if it is a readable, non-empty file; else FileFormatError."""
-    path = Path(path)
+    """The path, if it is a readable, non-empty file; else FileFormatError.
+
+    Every file that is read passes here or through `GGUFFile`, which is where `hf:` paths
+    become local ones.
+    """
+    path = resolve(path)
     if path.is_dir():
         raise FileFormatError(f"{path}: is a folder", "Give a file")
     if not path.is_file():
@@ -361,8 +366,9 @@ def _sha256_by_block(handle: Any) -> str:
 def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
     """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
     path = Path(path)
-    for source in inputs:
-        if path.exists() and Path(source).exists() and path.samefile(source):
+    for source in inputs if path.exists() else ():
+        local = resolve(source)
+        if local.exists() and path.samefile(local):
             raise OutputError(f"{path}: is also an input", "Name another output")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", "Name an output file")

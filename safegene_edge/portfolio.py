@@ -21,6 +21,7 @@ from .evals.statistics import Count
 from .evals.suites import DEFAULT_SUITES
 from .gene import SafetyGene
 from .gguf_file import PathLike, sha256, write_text
+from .hub import resolve
 
 _DONE = "result.json"
 
@@ -108,13 +109,14 @@ def portfolio(
         OutputError: the folder cannot be made.
     """
     settings = settings or PortfolioSettings()
-    paths = [Path(model).absolute() for model in models]
+    paths = [resolve(model).absolute() for model in models]
     names = [path.stem for path in paths]
     if not paths or len(set(names)) < len(names):
         raise SettingError(
             "no model is given" if not paths else "two models have the same file name",
             "Give GGUF files with names that differ",
         )
+    gene = resolve(gene).absolute()
     SafetyGene.load(gene)
     home = Path(folder).absolute()
     try:
@@ -123,11 +125,9 @@ def portfolio(
     except OSError as error:
         raise OutputError(f"{folder}: {error.strerror}", "Name a folder to write to") from error
     if executor is not None:
-        return _gathered(
-            executor, express_one, paths, Path(gene).absolute(), home, settings, on_row
-        )
+        return _gathered(executor, express_one, paths, gene, home, settings, on_row)
     with ThreadPoolExecutor(1) as threads:
-        return _gathered(threads, _apart, paths, Path(gene).absolute(), home, settings, on_row)
+        return _gathered(threads, _apart, paths, gene, home, settings, on_row)
 
 
 def _gathered(

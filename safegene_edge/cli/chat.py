@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import SafeGeneError, SettingError
+from .terminal import Lines, paint, printable
+
 if TYPE_CHECKING:
     from ..runtime.llama import AttachedAdapter, SafeLlama
 
-_HELP = """\
+_HELP = '''\
 /safe on|off   switch the gene
-/scale X       set the gene's scale
+/scale X       set the gene's scale; alone: show it
+/gene          show what the gene is
 /again         ask the last question again
 /new           forget the conversation
-/help  /quit"""
+/save FILE     write the conversation as .json or .md
+/help  /quit   (or Ctrl-D; Ctrl-C stops an answer)
+
+A line that ends in \\ goes on in the next; """ opens and closes a message of many lines.
+A message that begins with a slash: put a space before it.'''
 
 
 @click.command()
@@ -25,6 +36,7 @@ _HELP = """\
 @click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1))
 @click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
 @click.option("--ctx", default=4096, show_default=True, type=click.IntRange(min=64))
+@click.option("--no-history", is_flag=True, help="Keep no history of lines between chats.")
 def chat(
     model: str,
     gene: str | None,
@@ -33,19 +45,55 @@ def chat(
     max_tokens: int,
     temperature: float,
     ctx: int,
+    no_history: bool,
 ) -> None:
-    """Chat with a model in the terminal."""
+    """Chat with a model in the terminal; /help lists the commands.
+
+    Answers go to standard output, everything else to standard error, so that a pipe works:
+    each line, or each block between two lines of three double quotes, is a message.
+    """
+    from ..evals.journal import cache_folder
     from ..runtime.llama import SafeLlama
 
     llama = SafeLlama(model, adapter, n_ctx=ctx)
-    handle = llama.attach(gene) if gene else None
-    session = _Session(llama, handle, system, max_tokens, temperature)
-    click.echo(f"{model}{' with ' + gene if gene else ''}. /help lists the commands.", err=True)
     try:
+        handle = llama.attach(gene) if gene else None
+        lines = Lines(None if no_history else cache_folder() / "chat_history")
+        names = _Names(model, gene, adapter)
+        options = {"max_tokens": max_tokens, "temperature": temperature}
+        session = _Session(llama, handle, lines, names, system, options)
+        _say(f"{model}{' with ' + gene if gene else ''}. /help lists the commands.")
         while session.turn():
             pass
     finally:
         llama.close()
+
+
+def _say(text: str) -> None:
+    """A line that is no answer."""
+    click.echo(text, err=True)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The files as the user named them."""
+
+    model: str
+    gene: str | None
+    adapters: tuple[str, ...]
+
+    @property
+    def inputs(self) -> list[str]:
+        return [name for name in (self.model, self.gene, *self.adapters) if name]
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A message of the conversation; `scale` is the gene's, behind an answer."""
+
+    role: str
+    content: str
+    scale: float | None = None
 
 
 class _Session:
@@ -55,77 +103,175 @@ class _Session:
         self,
         llama: SafeLlama,
         gene: AttachedAdapter | None,
+        lines: Lines,
+        names: _Names,
         system: str | None,
-        max_tokens: int,
-        temperature: float,
+        options: dict[str, Any],
     ) -> None:
-        self.llama, self.gene = llama, gene
-        self.options: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-        self.opening = [{"role": "system", "content": system}] if system else []
+        self.llama, self.gene, self.lines, self.names = llama, gene, lines, names
+        self.options = options
+        self.opening = [_Message("system", system)] if system else []
         self.messages = list(self.opening)
+        self.strength = 1.0  # the scale that /safe on returns to
 
     def turn(self) -> bool:
-        """Read a line and act on it; False ends the chat."""
+        """Read a message and act on it; False ends the chat."""
         try:
-            line = click.prompt(self._mark(), prompt_suffix=" ", err=True).strip()
-        except (EOFError, click.Abort):
+            text = self.lines.message(self._mark())
+        except EOFError:
+            if self.lines.at_keyboard:
+                _say("")
             return False
-        if not line.startswith("/"):
-            self._ask(line)
+        except KeyboardInterrupt:
+            if not self.lines.at_keyboard:
+                raise
+            _say("\n(Ctrl-D or /quit ends the chat)")
             return True
-        if line in ("/quit", "/exit"):
+        if not text.startswith("/") or "\n" in text:
+            if text.strip():
+                self._ask(text.strip())
+            return True
+        verb, _, rest = text.strip().partition(" ")
+        if verb in ("/quit", "/exit"):
             return False
-        self._command(line)
+        try:
+            self._command(verb, rest.strip())
+        except SafeGeneError as error:
+            _say(str(error))
         return True
 
     def _mark(self) -> str:
         if self.gene is None:
-            return ">"
-        return f"[safe {self.gene.scale:g}] >" if self.gene.scale else "[safe off] >"
+            return "> "
+        return f"[safe {self.gene.scale:g}] > " if self.gene.scale else "[safe off] > "
 
-    def _command(self, line: str) -> None:
-        verb, _, rest = line.partition(" ")
-        if verb == "/safe" and rest in ("on", "off"):
-            self._scale(1.0 if rest == "on" else 0.0)
-        elif verb == "/scale":
-            try:
-                self._scale(float(rest))
-            except ValueError:
-                click.echo("/scale wants a number, such as /scale 0.8", err=True)
-        elif verb == "/new":
-            self.messages = list(self.opening)
-        elif verb == "/again" and len(self.messages) > len(self.opening):
-            del self.messages[-1]
-            self._ask(self.messages.pop()["content"])
-        else:
-            click.echo(_HELP, err=True)
+    # -- commands ---------------------------------------------------------
 
-    def _scale(self, scale: float) -> None:
-        from ..errors import SettingError
+    def _command(self, verb: str, rest: str) -> None:
+        commands = {
+            "/safe": self._safe,
+            "/scale": self._scale,
+            "/gene": self._facts,
+            "/again": self._again,
+            "/new": self._new,
+            "/save": self._save,
+        }
+        if verb in commands:
+            commands[verb](rest)
+            return
+        if verb != "/help":
+            _say(f"{verb} is no command; to say it, put a space before it")
+        _say(_HELP)
 
-        if self.gene is None:
-            click.echo("no gene is loaded: start with --gene GENE.gguf", err=True)
+    def _safe(self, rest: str) -> None:
+        if rest not in ("on", "off"):
+            raise SettingError("/safe wants on or off")
+        self._set_scale(self.strength if rest == "on" else 0.0)
+
+    def _scale(self, rest: str) -> None:
+        if not rest:
+            _say(f"the gene's scale is {self._loaded().scale:g}")
             return
         try:
-            self.llama.set_scale(self.gene, scale)
-        except SettingError as error:
-            click.echo(str(error), err=True)
+            scale = float(rest)
+        except ValueError:
+            raise SettingError("/scale wants a number, such as /scale 0.8") from None
+        self._set_scale(scale)
+        self.strength = scale or self.strength
+
+    def _set_scale(self, scale: float) -> None:
+        self.llama.set_scale(self._loaded(), scale)
+
+    def _loaded(self) -> AttachedAdapter:
+        if self.gene is None:
+            raise SettingError("no gene is loaded: start with --gene GENE.gguf")
+        return self.gene
+
+    def _facts(self, rest: str) -> None:
+        from ..gene import SafetyGene
+
+        handle = self._loaded()
+        gene = handle.content
+        family = gene.family if isinstance(gene, SafetyGene) else ""
+        known = gene.coefficients if isinstance(gene, SafetyGene) else {}
+        shown = ", ".join(f"{layer}: {value:.3g}" for layer, value in known.items())
+        rows = {
+            "file": handle.name,
+            "family": family or "not said: an adapter, but no gene",
+            "architecture": gene.architecture,
+            "layers": f"{len(gene.layers)} ({', '.join(map(str, gene.layers))})",
+            "parameters": f"{gene.n_parameters:,}",
+            "coefficients": shown or "1 in every layer: not recalibrated",
+            "scale": f"{handle.scale:g}" if handle.scale else "0 (off)",
+        }
+        for key, value in rows.items():
+            _say(f"{paint(f'{key:<12}')} {value}")
+
+    def _new(self, rest: str) -> None:
+        self.messages = list(self.opening)
+
+    def _again(self, rest: str) -> None:
+        if len(self.messages) == len(self.opening):
+            raise SettingError("nothing was asked yet")
+        del self.messages[-1]
+        self._ask(self.messages.pop().content)
+
+    def _save(self, rest: str) -> None:
+        from ..gguf_file import write_text
+
+        makers = {".json": self._as_json, ".md": self._as_markdown}
+        path = Path(rest).expanduser()
+        if path.suffix.lower() not in makers:
+            raise SettingError("/save wants a file that ends in .json or .md")
+        write_text(path, makers[path.suffix.lower()](), self.names.inputs)
+        _say(f"{path}: {len(self.messages)} messages")
+
+    def _as_json(self) -> str:
+        messages = [
+            {"role": m.role, "content": m.content}
+            | ({} if m.scale is None else {"gene_scale": m.scale})
+            for m in self.messages
+        ]
+        facts = {
+            "model": self.names.model,
+            "gene": self.names.gene,
+            "adapters": list(self.names.adapters),
+            **self.options,
+            "messages": messages,
+        }
+        return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+
+    def _as_markdown(self) -> str:
+        parts = [f"# Chat with {self.names.model}"]
+        if self.names.gene:
+            parts.append(f"Gene: {self.names.gene}")
+        for message in self.messages:
+            scale = "" if message.scale is None else f" (gene at {message.scale:g})"
+            parts += [f"## {message.role.capitalize()}{scale}", message.content]
+        return "\n\n".join(parts) + "\n"
+
+    # -- answers ----------------------------------------------------------
 
     def _ask(self, text: str) -> None:
-        self.messages.append({"role": "user", "content": text})
-        pieces = []
+        self.messages.append(_Message("user", text))
+        pieces: list[str] = []
         try:
             for chunk in self.llama.create_chat_completion(
-                messages=self.messages, stream=True, **self.options
+                messages=[{"role": m.role, "content": m.content} for m in self.messages],
+                stream=True,
+                **self.options,
             ):
                 piece = chunk["choices"][0]["delta"].get("content") or ""
                 pieces.append(piece)
-                click.echo(piece, nl=False)
-        except ValueError as error:  # llama-cpp-python's word for a full context
-            click.echo(f"\n{error}; /new starts afresh", err=True)
+                click.echo(printable(piece), nl=False)
+        except (ValueError, RuntimeError) as error:  # a full context, or a template that refuses
+            _say(f"{error}; /new starts afresh")
             self.messages.pop()
             return
         except KeyboardInterrupt:
-            pass  # stop this answer, keep what was said
+            if not self.lines.at_keyboard:
+                raise
+            # else: stop this answer, keep what was said
         click.echo()
-        self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        scale = None if self.gene is None else self.gene.scale
+        self.messages.append(_Message("assistant", "".join(pieces), scale))

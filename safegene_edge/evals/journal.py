@@ -32,8 +32,8 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def journal_folder() -> Path:
-    """Where runs that are under way are kept, in the user's own cache."""
+def cache_folder() -> Path:
+    """This project's folder in the user's own cache."""
     if folder := os.environ.get("XDG_CACHE_HOME"):
         base = Path(folder)
     elif sys.platform == "win32":
@@ -42,7 +42,12 @@ def journal_folder() -> Path:
         base = Path.home() / "Library" / "Caches"
     else:
         base = Path.home() / ".cache"
-    return base / "safegene-edge" / "runs"
+    return base / "safegene-edge"
+
+
+def journal_folder() -> Path:
+    """Where runs that are under way are kept."""
+    return cache_folder() / "runs"
 
 
 class Journal:

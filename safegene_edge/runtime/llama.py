@@ -20,6 +20,7 @@ from ..compat import open_model, require_fit
 from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
 from ..gene import Adapter, SafetyGene
 from ..gguf_file import PathLike
+from ..hub import resolve
 from .controls import ControlTexts
 from .devices import physical_cores
 
@@ -84,7 +85,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
         try:
             super().__init__(
-                str(model_path),
+                str(self._file.path),
                 n_ctx=n_ctx,
                 n_threads=threads,
                 n_threads_batch=options.pop("n_threads_batch", None) or threads,
@@ -130,6 +131,8 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             NoEffectError: the logits did not move; nothing stays attached.
         """
         _require_finite(scale)
+        if not isinstance(adapter, Adapter):
+            adapter = resolve(adapter)
         content = adapter if isinstance(adapter, Adapter) else SafetyGene.load(adapter)
         name = "an adapter in memory" if isinstance(adapter, Adapter) else str(adapter)
         require_fit(content, self._file, name)

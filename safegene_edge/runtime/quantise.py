@@ -30,7 +30,7 @@ def quantise(source: PathLike, output: PathLike, kind: str = "Q4_K_M") -> None:
     if ftype is None:
         known = sorted(n[len(_PREFIX) :] for n in dir(llama_cpp) if n.startswith(_PREFIX))
         raise SettingError(f"unknown quantisation '{kind}'", f"Give one of {', '.join(known)}")
-    open_model(source)
+    source = open_model(source).path
     llama_cpp.llama_backend_init()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = ftype, True, physical_cores()

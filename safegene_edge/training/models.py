@@ -24,6 +24,7 @@ from ..converters.names import BaseNames
 from ..converters.peft import CONFIG, WEIGHTS, module_of, read_peft
 from ..errors import FileFormatError, MismatchError
 from ..gguf_file import PathLike, atomic_output, sha256
+from ..hub import resolve
 from .recipe import Recipe, load_base
 
 GENE = "gene"  # the name of the adapter that learns
@@ -51,7 +52,7 @@ class Source:
         """
         if isinstance(text, Source):
             return text
-        parts = [Path(part) for part in str(text).split(",") if part]
+        parts = [resolve(part) for part in str(text).split(",") if part]
         if not parts:
             raise FileFormatError("a model's name is empty", "Give a GGUF file or an HF folder")
         if below is not None and _is_adapter(parts[0]):
