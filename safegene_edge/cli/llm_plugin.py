@@ -75,7 +75,7 @@ class SafeGeneModel(llm.Model):  # type: ignore[misc]
         try:
             self._llama = self._llama or self.entry.load()
             answer = self._llama.create_chat_completion(
-                messages=_messages(prompt, conversation),
+                messages=_messages(prompt),
                 stream=stream,
                 max_tokens=prompt.options.max_tokens,
                 temperature=prompt.options.temperature,
@@ -89,16 +89,14 @@ class SafeGeneModel(llm.Model):  # type: ignore[misc]
             raise llm.ModelError(str(error)) from error
 
 
-def _messages(prompt: Any, conversation: Any) -> list[dict[str, str]]:
-    """The conversation so far and the new prompt; a system message stands first, once."""
-    earlier = conversation.responses if conversation is not None else []
-    systems = [r.prompt.system for r in earlier if r.prompt.system]
-    system = prompt.system or (systems[-1] if systems else "")
-    messages = [{"role": "system", "content": system}] if system else []
-    for response in earlier:
-        messages.append({"role": "user", "content": response.prompt.prompt or ""})
-        messages.append({"role": "assistant", "content": response.text()})
-    return [*messages, {"role": "user", "content": prompt.prompt or ""}]
+def _messages(prompt: Any) -> list[dict[str, str]]:
+    """The whole conversation with the new prompt, as llm keeps it."""
+    if not hasattr(prompt, "messages"):
+        raise SettingError("the plugin needs llm 0.32 or later", "pip install -U llm")
+    return [
+        {"role": message.role, "content": "".join(getattr(p, "text", "") for p in message.parts)}
+        for message in prompt.messages
+    ]
 
 
 # -- the names ----------------------------------------------------------------
