@@ -31,7 +31,7 @@ lint: $(VENV)/dev
 
 # The site, in build/site; `.venv/bin/mkdocs serve` shows it while you write.
 docs: $(VENV)/dev
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # The shipped gene anew, resumable: 25 minutes on two cores.
 gene: $(VENV)/dev

@@ -42,7 +42,7 @@ def evaluated(base_url: str, api_key: str, kind: str, max_tokens: int) -> dict[s
             "tokenized_requests": False,
         },
         tasks=[_task()],
-        task_manager=TaskManager(),
+        task_manager=TaskManager(include_defaults=False),
         apply_chat_template=kind == "local-chat-completions",
         gen_kwargs=f"max_gen_toks={max_tokens}",
         bootstrap_iters=0,
