@@ -1,0 +1,355 @@
+"""README and docs: every snippet is run, as it stands, in a folder with files of the names it uses.
+
+- A block of ```python is run; the blocks of a page share one namespace.
+- A block of ```sh or ```console is a list of commands, and so is a block without a language, or
+  an indented one, whose first word is a program. `safegene-edge` is run; of `make`, `pip` and
+  `python` it is checked that the target, the extra and the script exist.
+- `<!-- not run: reason -->` before a block keeps it from being run. Its commands must still parse,
+  and its imports still work. How many there are is counted at the end.
+- Any other block is output, or prose.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from adapters import random_adapter
+from safetensors.numpy import load_file, save_file
+
+from safegene_edge import SafetyGene, convert, evaluate, recalibrate
+from safegene_edge.cli import cli
+from safegene_edge.errors import NoEffectError, SettingError
+from safegene_edge.evals.evaluate import EvalSettings
+from safegene_edge.portfolio import express_one
+from safegene_edge.recalibration import Examples
+
+if sys.version_info >= (3, 11):
+    import tomllib
+
+evaluate_module = import_module("safegene_edge.evals.evaluate")
+record_module = import_module("safegene_edge.evals.record")
+portfolio_module = import_module("safegene_edge.portfolio")
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODELS = ("MODEL", "model", "fine-tune", "models/one")
+ADAPTERS = ("GENE", "ADAPTER", "EXPRESSED", "expressed", "safety")
+REPORTS = ("before", "after", "old", "new")
+TEXTS = ["What is a bee?", "How do I sing?"]  # README's `texts`
+NOT_RUN = {"README.md": 0, "cookbook.md": 2, "extract.md": 2, "index.md": 2, "plugins.md": 2}
+LATER = {"export", "merge", "serve"}  # run as soon as this version has them
+NEEDS = {"plugins.md": "langchain_community"}
+PROGRAMS = ("safegene-edge", "make", "pip", "python", "llm", "ollama", "printf")
+MARK = re.compile(r"<!-- not run: (.+) -->")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of code; `kind` is "python", "commands" or "" for anything else."""
+
+    line: int
+    kind: str
+    text: str
+    not_run: str = ""
+
+    @property
+    def commands(self):
+        """The command lines, comments off and continued lines joined."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        return [line.strip().removeprefix("$ ") for line in lines if line.strip()]
+
+
+def blocks_of(page):
+    """The fenced and the indented blocks of a page, in order."""
+    found, lines, number, mark = [], page.read_text(encoding="utf-8").splitlines(), 0, ""
+    while number < len(lines):
+        line, start = lines[number], number + 1
+        number += 1
+        if fence := re.fullmatch(r"```(\w*)", line):
+            end = lines.index("```", number)
+            text, number = "\n".join(lines[number:end]), end + 1
+            found.append(Block(start, _kind(fence[1], text), text, mark))
+        elif line.startswith("    ") and line.split()[0] in PROGRAMS:
+            text = []
+            while number <= len(lines) and lines[number - 1].startswith("    "):
+                text.append(lines[number - 1][4:])
+                number += 1
+            found.append(Block(start, "commands", "\n".join(text), mark))
+        elif marked := MARK.fullmatch(line):
+            mark = marked[1]
+            continue
+        elif not line.strip():
+            continue
+        mark = ""
+    return found
+
+
+def _kind(language, text):
+    if language in ("sh", "console", "bash"):
+        return "commands"
+    if not language:
+        words = text.split()
+        return "commands" if words and words[0] in PROGRAMS else ""
+    return "python" if language == "python" else ""
+
+
+def has_snippets(page):
+    return any(block.kind for block in blocks_of(page))
+
+
+# -- the files -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Fewer prompts in everything that is shipped: the snippets stay, and take seconds."""
+    shipped, suites = Examples.shipped(), evaluate_module.load_suite
+
+    def first(name_or_path):
+        return [replace(suite, prompts=suite.prompts[:2]) for suite in suites(name_or_path)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        less = Examples(shipped.harmful[:2], shipped.harmless[:2])
+        patch.setattr(Examples, "shipped", lambda: less)
+        for module in (evaluate_module, record_module):
+            patch.setattr(module, "load_suite", first)
+        patch.setattr(portfolio_module, "_apart", express_one)  # in this process
+        yield
+
+
+@pytest.fixture(scope="module")
+def shelf(few, tiny, tiny_adapter, tmp_path_factory):
+    """A folder with a small file for every name that the pages use."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "models").mkdir()
+    source = tiny("llama").gguf_path
+    for name in MODELS:
+        shutil.copy(source, folder / f"{name}.gguf")
+    shutil.copytree(tiny_adapter("llama"), folder / "PEFT_DIR")
+    weights = folder / "PEFT_DIR" / "adapter_model.safetensors"
+    weak = {k: v * (0.01 if "lora_B" in k else 1) for k, v in load_file(weights).items()}
+    save_file({k: v.astype("float32") for k, v in weak.items()}, weights)
+    task = folder / "TASK.gguf"
+    convert(folder / "PEFT_DIR", base=source, output=task)
+    gene = a_gene(source, task)
+    for name in ADAPTERS:
+        gene.save(folder / f"{name}.gguf")
+    facts = evaluate(source, gene, settings=EvalSettings(max_tokens=4)).to_json()
+    for name in REPORTS:
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+    return folder
+
+
+def a_gene(model, task):
+    """A random adapter that lowers the refusal loss of a random model, as a gene would.
+
+    It does so on the model with the task's adapter, too, as the cookbook has it.
+    """
+    for seed in range(60):
+        gene = random_adapter(model, family="tiny", size=0.3, seed=seed)
+        try:
+            for adapters in ([], [task]):
+                recalibrate(model, gene, adapters=adapters)
+        except (NoEffectError, SettingError):
+            continue
+        return gene
+    pytest.fail("no random adapter can be recalibrated")
+
+
+@pytest.fixture()
+def place(shelf, tmp_path, monkeypatch):
+    """A copy of the folder, to work in; what is kept between runs is kept there, too."""
+    folder = tmp_path / "work"
+    shutil.copytree(shelf, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bin_folder = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", bin_folder + os.pathsep + os.environ["PATH"])
+    # The shipped gene is SmolLM2's, whose recalibration takes a minute: a tiny model's stands in.
+    monkeypatch.setattr("safegene_edge.gene.SHIPPED", str(shelf / "GENE.gguf"))
+    return folder
+
+
+# -- running -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", list(filter(has_snippets, PAGES)), ids=lambda page: page.name)
+def test_the_snippets_of(page, place, monkeypatch):
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name])
+    run_page(page, monkeypatch)
+
+
+def run_page(page, monkeypatch):
+    blocks = [block for block in blocks_of(page) if block.kind]
+    names = {"texts": TEXTS}
+    for block in blocks:
+        where = f"{page.name}:{block.line}"
+        if block.kind == "python":
+            run_python(block, names, where)
+        elif not any(map(is_missing, block.commands)):
+            for line in block.commands:
+                run_command(line, block.not_run, where, monkeypatch)
+
+
+def is_missing(line):
+    """Whether the line's command is one that this version has not yet."""
+    words = line.split()
+    return words[0] == "safegene-edge" and words[1] in LATER - set(cli.commands)
+
+
+def run_python(block, names, where):
+    code = ast.parse(block.text, filename=where)
+    if block.not_run:
+        kept = [node for node in code.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        code = ast.Module(body=kept, type_ignores=[])
+    exec(compile(code, where, "exec"), names)
+
+
+def run_command(line, not_run, where, monkeypatch):
+    words = shlex.split(line, comments=True)
+    program, arguments = words[0], [word.removesuffix("...") for word in words[1:]]
+    if program == "safegene-edge":
+        run_ours(arguments, not_run, monkeypatch)
+    elif "|" in words:
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], capture_output=True)
+        assert done.returncode == 0, f"{where}: {done.stderr}"
+    elif program == "make":
+        subprocess.run(["make", "-C", ROOT, "-n", *arguments], check=True, capture_output=True)
+    elif program == "pip":
+        assert set(re.findall(r"safegene-edge\[(\w+)\]", line)) <= extras(), where
+    elif program == "python":
+        assert (ROOT / arguments[0]).is_file(), where
+    else:
+        assert not_run, f"{where}: {program} can only stand in a block that is not run"
+
+
+def run_ours(arguments, not_run, monkeypatch):
+    """A command of ours in this process; an error of the user is an error here."""
+    name, *rest = arguments
+    if not_run:  # raises where click does not know an option, or the number of arguments
+        context = cli.make_context("safegene-edge", list(arguments))
+        _, command, rest = cli.resolve_command(context, list(arguments))
+        command.make_context(name, rest, parent=context)
+        return
+    if name == "serve":
+        serve(arguments)
+        return
+    if name == "to-peft":  # the README's PEFT_DIR is an input of `convert` above it
+        shutil.rmtree(rest[rest.index("-o") + 1], ignore_errors=True)
+    expanded = [found for word in rest for found in matching(word)]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/gene\n/quit\n"))  # for `chat`
+    cli.main([name, *expanded], prog_name="safegene-edge", standalone_mode=False)
+
+
+def matching(word):
+    """What the shell makes of a pattern."""
+    return sorted(map(str, Path().glob(word))) if "*" in word else [word]
+
+
+def serve(arguments):
+    """Start the server, wait until it listens, and end it."""
+    command = [sys.executable, "-m", "safegene_edge", *arguments, "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "http://" in line:
+                return
+        pytest.fail(f"the server ended: {''.join(said)}")
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def extras():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    if sys.version_info < (3, 11):
+        return set(re.findall(r"^(\w+) = \[", text, re.M))
+    return set(tomllib.loads(text)["project"]["optional-dependencies"])
+
+
+# -- the convention itself -----------------------------------------------------
+
+
+def test_what_is_not_run_is_counted():
+    """A marker is an exception: whoever adds one also changes this number."""
+    counts = {page.name: sum(bool(b.not_run) for b in blocks_of(page)) for page in PAGES}
+    assert {name: n for name, n in counts.items() if n or name in NOT_RUN} == NOT_RUN
+    assert sum(bool(b.kind and not b.not_run) for page in PAGES for b in blocks_of(page)) >= 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nfrom safegene_edge import nothing\n```",
+        "```python\nllama = SafeLlama('none.gguf')\n```",
+        "```sh\nsafegene-edge inspect none.gguf\n```",
+        "```\nsafegene-edge eval MODEL.gguf --no-such-option\n```",
+        "    safegene-edge inspct MODEL.gguf",
+        "```sh\nprintf x | safegene-edge chat none.gguf\n```",
+        "```sh\nunknown-program\n```",
+        "    make nothing",
+        "    pip install 'safegene-edge[nothing]'",
+        "    python bench/nothing.py",
+        "<!-- not run: a reason -->\n```sh\nsafegene-edge chat MODEL.gguf --gone\n```",
+        "<!-- not run: a reason -->\n```python\nfrom safegene_edge import gone\n```",
+    ],
+)
+def test_a_rotten_snippet_is_found(text, tmp_path, place, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{text}\n")
+    with pytest.raises((Exception, SystemExit)):  # each in its own way
+        run_page(page, monkeypatch)
+
+
+# -- the site ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site as `make docs` builds it: a broken link or anchor is an error."""
+    for module in ("mkdocs", "material", "mkdocstrings", "mkdocs_click"):
+        pytest.importorskip(module, reason="pip install 'safegene-edge[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_every_page_command_and_name(site):
+    import safegene_edge
+
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (site / f"{page.stem}.html").is_file()
+    commands = (site / "cli.html").read_text(encoding="utf-8")
+    for name in cli.commands:
+        assert f">safegene-edge {name}<" in commands
+    names = (site / "api.html").read_text(encoding="utf-8")
+    for name in set(safegene_edge.__all__) - {"__version__"}:
+        assert re.search(rf'id="[\w.]*\.{name}"', names), name
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    for page in site.glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?(https?:[^" >]+)', text)
+        assert loaded == [], page
+
+
+def test_the_shipped_gene_is_what_the_docs_say():
+    gene = SafetyGene.shipped()
+    assert f"{gene.n_parameters:,} parameters" in (ROOT / "README.md").read_text(encoding="utf-8")
