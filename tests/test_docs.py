@@ -291,28 +291,29 @@ def test_what_is_not_run_is_counted():
     assert sum(bool(b.kind and not b.not_run) for page in PAGES for b in blocks_of(page)) >= 20
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "```python\nfrom safegene_edge import nothing\n```",
-        "```python\nllama = SafeLlama('none.gguf')\n```",
-        "```sh\nsafegene-edge inspect none.gguf\n```",
-        "```\nsafegene-edge eval MODEL.gguf --no-such-option\n```",
-        "    safegene-edge inspct MODEL.gguf",
-        "```sh\nprintf x | safegene-edge chat none.gguf\n```",
-        "```sh\nunknown-program\n```",
-        "    make nothing",
-        "    pip install 'safegene-edge[nothing]'",
-        "    python bench/nothing.py",
-        "<!-- not run: a reason -->\n```sh\nsafegene-edge chat MODEL.gguf --gone\n```",
-        "<!-- not run: a reason -->\n```python\nfrom safegene_edge import gone\n```",
-    ],
-)
+ROTTEN = {
+    "```python\nfrom safegene_edge import nothing\n```": "cannot import name 'nothing'",
+    "```python\nfrom safegene_edge import SafeLlama\n\nSafeLlama('none.gguf')\n```": "no such file",
+    "```sh\nsafegene-edge inspect none.gguf\n```": "no such file",
+    "```\nsafegene-edge eval MODEL.gguf --no-such-option\n```": "--no-such-option",
+    "    safegene-edge inspct MODEL.gguf": "inspct",
+    "```sh\nprintf x | safegene-edge chat none.gguf\n```": "no such file",
+    "```sh\nunknown-program\n```": "unknown-program",
+    "    make nothing": "'nothing'",
+    "    pip install 'safegene-edge[nothing]'": "'nothing'",
+    "    python bench/nothing.py": "page.md:3",
+    "<!-- not run: why -->\n```sh\nsafegene-edge chat MODEL.gguf --gone\n```": "--gone",
+    "<!-- not run: why -->\n```python\nfrom safegene_edge import gone\n```": "'gone'",
+}
+
+
+@pytest.mark.parametrize("text", ROTTEN)
 def test_a_rotten_snippet_is_found(text, tmp_path, place, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n{text}\n")
-    with pytest.raises((Exception, SystemExit)):  # each in its own way
+    with pytest.raises((Exception, SystemExit)) as caught:
         run_page(page, monkeypatch)
+    assert ROTTEN[text] in repr(caught.value)
 
 
 # -- the site ------------------------------------------------------------------
