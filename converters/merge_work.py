@@ -28,8 +28,8 @@ from .rewrite import Place
 from .rounding import Kind, Update
 
 Progress: TypeAlias = Callable[[int, int], None] | None
-WORKER_MEMORY = 150 << 20  # bytes that one worker takes, roughly
-_ROWS, _BYTES = 2048, 8 << 20  # of a tensor that are worked on at a time
+WORKER_MEMORY = 70 << 20  # bytes that one worker takes, roughly
+_ROWS, _BYTES = 1024, 4 << 20  # of a tensor that are worked on at a time
 _WORTH = 8_000_000  # weights below which a worker takes longer to start than to help
 _FLOAT_TYPES = ("F32", "F16", "BF16")
 
@@ -134,7 +134,7 @@ def run_jobs(
     if count < 2 or total < _WORTH or getattr(sys, "frozen", False):
         done = _here(jobs, output)
     else:
-        done = _in_workers(_shared_out(jobs, count), output)
+        done = _with_workers(_shared_out(jobs, count), output)
     found: dict[str, TensorReport] = {}
     finished = 0
     for report in done:
@@ -169,26 +169,24 @@ def _shared_out(jobs: Sequence[Job], count: int) -> list[list[Job]]:
 # -- workers --------------------------------------------------------------
 
 
-def _in_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[TensorReport]:
-    """Reports as they come from subprocesses; the first error ends them all."""
-    # One thread of BLAS each: the workers have the processors already.
+def _with_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[TensorReport]:
+    """Reports as they come: of this process's own pile, and of a worker for each of the others."""
+    # One thread of BLAS each: the processors are shared out already.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-        )
-        for _ in piles
-    ]
+    command = [sys.executable, "-m", __name__]
     queue: SimpleQueue[TensorReport | Exception | None] = SimpleQueue()
+    workers = []
     try:
-        for worker, pile in zip(workers, piles, strict=True):
-            threading.Thread(
-                target=_listen, args=(worker, pile, output, queue), daemon=True
-            ).start()
+        for pile in piles[1:]:
+            worker = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            )
+            workers.append(worker)
+            listening = threading.Thread(target=_listen, args=(worker, pile, output, queue))
+            listening.daemon = True
+            listening.start()
+        yield from _here(piles[0], output)
         running = len(workers)
         while running:
             said = queue.get()

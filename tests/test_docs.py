@@ -48,7 +48,6 @@ ADAPTERS = ("GENE", "ADAPTER", "EXPRESSED", "expressed", "safety")
 REPORTS = ("before", "after", "old", "new")
 TEXTS = ["What is a bee?", "How do I sing?"]  # README's `texts`
 NOT_RUN = {"README.md": 0, "cookbook.md": 2, "extract.md": 2, "index.md": 2, "plugins.md": 2}
-LATER = {"export", "merge", "serve"}  # run as soon as this version has them
 NEEDS = {"plugins.md": "langchain_community"}
 PROGRAMS = ("safegene-edge", "make", "pip", "python", "llm", "ollama", "printf")
 MARK = re.compile(r"<!-- not run: (.+) -->")
@@ -198,15 +197,8 @@ def run_page(page, monkeypatch):
         where = f"{page.name}:{block.line}"
         if block.kind == "python":
             run_python(block, names, where)
-        elif not any(map(is_missing, block.commands)):
-            for line in block.commands:
-                run_command(line, block.not_run, where, monkeypatch)
-
-
-def is_missing(line):
-    """Whether the line's command is one that this version has not yet."""
-    words = line.split()
-    return words[0] == "safegene-edge" and words[1] in LATER - set(cli.commands)
+        for line in block.commands if block.kind == "commands" else ():
+            run_command(line, block.not_run, where, monkeypatch)
 
 
 def run_python(block, names, where):

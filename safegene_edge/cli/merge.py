@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +44,7 @@ def merge(
     An adapter may carry a scale, or a gene its expression: gene.gguf=expression.json. There is
     no way back from a merged file: keep the model and the adapters.
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the work is shared out by processes
     from ..converters.merge import Plan
     from ..converters.merge import merge as run
 
