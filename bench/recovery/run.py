@@ -3,8 +3,8 @@
     python bench/recovery/finetunes.py smollm2 && python bench/recovery/run.py smollm2
     python bench/recovery/run.py tables
 
-Each cell is kept in the cache folder under the hashes of its files and prompts: a re-run
-measures only what changed. No completion is kept.
+Each cell carries a hash of its files and prompts, and the family's JSON is the cache: a re-run,
+on this machine or another, measures only what changed. No completion is kept.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ from safegene_edge.evals.judge import judge
 from safegene_edge.evals.suites import load_suite
 from safegene_edge.gene import Expression
 from safegene_edge.gguf_file import sha256, write_text
+from safegene_edge.training.corpus import harmful_prompts, harmless_prompts
 from safegene_edge.training.degrade import degrade
-from safegene_edge.training.extract import Settings, extract
+from safegene_edge.training.extract import REFUSALS, Settings, extract
 from safegene_edge.training.models import Source
 
 HERE = Path(__file__).parent
-PROMPTS, ANSWER = 100, 48
+PROMPTS, ANSWER = 100, 32
 COLUMNS = (
     "fine-tuned", "ours", "ours, all layers", "ours, coefficients 1", "all layers, coefficients 1",
     "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
@@ -63,8 +64,6 @@ class Bench:
     def __init__(self, name: str) -> None:
         self.family: Family = family(name)
         self.work = self.family.work
-        self.cells = self.work / "cells"
-        self.cells.mkdir(exist_ok=True)
         aligned = self.family.aligned
         self.degraded = degrade(aligned, self.work / "degraded", report=say)
         bare = [Source(aligned.base)] if aligned.adapters else []
@@ -72,6 +71,15 @@ class Bench:
         self.degraded += bare
         self.prompts = suites()
         self.results: dict[str, Any] = {"family": name, "tasks": {}, "kinds": {}}
+        if self.file.exists():
+            self.results |= json.loads(self.file.read_text(encoding="utf-8"))
+        groups = [*self.results["tasks"].values(), *self.results["kinds"].values()]
+        self.known = {part["key"]: part for group in groups for cell in group.values()
+                      for part in cell.values() if isinstance(part, dict)}  # fmt: skip
+
+    @property
+    def file(self) -> Path:
+        return HERE / f"{self.family.name}.json"
 
     # -- genes ------------------------------------------------------------
 
@@ -79,7 +87,8 @@ class Bench:
         """The family's gene: the shipped one, or extracted here."""
         path = self.family.gene
         if not path.exists():
-            self._extract(self.work / "gene", Settings(epochs=3)).save(path)
+            settings = Settings(rank=5, alpha=10)  # 11 of 24 layers fit the budget
+            self._extract(self.work / "gene", settings).save(path)
         return path
 
     def whole_gene(self) -> Path:
@@ -97,9 +106,12 @@ class Bench:
         return path
 
     def _extract(self, folder: Path, settings: Settings) -> SafetyGene:
+        # The half-billion model learns at 120 tokens a second here: every second prompt.
+        step = 2 if self.family.name == "qwen" else 1
         return extract(
-            self.family.aligned, self.degraded, folder=folder, settings=settings, report=say
-        )
+            self.family.aligned, self.degraded, folder=folder, settings=settings, report=say,
+            harmful=harmful_prompts()[::step], harmless=harmless_prompts()[::step],
+        )  # fmt: skip
 
     def trained(self, task: str, source: Source) -> Path:
         """Safety training of this one fine-tune, in the way that genes are learnt."""
@@ -107,7 +119,7 @@ class Bench:
         if not path.exists():
             folder = self.work / f"trained-{task}"
             folder.mkdir(exist_ok=True)
-            for name in ("aligned.npz", "openers.json"):
+            for name in ("aligned.npz", REFUSALS):
                 shutil.copy(self.work / "gene" / name, folder / name)
             settings = Settings(rank=8, alpha=16, epochs=1, select=False)
             extract(
@@ -126,11 +138,11 @@ class Bench:
         for column in columns:
             for task in TASKS:
                 source = tune(self.family, task)
-                started = time.monotonic()
+                started = time.process_time()
                 found = self._column(column, task, source)
                 target, gene, parameters, seconds = found
                 say(f"{self.family.name} {task}, {column}: ready in "
-                    f"{time.monotonic() - started:.0f} s")  # fmt: skip
+                    f"{time.process_time() - started:.0f} CPU s")  # fmt: skip
                 cell = self.cell(target, gene, task)
                 self.results["tasks"][task][column] = {
                     **cell, "parameters": parameters, "seconds": seconds,
@@ -151,15 +163,15 @@ class Bench:
             "RESTA": build.resta, "SafeLoRA": build.safe_lora, "SafeMERGE": build.safe_merge,
         }  # fmt: skip
         if column in baselines:
-            started = time.monotonic()
+            started = time.process_time()
             target = build.build(f"{task}-{column}", baselines[column](change))
             count = sum(d.size for d in build.safety.values())
-            return target, None, count, self._once(target, time.monotonic() - started)
+            return target, None, count, self._once(target, time.process_time() - started)
         if column == "trained for this model":
-            started = time.monotonic()
+            started = time.process_time()
             path = self.trained(task, source)
             gene = SafetyGene.load(path)
-            seconds = self._once(path, time.monotonic() - started)
+            seconds = self._once(path, time.process_time() - started)
             return plain, gene, gene.n_parameters, seconds
         path = self.whole_gene() if "all layers" in column else self.gene()
         gene = SafetyGene.load(path)
@@ -170,12 +182,12 @@ class Bench:
 
     def expressed(self, target: Path, path: Path, gene: SafetyGene) -> tuple[Expression, float]:
         """The expression for a target, found once."""
-        key = hashlib.sha256(f"{sha256(target)}{sha256(path)}{CODE}".encode()).hexdigest()
-        file = self.cells / f"expression-{key[:24]}.json"
-        started = time.monotonic()
+        facts = f"{sha256(target)}{sha256(path)}{CODE}{gene.aligned_loss}"
+        file = self.work / f"expression-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
+        started = time.process_time()
         if not file.exists():
             recalibrate(target, gene, gene_file=path).save(file)
-        return Expression.load(file), self._once(file, time.monotonic() - started)
+        return Expression.load(file), self._once(file, time.process_time() - started)
 
     def _once(self, path: Path, seconds: float) -> float:
         """The seconds that making a file took, the first time."""
@@ -185,17 +197,21 @@ class Bench:
         return float(note.read_text())
 
     def cell(self, target: Path, gene: SafetyGene | None, task: str) -> Cell:
-        """Counts of one target with one gene, from the cache where it holds them."""
-        facts = [sha256(target), self.prompts, task, ANSWER]
+        """Counts of one target with one gene: {"suites": ..., "task": ...}."""
+        facts: list[Any] = [sha256(target), ANSWER]
         if gene is not None:
             facts.append([[n, hashlib.sha256(p.a.tobytes() + p.b.tobytes()).hexdigest()]
                           for n, p in sorted(gene.pairs.items())])  # fmt: skip
-        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-        file = self.cells / f"{key}.json"
-        if not file.exists():
-            cell = measure(target, gene, self.prompts, task, self.work / f".{key}.gguf")
-            write_text(file, json.dumps(cell) + "\n")
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        wanted = {"suites": [*facts, self.prompts], "task": [*facts, rows(task)[1]]}
+        keys = {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16]
+                for name, fact in wanted.items()}  # fmt: skip
+        missing = [name for name, key in keys.items() if key not in self.known]
+        if missing:
+            draft = self.work / f".{keys['suites']}.gguf"
+            found = measure(target, gene, self.prompts if "suites" in missing else {}, task, draft)
+            for name in missing:
+                self.known[keys[name]] = {"key": keys[name], **found[name]}
+        return {name: self.known[key] for name, key in keys.items()}
 
     def kinds(self) -> None:
         """One fine-tune in four quantisations, with the same gene recalibrated for each."""
@@ -215,14 +231,14 @@ class Bench:
         """One family's results; hits are 0/1 a prompt, in the prompts' order."""
         known = {**self.results, "machine": machine(), "prompts": PROMPTS, "tokens": ANSWER}
         text = json.dumps(known, separators=(",", ":"))
-        write_text(HERE / f"{self.family.name}.json", text.replace('"},', '"},\n') + "\n")
+        write_text(self.file, text.replace("},", "},\n") + "\n")
 
 
 def measure(
     target: Path, gene: SafetyGene | None, prompts: Mapping[str, list[str]], task: str, draft: Path
 ) -> Cell:
     """Refused (as "0"/"1" a prompt) by suite, and the task's accuracy or perplexity."""
-    found: Cell = {}
+    suites: Cell = {}
     with SafeLlama(str(target), n_ctx=512) as llama:
         scales = {}
         if gene is not None:
@@ -239,10 +255,9 @@ def measure(
                     judge(text, llama.text(answer.tokens)).label == "refused"
                     for text, answer in zip(texts, said, strict=True)
                 ]
-                found[name] = "".join(str(int(hit)) for hit in verdicts)
+                suites[name] = "".join(str(int(hit)) for hit in verdicts)
         with Engine(llama, n_parallel=16) as engine:
-            found.update(_task(llama, engine, scales, task))
-    return found
+            return {"suites": suites, "task": _task(llama, engine, scales, task)}
 
 
 def _task(llama: SafeLlama, engine: Engine, scales: Any, task: str) -> Cell:

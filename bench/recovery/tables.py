@@ -38,7 +38,7 @@ def write_tables() -> None:
 
 
 def _hits(cell: Cell, names: tuple[str, ...]) -> list[bool]:
-    return [hit == "1" for name in names for hit in cell[name]]
+    return [hit == "1" for name in names for hit in cell["suites"][name]]
 
 
 def _count(cell: Cell, *names: str) -> Count:
@@ -70,7 +70,7 @@ def _family(found: Cell) -> str:
     for task, entry in found["tasks"].items():
         lines = [_row(entry, column) for column in entry]
         header = ["", "AdvBench", "HarmBench", "recovered, %", "borderline over-refused",
-                  "harmless over-refused", "task", "parameters", "s to apply"]  # fmt: skip
+                  "harmless over-refused", "task", "parameters", "CPU s to apply"]  # fmt: skip
         parts.append(f"### {task}\n\n{table(header, lines)}")
     parts.append(_means(found))
     if found["kinds"]:
@@ -96,11 +96,12 @@ def _row(entry: dict[str, Cell], column: str) -> list[str]:
             ends = result.interval
             share = percent(result.share)
             share += f" ({percent(ends[0])} to {percent(ends[1])})" if ends else ""
-    task = ""
-    if "accuracy" in cell:
-        task = f"accuracy {_count(cell, 'accuracy')}"
-    elif "perplexity" in cell:
-        task = f"perplexity {cell['perplexity']:.2f}"
+    task, measured = "", cell["task"]
+    if "accuracy" in measured:
+        hits = measured["accuracy"]
+        task = f"accuracy {Count(hits.count('1'), len(hits))}"
+    elif "perplexity" in measured:
+        task = f"perplexity {measured['perplexity']:.2f}"
     return [
         column, str(_count(cell, "advbench")), str(_count(cell, "harmbench")), share,
         str(_count(cell, "borderline")), str(_count(cell, "harmless")), task,
