@@ -1,23 +1,19 @@
-"""A headless Chromium, spoken to through its own protocol over two pipes: no driver needed."""
+"""A headless Chromium, driven by Playwright, and axe-core in its pages."""
 
 from __future__ import annotations
 
-import base64
-import importlib.util
-import json
 import os
 import shutil
-import subprocess
-import time
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
-)  # fmt: skip
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+FLAGS = ("--no-sandbox", "--disable-gpu")
 
 
 def find_chromium() -> str | None:
@@ -26,128 +22,69 @@ def find_chromium() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def find_axe() -> Path | None:
-    """axe-core's one file: from AXE_JS, or from the package that the dev extra names."""
-    if os.environ.get("AXE_JS"):
-        return Path(os.environ["AXE_JS"])
-    found = importlib.util.find_spec("axe_core_python")
-    path = Path(found.origin).parent / "axe.min.js" if found and found.origin else None
-    return path if path and path.is_file() else None
+@dataclass(frozen=True)
+class Tab:
+    """A page, what it or the browser wrote to the console, and the addresses that it asked for."""
 
+    page: Page
+    reported: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
 
-class Browser:
-    """One page in a browser of its own; `events` holds what it reported so far."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        their_in, self._out = os.pipe()
-        self._in, their_out = os.pipe()
-        # The protocol wants the file descriptors 3 and 4; a shell moves ours there.
-        command = f'exec "$0" "$@" 3<&{their_in} 4>&{their_out}'
-        self._process = subprocess.Popen(
-            ["bash", "-c", command, program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(their_in, their_out),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+    def watch(self) -> None:
+        """Begin to write down."""
+        self.page.on("console", lambda message: self.reported.append(message.text))
+        self.page.on("pageerror", lambda error: self.reported.append(str(error)))
+        # Playwright's own event leaves out data: addresses and the icon.
+        session = self.page.context.new_cdp_session(self.page)
+        session.on(
+            "Network.requestWillBeSent",
+            lambda event: self.requested.append(event["request"]["url"]),
         )
-        os.close(their_in)
-        os.close(their_out)
-        self._buffer, self._count = b"", 0
-        self._session: str | None = None
-        self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        session.send("Network.enable")
 
-    def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol and its result."""
-        self._count += 1
-        message: dict[str, Any] = {"id": self._count, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = self._read()
-            if answer.get("id") == self._count:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return dict(answer["result"])
-            self.events.append(answer)
 
-    def _read(self) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            data = os.read(self._in, 1 << 16)
-            if not data:
-                raise RuntimeError("the browser went away")
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        return dict(json.loads(line))
+# For a module and no longer: while it runs, Playwright's sync API keeps an event loop running in
+# this thread, and nobody else's `asyncio.run` would work.
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """The installed browser."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install it)")
+    program = find_chromium()
+    if program is None:
+        pytest.skip("needs a Chromium (apt-get install chromium), or CHROMIUM=its path")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        yield browser
+        browser.close()
 
-    def open(
-        self, url: str, *, width: int = 1280, dark: bool = False, scripts: bool = True
-    ) -> None:
-        """Show a page, and wait until it has loaded; `events` starts anew."""
-        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[theme])
-        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.events.clear()
-        self.call("Page.navigate", url=url)
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            self.events.append(self._read())
 
-    def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, which may be a promise, in the page."""
-        settings = {"returnByValue": True, "awaitPromise": True}
-        answer = self.call("Runtime.evaluate", expression=script, **settings)
-        if "exceptionDetails" in answer:
-            raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
-        return answer["result"].get("value")
+@pytest.fixture
+def visit(chromium: Browser) -> Iterator[Callable[..., Tab]]:
+    """`visit(url, width=1280, dark=False, **options of a context)`: a new visitor's Tab, loaded."""
+    contexts = []
 
-    def type(self, text: str) -> None:
-        """Put text where the focus is, as a keyboard would."""
-        self.call("Input.insertText", text=text)
+    def opened(url: str, *, width: int = 1280, dark: bool = False, **options: Any) -> Tab:
+        size, theme = {"width": width, "height": 900}, "dark" if dark else "light"
+        contexts.append(chromium.new_context(viewport=size, color_scheme=theme, **options))
+        tab = Tab(contexts[-1].new_page())
+        tab.watch()
+        tab.page.goto(url)
+        return tab
 
-    def press(self, key: str, *, shift: bool = False) -> None:
-        """Press and let go of a key, such as "Enter" or "Escape"."""
-        codes = {"Enter": 13, "Escape": 27, "Tab": 9}
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
-        text = {"text": "\r"} if key == "Enter" else {}
-        for kind, more in (("keyDown", text), ("keyUp", {})):
-            self.call("Input.dispatchKeyEvent", type=kind, modifiers=8 * shift, **event, **more)
+    yield opened
+    for context in contexts:
+        context.close()
 
-    def wait_for(self, script: str, seconds: float = 30) -> Any:
-        """The value of an expression once it is truthy."""
-        end = time.monotonic() + seconds
-        while not (value := self.run(script)):
-            if time.monotonic() > end:
-                raise TimeoutError(script)
-            time.sleep(0.02)
-        return value
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page, as high as it is, as a PNG."""
-        settings = {"format": "png", "captureBeyondViewport": True}
-        data = self.call("Page.captureScreenshot", **settings)["data"]
-        path.write_bytes(base64.b64decode(data))
-
-    def reported(self) -> list[str]:
-        """What the page wrote to the console, and what the browser found wrong with it."""
-        names = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-        return [json.dumps(e["params"]) for e in self.events if e.get("method") in names]
-
-    def requested(self) -> list[str]:
-        """The addresses that the page asked for."""
-        sent = [e for e in self.events if e.get("method") == "Network.requestWillBeSent"]
-        return [event["params"]["request"]["url"] for event in sent]
-
-    def close(self) -> None:
-        """End the browser that this object started."""
-        with suppress(OSError):
-            os.close(self._out)
-        with suppress(OSError):
-            os.close(self._in)
-        self._process.terminate()
-        self._process.wait(timeout=10)
+def axe_faults(page: Page) -> list[str]:
+    """What axe-core finds wrong with a page, be it serious or not."""
+    axe = pytest.importorskip(
+        "axe_core_python.sync_playwright", reason="needs axe-core (pip install axe-core-python)"
+    )
+    # Of what passes, one node a rule: thousands would take seconds on their way here.
+    found = axe.Axe().run(page, options={"resultTypes": ["violations"]})
+    assert len(found["passes"]) > 5  # it did look
+    return [
+        f"{fault['impact']}: {fault['id']}: {[node['target'] for node in fault['nodes']]}"
+        for fault in found["violations"]
+    ]

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import tiny as tiny_models
+from browser import chromium, visit
+
+__all__ = ["chromium", "visit"]  # fixtures of the tests that need a browser
 
 
 @pytest.fixture(scope="session")

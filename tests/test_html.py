@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import pytest
 import reports
-from browser import Browser, find_axe, find_chromium
+from browser import axe_faults
 
 from safegene_edge.evals import findings
 from safegene_edge.evals.html import render_html
@@ -249,16 +249,6 @@ def test_the_policy_allows_only_our_own_style_and_script():
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    program = find_chromium()
-    if program is None:
-        pytest.skip("needs a Chromium (apt-get install chromium), or CHROMIUM=its path")
-    running = Browser(program, tmp_path_factory.mktemp("profile"))
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
 def address(tmp_path_factory):
     path = tmp_path_factory.mktemp("html") / "report.html"
     path.write_text(render_html(hostile()), encoding="utf-8")
@@ -267,61 +257,49 @@ def address(tmp_path_factory):
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_has_nothing_to_complain_of(browser, address, width, dark):
-    browser.open(address, width=width, dark=dark)
-    assert browser.run("document.documentElement.scrollWidth") <= width
-    assert browser.reported() == []
-    assert browser.requested() == [address]
+def test_a_browser_has_nothing_to_complain_of(visit, address, width, dark):
+    tab = visit(address, width=width, dark=dark)
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.reported == []
+    assert tab.requested == [address]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_axe_finds_no_fault(browser, tmp_path, width, dark):
-    axe = find_axe()
-    if axe is None:
-        pytest.skip("needs axe-core: pip install axe-core-python, or AXE_JS=axe.min.js")
-    page = tmp_path / "report.html"
-    page.write_text(
+def test_axe_finds_no_fault(visit, tmp_path, width, dark):
+    path = tmp_path / "report.html"
+    path.write_text(
         render_html(reports.with_answers(reports.large(), "Well, it depends.")), encoding="utf-8"
     )
-    browser.open(page.as_uri(), width=width, dark=dark)
-    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
-    browser.run(axe.read_text(encoding="utf-8") + ";true")
-    faults = browser.run(
-        "axe.run().then(r => r.violations.map(v => v.impact + ': ' + v.id + ': ' + "
-        "v.nodes.map(n => n.target).join(', ')))"
-    )
-    assert faults == []
+    page = visit(path.as_uri(), width=width, dark=dark).page
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert axe_faults(page) == []
 
 
-def test_without_javascript_all_is_there_but_the_toggle(browser, address):
-    content = "document.querySelector('main').innerText"
-    browser.open(address)
-    whole = browser.run(content)
-    assert browser.run("document.getElementById('theme').checkVisibility()") is True
-    browser.open(address, scripts=False)
-    tree = browser.call("DOM.getDocument", depth=-1)["root"]
-    main = browser.call("DOM.querySelector", nodeId=tree["nodeId"], selector="main")
-    button = browser.call("DOM.querySelector", nodeId=tree["nodeId"], selector="#theme[hidden]")
-    assert button["nodeId"]
-    text = browser.call("DOM.getOuterHTML", nodeId=main["nodeId"])["outerHTML"]
-    browser.open(address)
-    assert browser.run(content) == whole
-    assert browser.run("document.querySelector('main').outerHTML") == text
+def test_without_javascript_all_is_there_but_the_toggle(visit, address):
+    page = visit(address).page
+    without = visit(address, java_script_enabled=False).page
+    assert page.is_visible("#theme")
+    assert without.locator("#theme[hidden]").count() == 1
+    assert without.is_hidden("#theme")
+    assert without.inner_text("main") == page.inner_text("main")
+    whole = "main => main.outerHTML"
+    assert without.locator("main").evaluate(whole) == page.locator("main").evaluate(whole)
 
 
-def test_the_toggle_changes_the_theme(browser, address):
-    paper = "getComputedStyle(document.body).backgroundColor"
-    pressed = "document.getElementById('theme').getAttribute('aria-pressed')"
-    browser.open(address, dark=False)
-    light = browser.run(paper)
-    assert browser.run(pressed) == "false"
-    browser.run("document.getElementById('theme').click()")
-    dark = browser.run(paper)
+def test_the_toggle_changes_the_theme(visit, address):
+    tab = visit(address)
+    page, paper = tab.page, "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(paper)
+    assert page.get_attribute("#theme", "aria-pressed") == "false"
+    page.click("#theme")
+    dark = page.evaluate(paper)
     assert dark != light
-    assert browser.run(pressed) == "true"
-    browser.open(address, dark=True)
-    assert (browser.run(paper), browser.run(pressed)) == (dark, "true")
-    browser.run("document.getElementById('theme').click()")
-    assert browser.run(paper) == light
-    assert browser.reported() == []
+    assert page.get_attribute("#theme", "aria-pressed") == "true"
+    page.emulate_media(color_scheme="dark")
+    page.reload()
+    assert page.evaluate(paper) == dark
+    assert page.get_attribute("#theme", "aria-pressed") == "true"
+    page.click("#theme")
+    assert page.evaluate(paper) == light
+    assert tab.reported == []
