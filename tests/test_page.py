@@ -311,7 +311,7 @@ def test_markdown_is_shown(visit, server):
     "text",
     ["**" * 3000, "[" * 5000, "`" * 5001, "> " * 3000, "- " * 3000, "|" * 3000, "*a " * 3000,
      "[a](" * 2000, "    " * 1000 + "- x", "```\n" * 1001, "~~a" * 2000, "\\" * 5000,
-     "\n".join("  " * n + "- x" for n in range(300))],
+     "\n".join("  " * n + "- x" for n in range(300)), "a".join("`" * n for n in range(420))],
 )  # fmt: skip
 def test_strange_markdown_does_not_hang_the_page(visit, server, text):
     tab = show(visit, server, chat_of(("q", text)))

@@ -15,7 +15,7 @@ export function el(tag, properties = {}, ...children) {
 const INLINE = new RegExp(
   [
     "\\\\([\\\\`*_{}\\[\\]()#+.!|>~-])", // 1: an escape
-    "(`+)([^]*?[^`])\\2(?!`)", // 2, 3: code
+    "(?<!(?<!\\\\)`)(`+)(?!`)([^]*?[^`])\\2(?!`)", // 2, 3: code, between whole runs: parts of them cost minutes
     "\\*\\*(?=\\S)([^]*?\\S)\\*\\*", // 4: strong
     "(?<![\\w*])[*_](?=[^\\s*_])([^*_\\n]*?[^\\s*_])[*_](?![\\w*])", // 5: emphasis
     "~~(?=\\S)([^]*?\\S)~~", // 6: struck out
