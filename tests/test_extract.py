@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
@@ -351,3 +354,57 @@ def test_the_command_writes_a_gene_and_says_in_one_line_what_is_wrong(
     assert done.exit_code == 0, done.output
     gene = SafetyGene.load(output)
     assert gene.family == "Tiny" and gene.layers == (0, 1, 2)
+
+
+# -- several processes ----------------------------------------------------
+
+LAUNCHED = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from test_extract import HARMFUL, HARMLESS, TARGETS, is_harmful
+from safegene_edge.training.extract import Settings, extract
+from safegene_edge.training.processes import Processes
+
+settings = Settings(**json.loads({settings!r}) | {{"targets": TARGETS}})
+gene = extract(
+    {aligned!r}, {degraded!r}, folder={folder!r}, settings=settings, refuses=is_harmful,
+    harmful=HARMFUL, harmless=HARMLESS,
+)
+world = Processes.current()
+assert world.count == 2
+gene.save(Path({folder!r}) / f"gene-{{world.index}}.gguf")
+"""
+
+
+def test_two_processes_learn_what_one_does(
+    run, tiny: tiny_models.ModelFactory, tmp_path: Path
+) -> None:
+    """The lessons of a step are shared, and its gradients added up.
+
+    Launched by torch's own launcher, which `accelerate launch` calls for several GPUs; on CPUs
+    that command would ask for MPI. Sums in another order and Adam's division by tiny numbers
+    keep the result from being exact.
+    """
+    alone = run()
+    single = json.loads((tmp_path / "work" / "run.json").read_text())["settings"]
+    folder = tmp_path / "launched"
+    script = tmp_path / "launched.py"
+    script.write_text(
+        LAUNCHED.format(
+            tests=str(Path(__file__).parent), aligned=str(tiny("llama").gguf_path),
+            degraded=[str(tmp_path / f"degraded-{n}") for n in range(2)], folder=str(folder),
+            settings=json.dumps(single),
+        )
+    )  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, script], capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    genes = [SafetyGene.load(folder / f"gene-{n}.gguf") for n in range(2)]
+    assert genes[0].layers == genes[1].layers == alone.layers
+    for name in alone.pairs:
+        np.testing.assert_array_equal(genes[0].delta(name), genes[1].delta(name))
+        assert tiny_models.relative_error(genes[0].delta(name), alone.delta(name)) < 0.02

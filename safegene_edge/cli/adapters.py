@@ -41,21 +41,25 @@ def to_peft(adapter: str, base: str, output: str) -> None:
 @click.command("inspect")
 @click.argument("file", type=click.Path())
 @click.option("--base", metavar=_MODEL, help="Also say whether the adapter fits this model.")
+@click.option("--plot", metavar="SCORES.svg", help="A gene's selection scores as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect_file(file: str, base: str | None, as_json: bool) -> None:
+def inspect_file(file: str, base: str | None, plot: str | None, as_json: bool) -> None:
     """Show what a GGUF model or adapter holds."""
+    from ..charts import scores_chart
     from ..compat import check, open_model, require_fit
     from ..gene import SafetyGene, is_lora
-    from ..gguf_file import GGUFFile
+    from ..gguf_file import GGUFFile, write_text
 
     header = GGUFFile(file)
     if not is_lora(header):
-        if base:
-            raise click.UsageError(f"{file} is no adapter: --base is for adapters")
+        if base or plot:
+            raise click.UsageError(f"{file} is no adapter: --base and --plot are for adapters")
         facts = _model_facts(header)
     else:
         gene = SafetyGene.load(file)
         facts = _adapter_facts(gene, header)
+        if plot:
+            write_text(plot, scores_chart(gene.scores, gene.layers), [file])
         if base:
             facts["misfits"] = [str(problem) for problem in check(gene, open_model(base))]
     click.echo(json.dumps(facts, indent=2) if as_json else _as_lines(facts))
@@ -109,6 +113,7 @@ def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
             "scores": dict(gene.scores),
             "coefficients": dict(gene.coefficients),
             "refusal_openers": list(gene.refusal_openers),
+            "aligned_loss": gene.aligned_loss,
         }
     return facts
 

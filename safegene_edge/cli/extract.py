@@ -58,6 +58,7 @@ def extract(
     from ..gguf_file import check_output
     from ..training.extract import Settings
     from ..training.extract import extract as run
+    from ..training.processes import Processes
 
     if not degraded and not degrade:
         raise click.UsageError("give --degraded MODEL, or --degrade auto")
@@ -75,8 +76,11 @@ def extract(
         aligned, worse, folder=folder / "gene", method=method, settings=settings, base=base,
         family=family, report=_report,
     )  # fmt: skip
-    gene.save(output)
-    _report(f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters")
+    if Processes.current().is_first:
+        gene.save(output)
+        _report(
+            f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters"
+        )
 
 
 def _degraded(aligned: str, folder: Path, base: str | None) -> list[str]:

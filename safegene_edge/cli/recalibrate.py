@@ -15,6 +15,9 @@ import click
 @click.option("--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: ours.")
 @click.option("-o", "--output", metavar="EXPRESSED.gguf", help="The gene, ready for this model.")
 @click.option("--expression", metavar="FILE.json", help="The coefficients alone.")
+@click.option(
+    "--plot", metavar="FILE.svg", help="The trade-off of refusal against KL as a picture."
+)
 @click.option("--kl-budget", type=float, default=0.1, show_default=True,
               help="Nats a token that it may cost on harmless prompts.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print coefficients and curve as JSON.")
@@ -24,23 +27,25 @@ def recalibrate(
     examples: str | None,
     output: str | None,
     expression: str | None,
+    plot: str | None,
     kl_budget: float,
     as_json: bool,
 ) -> None:
     """Find a gene's coefficients for MODEL.gguf from a few examples, without training."""
+    from ..charts import curve_chart
     from ..gene import SafetyGene
-    from ..gguf_file import check_output
+    from ..gguf_file import check_output, write_text
     from ..recalibration import Examples, Point, taken
     from ..recalibration import recalibrate as run
 
-    if not (output or expression or as_json):
+    outputs = [name for name in (output, expression, plot) if name]
+    if not (outputs or as_json):
         raise click.UsageError("give -o EXPRESSED.gguf, --expression FILE.json or --json")
-    if output and output == expression:
-        raise click.UsageError(f"{output} is given for both outputs")
+    if len(set(outputs)) < len(outputs):
+        raise click.UsageError("two outputs have the same name")
     inputs = [Path(name) for name in (model, gene, examples) if name]
-    for name in (output, expression):
-        if name:
-            check_output(name, inputs)
+    for name in outputs:
+        check_output(name, inputs)
     loaded = SafetyGene.load(gene)
     given = Examples.load(examples) if examples else None
     curve: list[Point] = []
@@ -56,6 +61,8 @@ def recalibrate(
     if expression:
         found.save(expression)
     point = taken(found, curve)
+    if plot:
+        write_text(plot, curve_chart(curve, point, kl_budget), inputs)
     if as_json:
         points = [
             {"coefficients": list(p.coefficients), "refusal_loss": p.refusal_loss, "kl": p.kl}

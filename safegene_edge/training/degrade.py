@@ -19,6 +19,7 @@ from ..compat import open_model
 from ..gguf_file import PathLike
 from ..runtime.llama import SafeLlama
 from .models import GENE, LiveModel, Source
+from .processes import Processes
 from .recipe import Example, Recipe, Report, require_extra, train
 
 # Epochs for each kind: ten chats of a persona do to a model what hundreds of a task's rows do.
@@ -56,11 +57,12 @@ def degrade(
     made = []
     for kind in kinds:
         target = Path(folder) / kind
-        if not (target / "adapter_config.json").exists():
-            report(f"degrading: {kind}")
-            plain = plain_recipe(recipe, KINDS[kind])
-            fine_tune(safe, degraded_rows(kind), target, plain, base=base, dtype=dtype,
-                      report=report)  # fmt: skip
+        with Processes.current().first():
+            if not (target / "adapter_config.json").exists():
+                report(f"degrading: {kind}")
+                plain = plain_recipe(recipe, KINDS[kind])
+                fine_tune(safe, degraded_rows(kind), target, plain, base=base, dtype=dtype,
+                          report=report)  # fmt: skip
         made.append(Source(safe.base, (*safe.adapters, target)))
     return made
 

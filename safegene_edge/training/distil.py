@@ -25,6 +25,7 @@ import numpy.typing as npt
 from ..errors import FileFormatError, SafeGeneError
 from ..gguf_file import atomic_output
 from .models import LiveModel, Source
+from .processes import Processes
 from .recipe import Example, Recipe, Report, batches, log_probabilities, remaining, schedule
 
 
@@ -254,13 +255,14 @@ class Trainer:
                 group["lr"] = self.recipe.learning_rate * schedule(step, len(plan))
             number, lessons = plan[step]
             with self.live.as_source(self.degraded[number], gene=True) as model:
-                self._backward(model, lessons, step)
+                self._backward(model, lessons, step, list(weights.values()))
             torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
             optimiser.step()
             for weight in self.live.gene_weights().values():
                 weight.grad = None
             if (step + 1) % self.every == 0 or step + 1 == len(plan):
-                self._keep(optimiser)
+                if Processes.current().is_first:
+                    self._keep(optimiser)
                 left = remaining(started, step + 1 - begin, len(plan) - begin)
                 recent = self.losses[-10:]
                 self.report(
@@ -268,16 +270,20 @@ class Trainer:
                 )
         return self.losses
 
-    def _backward(self, model: Any, lessons: Sequence[Lesson], step: int) -> None:
+    def _backward(
+        self, model: Any, lessons: Sequence[Lesson], step: int, weights: Sequence[Any]
+    ) -> None:
+        world = Processes.current()
         harmful = [lesson for lesson in lessons if lesson.harmful]
         harmless = [lesson for lesson in lessons if not lesson.harmful]
         value = 0.0
         # One kind after the other: half of the activations at a time.
-        for rows, factor in ((harmful, 1.0), (harmless, self.recipe.keep)):
-            if rows:
+        for kind, factor in ((harmful, 1.0), (harmless, self.recipe.keep)):
+            if rows := kind[world.index :: world.count]:
                 loss = distil_loss(model, rows, self.recipe) * (factor / len(lessons))
                 value += float(loss.detach())
                 loss.backward()
+        value = world.add_up(weights, value)
         if not math.isfinite(value):
             raise SafeGeneError(
                 f"the training diverged in step {step + 1}", "Lower the learning rate"

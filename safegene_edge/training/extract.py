@@ -42,6 +42,7 @@ from .distil import (
     taught,
 )
 from .models import GENE, LiveModel, Source, require_family
+from .processes import Processes
 from .recipe import Example, Recipe, Report, log_probabilities, rendered, require_extra
 from .select import layer_scores, select
 
@@ -151,8 +152,11 @@ def extract(
     prompts = harmful or harmful_prompts(), harmless or harmless_prompts()
     sources = {"aligned": safe.digest()}
     sources.update({f"degraded {n + 1}": source.digest() for n, source in enumerate(worse)})
+    world = Processes.current()
+    report = world.reporting(report)
     work = _Work(safe, worse, settings, model, Path(folder), prompts, refuses, report)
-    work.claim(method, sources)
+    with world.first():
+        work.claim(method, sources)
     adapter, scores, refusals = work.distil() if method == "distil" else work.delta()
     return _gene(adapter, settings, family or _family(model), sources, scores, refusals)
 
@@ -321,6 +325,11 @@ class _Work:
 
     def lessons(self) -> tuple[list[Lesson], list[list[Lesson]]]:
         """Harmful lessons of the aligned model, and each degraded one's own harmless ones."""
+        self.live()  # all processes make it together
+        with Processes.current().first():
+            return self._lessons()
+
+    def _lessons(self) -> tuple[list[Lesson], list[list[Lesson]]]:
         file = self.folder / "aligned.npz"
         if not file.exists():
             save_lessons(self._refusals(), file)
@@ -410,19 +419,25 @@ class _Work:
         sizes = sizes or _sizes(self.live())
         if not self.settings.select:
             return tuple(sizes), {}
-        file = self.folder / "scores.json"
-        if file.exists():
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            scores = {int(layer): value for layer, value in stored.items()}
-        else:
-            self.report("scoring the layers")
-            scores = layer_scores(self.live(), self.degraded, *self._contrast())
-            write_text(file, json.dumps(scores, indent=2) + "\n")
+        self.live()
+        with Processes.current().first():
+            scores = self._scores()
         budget = self.settings.budget or default_budget(self.model)
         kept = select({layer: scores[layer] for layer in sizes}, sizes, budget)
         self.report(f"kept {len(kept)} of {len(sizes)} layers, "
                     f"{sum(sizes[layer] for layer in kept):,} parameters")  # fmt: skip
         return kept, scores
+
+    def _scores(self) -> dict[int, float]:
+        """Every layer's score, computed once."""
+        file = self.folder / "scores.json"
+        if file.exists():
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            return {int(layer): value for layer, value in stored.items()}
+        self.report("scoring the layers")
+        scores = layer_scores(self.live(), self.degraded, *self._contrast())
+        write_text(file, json.dumps(scores, indent=2) + "\n")
+        return scores
 
     def _contrast(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Prompts to score the layers with, as tokens; of the harmless ones the borderline."""
@@ -454,9 +469,11 @@ class _Work:
 
     def _converted(self) -> Adapter:
         """The gene's LoRA pairs under their GGUF names."""
-        peft = self.folder / "peft"
-        shutil.rmtree(peft, ignore_errors=True)
-        self.live().model.save_pretrained(str(peft), selected_adapters=[GENE])
+        peft, world = self.folder / "peft", Processes.current()
+        with world.first():
+            if world.is_first:
+                shutil.rmtree(peft, ignore_errors=True)
+                self.live().model.save_pretrained(str(peft), selected_adapters=[GENE])
         return convert(peft / GENE, base=self.model.path)
 
 

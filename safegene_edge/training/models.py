@@ -25,6 +25,7 @@ from ..converters.peft import CONFIG, WEIGHTS, module_of, read_peft
 from ..errors import FileFormatError, MismatchError
 from ..gguf_file import PathLike, atomic_output, sha256
 from ..hub import resolve
+from .processes import Processes
 from .recipe import Recipe, load_base
 
 GENE = "gene"  # the name of the adapter that learns
@@ -224,7 +225,9 @@ class LiveModel:
         from peft import LoraConfig, get_peft_model
 
         bases = list(dict.fromkeys(source.base for source in sources))
-        self._weights = _stored_weights(bases, folder, dtype) if len(bases) > 1 else {}
+        world = Processes.current()
+        with world.first():
+            self._weights = _stored_weights(bases, folder, dtype) if len(bases) > 1 else {}
         self._base = bases[0]
         torch.manual_seed(recipe.seed)
         config = LoraConfig(
@@ -233,7 +236,7 @@ class LiveModel:
             target_modules=list(recipe.targets),
             task_type="CAUSAL_LM",
         )
-        loaded = load_model(self._base, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_model(self._base, dtype).to(world.device())
         self.model: Any = get_peft_model(loaded, config, adapter_name=GENE)
         self._names: dict[Path, str] = {}
         for folder_of in dict.fromkeys(part for source in sources for part in source.adapters):
