@@ -25,7 +25,7 @@ from . import kernels
 from .codes import Codes, Layout, layouts
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 10.0  # how much more of the activations lies along Q than along any other direction
+STRENGTH = 100.0  # how much more of the activations lies along Q than along another direction
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _CHUNK = 64  # columns whose codes are weighed against each other
 _PASSES = 8  # codes of a row that move in a chunk, at most: what is left, later chunks put right

@@ -45,7 +45,7 @@ RESULTS = HERE / "results.json"
 KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 JUDGED = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 GENE = HERE.parent.parent / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
-PROMPTS, ANSWER, KILLS = 200, 8, 50
+PROMPTS, ASKED, ANSWER, KILLS = 200, 100, 8, 50
 Rows = dict[tuple[int, int], np.ndarray]
 
 
@@ -156,7 +156,10 @@ class Sequences:
             for name in ("harmless", "borderline")
             for p in load_suite(name)[0].sample(half).prompts
         ]
-        with SafeLlama(str(model), [str(adapter)], n_ctx=512) as llama, Engine(llama) as engine:
+        with (
+            SafeLlama(str(model), [str(adapter)], n_ctx=512) as llama,
+            Engine(llama, flash_attn=True) as engine,
+        ):
             asked = [llama.render([{"role": "user", "content": text}]) for text in texts]
             said = engine.generate(asked, max_tokens=ANSWER)
             self.tokens = [[*p, *a.tokens] for p, a in zip(asked, said, strict=True)]
@@ -176,7 +179,10 @@ class Sequences:
 
     def against(self, model: Path) -> dict[str, float]:
         """Mean KL(side-loaded || model) in nats a token, and the largest difference of a logit."""
-        with SafeLlama(str(model), n_ctx=512) as llama, Engine(llama) as engine:
+        with (
+            SafeLlama(str(model), n_ctx=512) as llama,
+            Engine(llama, flash_attn=True) as engine,
+        ):
             rows = self._rows(engine)
         values = [kl_from_logits(self.side[key], rows[key]) for key in rows]
         apart = max(float(np.abs(self.side[key] - rows[key]).max()) for key in rows)
@@ -191,7 +197,7 @@ def refusals(model: Path, adapters: Sequence[Path]) -> dict[str, str]:
         Engine(llama, flash_attn=True) as engine,
     ):
         for name, file in (("advbench", "advbench.csv"), ("harmbench", "harmbench_text.csv")):
-            texts = [p.text for p in load_suite(SHARED / file)[0].sample(PROMPTS).prompts]
+            texts = [p.text for p in load_suite(SHARED / file)[0].sample(ASKED).prompts]
             asked = [llama.render([{"role": "user", "content": text}]) for text in texts]
             said = engine.generate(asked, max_tokens=32)
             found[name] = "".join(
@@ -223,7 +229,8 @@ def family(name: str, results: dict[str, Any]) -> None:
         cell |= compared(model, mine, adapter)
         truth = Sequences(model, adapter)
         cell["ours"], cell["two-step"] = truth.against(mine), truth.against(theirs)
-        cell["without"] = truth.against(model)
+        if name == "smollm2":
+            cell["without"] = truth.against(model)
         if name == "smollm2" and kind in JUDGED:
             cell["refused"] = {"side-loaded": refusals(model, [adapter]),
                                "merged": refusals(mine, [])}  # fmt: skip
@@ -355,7 +362,8 @@ def _truth(cells: dict[str, Any]) -> str:
     rows = [
         [kind, "yes" if c["types"] and not c["data_bytes"] else "NO",
          f"{c['identical']}/{c['untouched']}", f"{c['header_bytes']:+}",
-         f"{c['ours']['kl']:.5f}", f"{c['two-step']['kl']:.5f}", f"{c['without']['kl']:.4f}",
+         f"{c['ours']['kl']:.5f}", f"{c['two-step']['kl']:.5f}",
+         f"{c['without']['kl']:.4f}" if "without" in c else "",
          f"{c['ours']['largest']:.4f}"]
         for kind, c in cells.items()
     ]  # fmt: skip
