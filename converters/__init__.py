@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .lora_gguf import convert as convert
     from .lora_gguf import to_peft as to_peft
-    from .merge import merge as merge
+    from .merging import merge as merge
 
-_HOMES = {"convert": "lora_gguf", "merge": "merge", "to_peft": "lora_gguf"}
+_HOMES = {"convert": "lora_gguf", "merge": "merging", "to_peft": "lora_gguf"}
 __all__ = sorted(_HOMES)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from ..compat import open_model, require_fit
 from ..errors import OutputError, SettingError
 from ..gguf_file import PathLike, check_output, write_text
-from .merge import MergeReport, MergeSettings, merge
 from .merge_inputs import Given, combined, fold
+from .merging import MergeReport, MergeSettings, merge
 
 TOOLS = ("ollama", "llama-server", "lm-studio")
 _ADAPTER = "adapter.gguf"

@@ -22,7 +22,7 @@ from safegene_edge.compat import open_model
 from safegene_edge.converters import kernels, merge_work, rounding
 from safegene_edge.converters.codes import layouts
 from safegene_edge.converters.imatrix import read_imatrix
-from safegene_edge.converters.merge import MergeSettings, Plan, merge
+from safegene_edge.converters.merging import MergeSettings, Plan, merge
 from safegene_edge.errors import (
     FileFormatError,
     MismatchError,
@@ -118,6 +118,13 @@ def test_f32_holds_the_very_sum(model, tmp_path):
     for name in content.pairs:
         expected = before.floats(name) + content.delta(name)
         np.testing.assert_allclose(after.floats(name), expected, rtol=0, atol=1e-6)
+
+
+def test_the_function_is_not_hidden_by_a_module():
+    import safegene_edge
+    from safegene_edge import converters
+
+    assert callable(safegene_edge.merge) and converters.merge is merge
 
 
 def test_several_adapters_add_up(model, tmp_path):

@@ -259,7 +259,7 @@ def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
 
 def code() -> str:
     folder = HERE.parent.parent / "converters"
-    names = ("rounding", "codes", "kernels", "merge", "merge_inputs", "merge_work", "rewrite")
+    names = ("rounding", "codes", "kernels", "merging", "merge_inputs", "merge_work", "rewrite")
     return hashlib.sha256("".join(sha256(folder / f"{n}.py") for n in names).encode()).hexdigest()
 
 

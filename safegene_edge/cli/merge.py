@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..converters.merge import MergeReport, MergeSettings
     from ..converters.merge_inputs import Given
+    from ..converters.merging import MergeReport, MergeSettings
 
 _ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
 _TOOLS = ("ollama", "llama-server", "lm-studio")
@@ -45,8 +45,8 @@ def merge(
     no way back from a merged file: keep the model and the adapters.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the work is shared out by processes
-    from ..converters.merge import Plan
-    from ..converters.merge import merge as run
+    from ..converters.merging import Plan
+    from ..converters.merging import merge as run
 
     if not output and not dry_run:
         raise click.UsageError("give -o OUT.gguf, or --dry-run")
@@ -129,7 +129,7 @@ def parse_adapter(text: str) -> Given:
 
 
 def _settings(imatrix: str | None, promote: int, plain: bool) -> MergeSettings:
-    from ..converters.merge import MergeSettings
+    from ..converters.merging import MergeSettings
 
     chosen = MergeSettings(imatrix=imatrix, promote=promote)
     return MergeSettings(imatrix, promote, None) if plain else chosen
