@@ -25,10 +25,10 @@ from . import kernels
 from .codes import Codes, Layout, layouts
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 100.0  # how much more of the activations lies along Q than along another direction
+STRENGTH = 400.0  # how much more of the activations lies along Q than along another direction
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _CHUNK = 64  # columns whose codes are weighed against each other
-_PASSES = 8  # codes of a row that move in a chunk, at most: what is left, later chunks put right
+_PASSES = 16  # codes of a row that move in a chunk, at most: what is left, later chunks put right
 
 
 def basis_of(a: Floats) -> Floats:
@@ -100,35 +100,43 @@ def merged(
     columns = update.a.shape[1]
     new = np.empty((len(raw), after.width(columns)), np.uint8)
     layout = layouts().get(before.name) if before == after and strength is not None else None
-    with np.errstate(over="ignore", invalid="ignore"):
-        residual = -(update.b @ (update.a @ update.basis.T))
     sums = np.zeros(3)
-    for start in range(0, columns, _GROUP):
-        some = slice(start, min(columns, start + _GROUP))
-        part = np.ascontiguousarray(raw[:, before.width(start) : before.width(some.stop)])
+    pieces = [slice(n, min(columns, n + _GROUP)) for n in range(0, columns, _GROUP)]
+    residual = np.zeros((len(raw), len(update.basis)), np.float32)
+
+    def group(some: slice) -> tuple[kernels.Bytes, Floats, _Group | None]:
+        part = np.ascontiguousarray(raw[:, before.width(some.start) : before.width(some.stop)])
         with np.errstate(over="ignore", invalid="ignore"):
             delta = update.b @ update.a[:, some]
         if not np.isfinite(delta).all():
             raise FloatingPointError
-        share = importance[some] if importance is not None else None
         if layout is None:
+            return part, delta, None
+        weights, basis = _weights(importance, some), update.basis[:, some]
+        return part, delta, _Group(layout, before.number, delta, basis, weights, strength or 0.0)
+
+    for some in pieces if strength else ():
+        part, _, made = group(some)
+        if made is not None:
+            residual += made.nearest(part) @ made.basis.T
+    for some in pieces:
+        part, delta, made = group(some)
+        share = importance[some] if importance is not None else None
+        if made is None:
             done, error = _afresh(part, before.number, after.number, delta, share)
         else:
-            weights = _weights(share, importance, delta.shape[1])
-            group = _Group(
-                layout, before.number, delta, update.basis[:, some], weights, strength or 0
-            )
-            done, error = group.rounded(part, residual, share)
-        new[:, after.width(start) : after.width(some.stop)] = done
+            done, error = made.rounded(part, residual, share)
+        new[:, after.width(some.start) : after.width(some.stop)] = done
         flat, wrong = delta.reshape(-1), error.reshape(-1)
         sums += flat @ flat, wrong @ wrong, flat @ wrong
     return new, sums
 
 
-def _weights(share: Floats | None, importance: Floats | None, columns: int) -> Floats:
-    if share is None or importance is None or not importance.any():
-        return np.ones(columns, np.float32)
-    return np.asarray(np.maximum(share / importance.mean(), 1e-3), np.float32)
+def _weights(importance: Floats | None, some: slice) -> Floats:
+    """Of some columns; 1 on the mean."""
+    if importance is None or not importance.any():
+        return np.ones(some.stop - some.start, np.float32)
+    return np.asarray(np.maximum(importance[some] / importance.mean(), 1e-3), np.float32)
 
 
 def _afresh(
@@ -165,16 +173,29 @@ class _Group:
             fresh, other = _afresh(
                 raw[rows], self.ggml_type, self.ggml_type, self.delta[rows], importance
             )
-            wins = self._objective(other, rows, before) < self._objective(error[rows], rows, before)
+            seen = before[rows] - self.nearest(raw, codes)[rows] @ self.basis.T
+            wins = self._objective(other, seen) < self._objective(error[rows], seen)
             chosen = rows[wins]
             new[chosen], error[chosen] = fresh[wins], other[wins]
-            residual[chosen] = before[chosen] + (other[wins] + self.delta[chosen]) @ self.basis.T
+            residual[chosen] = seen[wins] + other[wins] @ self.basis.T
         return new, error
 
-    def _objective(self, error: Floats, rows: npt.NDArray[np.intp], before: Floats) -> Floats:
-        seen = before[rows] + (error + self.delta[rows]) @ self.basis.T
+    def _objective(self, error: Floats, others: Floats) -> Floats:
+        """Of some rows; `others` is what all other groups add to Q e."""
+        seen = others + error @ self.basis.T
         own = (error**2 * self.weights).sum(axis=1)
         return np.asarray(own + self.strength * (seen**2).sum(axis=1), np.float32)
+
+    def nearest(self, raw: kernels.Bytes, codes: Codes | None = None) -> Floats:
+        """The error where every code is the nearest one (rows×columns)."""
+        codes = self.layout.unpack(raw) if codes is None else codes
+        steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])
+        moved = np.divide(self.delta, steps, out=np.zeros_like(steps), where=steps != 0)
+        np.rint(moved, out=moved)
+        np.clip(moved, self.layout.lowest - codes, self.layout.highest - codes, out=moved)
+        moved *= steps
+        moved -= self.delta
+        return moved
 
     def _moved(
         self, codes: Codes, raw: kernels.Bytes, residual: Floats
@@ -186,9 +207,7 @@ class _Group:
         moved = self.delta * inverse
         clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
         np.clip(np.rint(moved, out=moved), down, up, out=moved)
-        change = moved * steps
-        residual += change @ self.basis.T
-        error = change - self.delta
+        error = moved * steps - self.delta
         for start in range(0, codes.shape[1] if self.strength else 0, _CHUNK):
             some = slice(start, start + _CHUNK)
             part = self.basis[:, some]
