@@ -289,9 +289,7 @@ class Plan:
 
     def report(self, rows: Sequence[TensorReport]) -> MergeReport:
         """The whole merge, from its tensors; without them, the plan."""
-        planned = self.draft(0, 1) if len(self.parts) == 1 else None
-        drafts = [planned] if planned else [self.draft(n, len(self.parts))
-                                            for n in range(len(self.parts))]  # fmt: skip
+        drafts = [self.draft(n, len(self.parts)) for n in range(len(self.parts))]
         places = [p for d in drafts for p in d.places]
         if not rows:
             rows = [TensorReport(p.info.name, p.info.shape, p.info.type_name,
