@@ -64,11 +64,7 @@ class Bench:
     def __init__(self, name: str) -> None:
         self.family: Family = family(name)
         self.work = self.family.work
-        aligned = self.family.aligned
-        self.degraded = degrade(aligned, self.work / "degraded", report=say)
-        bare = [Source(aligned.base)] if aligned.adapters else []
-        self.builder = Builder(self.family, bare or self.degraded)
-        self.degraded += bare
+        self.builder = Builder(self.family, self._bare() or self._degraded())
         self.prompts = suites()
         self.results: dict[str, Any] = {"family": name, "tasks": {}, "kinds": {}}
         if self.file.exists():
@@ -82,6 +78,14 @@ class Bench:
         return HERE / f"{self.family.name}.json"
 
     # -- genes ------------------------------------------------------------
+
+    def _bare(self) -> list[Source]:
+        """The model as it was before its alignment, where that is known."""
+        aligned = self.family.aligned
+        return [Source(aligned.base)] if aligned.adapters else []
+
+    def _degraded(self) -> list[Source]:
+        return degrade(self.family.aligned, self.work / "degraded", report=say)
 
     def gene(self) -> Path:
         """The family's gene: the shipped one, or extracted here."""
@@ -108,8 +112,9 @@ class Bench:
     def _extract(self, folder: Path, settings: Settings) -> SafetyGene:
         # The half-billion model learns at 120 tokens a second here: every second prompt.
         step = 2 if self.family.name == "qwen" else 1
+        degraded = [*self._degraded(), *self._bare()]
         return extract(
-            self.family.aligned, self.degraded, folder=folder, settings=settings, report=say,
+            self.family.aligned, degraded, folder=folder, settings=settings, report=say,
             harmful=harmful_prompts()[::step], harmless=harmless_prompts()[::step],
         )  # fmt: skip
 
