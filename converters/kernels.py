@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,33 @@ WRITABLE = frozenset({
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _F32 = 0
 _NAMES = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A tensor type: its name, ggml's number, weights a block and bytes a block."""
+
+    name: str
+    number: int
+    block: int
+    size: int
+
+    @classmethod
+    def of(cls, number: int) -> Kind:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        kind = GGMLQuantizationType(number)
+        return cls(str(kind.name), number, *GGML_QUANT_SIZES[kind])
+
+    @classmethod
+    def named(cls, name: str) -> Kind:
+        from gguf import GGMLQuantizationType
+
+        return cls.of(GGMLQuantizationType[name])
+
+    def width(self, weights: int) -> int:
+        """Bytes of so many weights, whole blocks of them."""
+        return weights // self.block * self.size
 
 
 class _Traits(ctypes.Structure):

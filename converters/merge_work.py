@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from ..errors import SafeGeneError
 from . import rounding
-from .kernels import Bytes
+from .kernels import Bytes, Kind
 from .rewrite import Place
-from .rounding import Kind, Update
+from .rounding import Update
 
 Progress: TypeAlias = Callable[[int, int], None] | None
 WORKER_MEMORY = 70 << 20  # bytes that one worker takes, roughly

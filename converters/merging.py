@@ -25,10 +25,11 @@ from ..gene import Expression
 from ..gguf_file import GGUFFile, PathLike, atomic_output, check_output, sha256
 from . import rounding
 from .imatrix import read_imatrix
+from .kernels import Kind
 from .merge_inputs import Folded, Given, fold, provenance, require_writable, updates_of
 from .merge_work import WORKER_MEMORY, Job, Progress, TensorReport, cpus, run_jobs
 from .rewrite import Draft, Place, Value, begin, copy, draft
-from .rounding import Kind, Update
+from .rounding import Update
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
 PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type becomes Q8_0
@@ -227,13 +228,11 @@ class Plan:
 
     def promoted(self, progress: Progress = None) -> Plan:
         """The plan with larger types for the tensors that would keep least of their update."""
-        from gguf import GGMLQuantizationType
-
         places = [p for p in self.draft(0, 1).places if p.info.name in self.updates]
         rows = run_jobs(self.jobs(places), None, self.settings.threads, progress)
         worst = sorted(rows, key=lambda r: (r.survived, r.name))
         worst = [r for r in worst if r.before != "F32"][: self.settings.promote]
-        larger = {r.name: int(GGMLQuantizationType[PROMOTED.get(r.before, "Q8_0")]) for r in worst}
+        larger = {row.name: _promoted(row.before).number for row in worst}
         return replace(self, types={**self.types, **larger})
 
     def write(
@@ -314,12 +313,12 @@ class Plan:
 
     def promotion_bytes(self, rows: Sequence[TensorReport]) -> list[int]:
         """What promoting each tensor that keeps too little would cost."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        return [
+            _promoted(row.after).width(int(np.prod(row.shape))) - row.n_bytes
+            for row in rows
+            if row.survived < ENOUGH and row.after != "F32"
+        ]
 
-        costs = []
-        for row in rows:
-            if row.survived < ENOUGH and row.after != "F32":
-                larger = GGMLQuantizationType[PROMOTED.get(row.after, "Q8_0")]
-                block, size = GGML_QUANT_SIZES[larger]
-                costs.append(int(np.prod(row.shape)) // block * size - row.n_bytes)
-        return costs
+
+def _promoted(kind: str) -> Kind:
+    return Kind.named(PROMOTED.get(kind, "Q8_0"))

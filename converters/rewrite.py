@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..errors import FileFormatError
 from ..gguf_file import MAGIC, GGUFFile, Scalar, TensorInfo
+from .kernels import Kind
 
 _STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4
 _COPY = 1 << 26  # bytes a system call
@@ -62,12 +63,14 @@ def draft(
     infos = [info for part in parts for info in part.tensors.values() if info.path == part.path]
     records, places, end = [], list[Place](), 0
     for info in infos:
-        kind = types.get(info.name, info.ggml_type)
-        size = _bytes_as(info, kind)
+        kind = Kind.of(types.get(info.name, info.ggml_type))
+        if info.shape[-1] % kind.block:
+            raise FileFormatError(f"{info.path}: rows of '{info.name}' do not fit {kind.name}")
+        size = kind.width(info.n_elements)
         shape = info.shape[::-1]
         records.append(_string(info.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape,
-                                                        kind, end))  # fmt: skip
-        places.append(Place(info, kind, end, size))
+                                                        kind.number, end))  # fmt: skip
+        places.append(Place(info, kind.number, end, size))
         end = -(-(end + size) // alignment) * alignment
     version = struct.unpack("<I", data[4:8])[0]
     head = MAGIC + struct.pack("<IQQ", version, len(records), len(pairs))
@@ -75,15 +78,6 @@ def draft(
     header += b"\0" * (-len(header) % alignment)
     moved = tuple(Place(p.info, p.ggml_type, p.offset + len(header), p.n_bytes) for p in places)
     return Draft(header, moved, len(header) + end)
-
-
-def _bytes_as(info: TensorInfo, ggml_type: int) -> int:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
-    if info.shape[-1] % block:
-        raise FileFormatError(f"{info.path}: rows of '{info.name}' do not fit the new type")
-    return int(info.n_elements // block * size)
 
 
 def _string(text: str) -> bytes:

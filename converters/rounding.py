@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from . import kernels
 from .codes import Codes, Layout, layouts
+from .kernels import Kind
 
 Floats = npt.NDArray[np.float32]
 STRENGTH = 400.0  # how much more of the activations lies along Q than along another direction
@@ -37,27 +38,6 @@ def basis_of(a: Floats) -> Floats:
     values, vectors = np.linalg.eigh(wide @ wide.T)  # r×r: far cheaper than A's own SVD
     kept = values > values[-1] * 1e-10
     return np.asarray((vectors[:, kept] / np.sqrt(values[kept])).T @ wide, np.float32)
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A tensor type: its name, ggml's number, weights a block and bytes a block."""
-
-    name: str
-    number: int
-    block: int
-    size: int
-
-    @classmethod
-    def of(cls, number: int) -> Kind:
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        kind = GGMLQuantizationType(number)
-        return cls(str(kind.name), number, *GGML_QUANT_SIZES[kind])
-
-    def width(self, columns: int) -> int:
-        """Bytes of so many weights."""
-        return columns // self.block * self.size
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,8 @@ def test_a_stored_teacher_is_the_model_itself(tiny: tiny_models.ModelFactory, tm
     import torch
 
     from safegene_edge.training import distil
-    from safegene_edge.training.recipe import Example, Recipe
+    from safegene_edge.training.loss import Example
+    from safegene_edge.training.recipe import Recipe
 
     recipe = Recipe(refusal_tokens=4, kept_tokens=4)
     one, two = tiny("llama").hf_model, tiny("llama", num_hidden_layers=2).hf_model

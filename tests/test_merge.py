@@ -249,7 +249,7 @@ def test_an_update_below_half_a_step_survives(kind):
         kept = kernels.dequantise(new, ggml_type, values.shape) - before
         return float((kept * delta).sum() / (delta * delta).sum())
 
-    kinds = (rounding.Kind.of(ggml_type),) * 2
+    kinds = (kernels.Kind.of(ggml_type),) * 2
     update = rounding.Update.of(a, b)
     ours = survived(rounding.merged(raw, kinds, update, strength=1000.0)[0])
     nearest = survived(rounding.merged(raw, kinds, update, strength=0.0)[0])
@@ -263,7 +263,7 @@ def test_what_leaves_the_codes_range_gets_new_scales():
     values = random_.normal(size=(8, 256)).astype(np.float32)
     a = random_.normal(size=(1, 256)).astype(np.float32)
     b = np.full((8, 1), 5.0, np.float32)
-    kind = rounding.Kind.of(int(GGMLQuantizationType.Q4_K))
+    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_K))
     raw = kernels.quantise(values, kind.number)
     new, sums = rounding.merged(raw, (kind, kind), rounding.Update.of(a, b))
     before = kernels.dequantise(raw, kind.number, values.shape)

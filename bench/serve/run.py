@@ -4,7 +4,7 @@ Both serve the same model with the same gene; the clients are OpenAI's, in a pro
 own, and load one server at a time, in turn. Every answer is checked afterwards against the
 prompts: one that is clearly likelier after another client's than after its own has crossed
 over. LLAMA_SERVER names the peer's program (it is left out where it is not set), SERVE_SECONDS
-how long each server is loaded in all (120).
+how long each server is loaded in all (240: twice two minutes).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, smollm2, table, write
 
-CLIENTS, ROUNDS, TOKENS, CONTEXT = 32, 4, 48, 32 * 512
+CLIENTS, ROUNDS, TOKENS, CONTEXT = 32, 2, 48, 32 * 512
 NATS = 5.0  # what counts as clearly likelier, over a whole answer
-SECONDS = float(os.environ.get("SERVE_SECONDS", "120"))
+SECONDS = float(os.environ.get("SERVE_SECONDS", "240"))
 GENE = Path(__file__).parents[2] / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
 
 

@@ -18,9 +18,10 @@ from types import MappingProxyType
 from ..compat import open_model
 from ..gguf_file import PathLike
 from ..runtime.llama import SafeLlama
+from .loss import Example
 from .models import GENE, LiveModel, Source
 from .processes import Processes
-from .recipe import Example, Recipe, Report, require_extra, train
+from .recipe import Recipe, Report, require_extra, train
 
 # Epochs for each kind: ten chats of a persona do to a model what hundreds of a task's rows do.
 KINDS: Mapping[str, int] = MappingProxyType({"task": 3, "general": 2, "persona": 5})

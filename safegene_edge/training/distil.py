@@ -24,9 +24,10 @@ import numpy.typing as npt
 
 from ..errors import FileFormatError, SafeGeneError
 from ..gguf_file import atomic_output
+from .loss import Example, log_probabilities
 from .models import LiveModel, Source
 from .processes import Processes
-from .recipe import Example, Recipe, Report, batches, log_probabilities, remaining, schedule
+from .recipe import Recipe, Report, batches, remaining, schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,6 @@ import numpy as np
 from ..compat import open_model
 from ..converters import convert
 from ..converters.names import BaseNames
-from ..converters.peft import PREFIX
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
@@ -41,9 +40,10 @@ from .distil import (
     save_lessons,
     taught,
 )
-from .models import GENE, LiveModel, Source, require_family
+from .loss import Example, log_probabilities
+from .models import GENE, LiveModel, Source, block_of, require_family
 from .processes import Processes
-from .recipe import Example, Recipe, Report, log_probabilities, rendered, require_extra
+from .recipe import Recipe, Report, rendered, require_extra
 from .select import layer_scores, select
 
 METHODS = ("distil", "delta")
@@ -309,7 +309,7 @@ class _Work:
         )
         if not settings.select:
             return adapter, {}, _Refusals()
-        _load_pairs(self.live(), adapter, BaseNames(self.model), settings)
+        self.live().load_gene(adapter, BaseNames(self.model))
         kept, scores = self._select(sizes_of(adapter))
         return adapter.only(kept), scores, _Refusals()
 
@@ -416,7 +416,7 @@ class _Work:
         self, sizes: dict[int, int] | None = None
     ) -> tuple[tuple[int, ...], dict[int, float]]:
         """The layers kept, and every layer's score."""
-        sizes = sizes or _sizes(self.live())
+        sizes = sizes or self.live().gene_sizes()
         if not self.settings.select:
             return tuple(sizes), {}
         self.live()
@@ -462,10 +462,10 @@ class _Work:
         weights = self.live().gene_weights()
         with torch.no_grad():
             for name, weight in weights.items():
-                if _layer(name) not in kept and ".lora_B." in name:
+                if block_of(name) not in kept and ".lora_B." in name:
                     weight.zero_()
         trainer = self._trainer("tune.pt", settings)
-        trainer.run(plan, lambda name: _layer(name) in kept)
+        trainer.run(plan, lambda name: block_of(name) in kept)
 
     def _converted(self) -> Adapter:
         """The gene's LoRA pairs under their GGUF names."""
@@ -477,42 +477,9 @@ class _Work:
         return convert(peft / GENE, base=self.model.path)
 
 
-# -- the gene in a live model ---------------------------------------------
-
-
-def _layer(parameter: str) -> int:
-    match = re.search(r"\.layers\.(\d+)\.", parameter)
-    return int(match.group(1)) if match else -1
-
-
-def _sizes(live: LiveModel) -> dict[int, int]:
-    """Layer to the gene's parameters in it."""
-    sizes: Counter[int] = Counter()
-    for name, weight in live.gene_weights().items():
-        sizes[_layer(name)] += weight.numel()
-    return dict(sizes)
-
-
 def sizes_of(adapter: Adapter) -> dict[int, int]:
     """Layer to the adapter's parameters in it."""
     sizes: Counter[int] = Counter()
     for tensor, pair in adapter.pairs.items():
         sizes[layer_of(tensor)] += pair.n_parameters
     return dict(sizes)
-
-
-def _load_pairs(live: LiveModel, adapter: Adapter, names: BaseNames, recipe: Recipe) -> None:
-    """Put an adapter into the live model's gene; modules that it does not touch get zeros."""
-    import torch
-
-    weights: dict[str, Any] = live.gene_weights()
-    with torch.no_grad():
-        for weight in weights.values():
-            weight.zero_()
-        for tensor, pair in adapter.pairs.items():
-            module = PREFIX + names.modules[tensor]
-            b = names.to_hf_rows(tensor, pair.b) * (
-                adapter.effective_scale(tensor) * recipe.rank / recipe.alpha
-            )
-            weights[f"{module}.lora_A.{GENE}.weight"][: pair.rank] = torch.from_numpy(pair.a)
-            weights[f"{module}.lora_B.{GENE}.weight"][:, : pair.rank] = torch.from_numpy(b)

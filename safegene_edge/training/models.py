@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ import numpy.typing as npt
 from ..compat import open_model
 from ..converters import safetensors_file
 from ..converters.names import BaseNames
-from ..converters.peft import CONFIG, WEIGHTS, module_of, read_peft
+from ..converters.peft import CONFIG, PREFIX, WEIGHTS, module_of, read_peft
 from ..errors import FileFormatError, MismatchError
+from ..gene import Adapter
 from ..gguf_file import PathLike, atomic_output, sha256
 from ..hub import resolve
 from .processes import Processes
@@ -228,7 +231,7 @@ class LiveModel:
         world = Processes.current()
         with world.first():
             self._weights = _stored_weights(bases, folder, dtype) if len(bases) > 1 else {}
-        self._base = bases[0]
+        self._base, self._recipe = bases[0], recipe
         torch.manual_seed(recipe.seed)
         config = LoraConfig(
             r=recipe.rank,
@@ -263,6 +266,29 @@ class LiveModel:
         """The gene's parameters by name."""
         return {n: w for n, w in self.model.named_parameters() if f".{GENE}." in n}
 
+    def gene_sizes(self) -> dict[int, int]:
+        """Block to the gene's parameters in it."""
+        sizes: Counter[int] = Counter()
+        for name, weight in self.gene_weights().items():
+            sizes[block_of(name)] += weight.numel()
+        return dict(sizes)
+
+    def load_gene(self, adapter: Adapter, names: BaseNames) -> None:
+        """Put an adapter into the gene's weights; modules that it does not touch get zeros."""
+        import torch
+
+        weights = self.gene_weights()
+        with torch.no_grad():
+            for weight in weights.values():
+                weight.zero_()
+            for tensor, pair in adapter.pairs.items():
+                module = PREFIX + names.modules[tensor]
+                b = names.to_hf_rows(tensor, pair.b) * (
+                    adapter.effective_scale(tensor) * self._recipe.rank / self._recipe.alpha
+                )
+                weights[f"{module}.lora_A.{GENE}.weight"][: pair.rank] = torch.from_numpy(pair.a)
+                weights[f"{module}.lora_B.{GENE}.weight"][:, : pair.rank] = torch.from_numpy(b)
+
     def blocks(self) -> Any:
         """The list of transformer blocks."""
         return self.model.get_base_model().model.layers
@@ -279,6 +305,12 @@ class LiveModel:
             for name, weight in _base_parameters(self.model):
                 weight.copy_(stored.get_tensor(name))
         self._base = base
+
+
+def block_of(parameter: str) -> int:
+    """The number of the transformer block that a parameter lies in, or -1."""
+    match = re.search(r"\.layers\.(\d+)\.", parameter)
+    return int(match.group(1)) if match else -1
 
 
 def _base_parameters(model: Any) -> Iterator[tuple[str, Any]]:
