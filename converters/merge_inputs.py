@@ -70,14 +70,18 @@ def _folded(item: AdapterLike, how: How) -> Folded:
 def updates_of(adapters: Iterable[Adapter]) -> dict[str, Update]:
     """The sum of several adapters' updates, tensor by tensor."""
     halves: dict[str, list[tuple[Floats, Floats]]] = {}
+    known: dict[str, Floats] = {}
     for adapter in adapters:
+        if isinstance(adapter, SafetyGene):
+            known = {**adapter.activations, **known}
         for name, pair in adapter.pairs.items():
             b = pair.b.astype(np.float32) * np.float32(adapter.effective_scale(name))
             halves.setdefault(name, []).append((pair.a.astype(np.float32), b))
     found = {}
     for name, parts in halves.items():
         a = np.concatenate([part[0] for part in parts])
-        found[name] = Update.of(a, np.concatenate([part[1] for part in parts], axis=1))
+        b = np.concatenate([part[1] for part in parts], axis=1)
+        found[name] = Update.of(a, b, known.get(name))
     return found
 
 

@@ -283,7 +283,7 @@ class Plan:
         threads = self.settings.threads or cpus()
         work = (time.perf_counter() - started) * elements / sampled / threads
         copied = sum(part.n_bytes for part in self.parts) / _COPIED
-        halves = sum(u.a.nbytes + u.b.nbytes + u.basis.nbytes for u in self.updates.values())
+        halves = sum(u.a.nbytes + u.b.nbytes + u.seen.nbytes for u in self.updates.values())
         return Estimate(work + copied, _BASE_MEMORY + halves + threads * WORKER_MEMORY)
 
     def report(self, rows: Sequence[TensorReport]) -> MergeReport:

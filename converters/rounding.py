@@ -3,15 +3,19 @@
 An update is often smaller than half a step of the grid: rounding to the nearest code swallows
 it, and quantising the sum afresh drowns it in new rounding errors of every weight. Here the
 scales stay, and those codes change that carry the update where it acts. With e the error of a
-row (what the codes changed minus the update), w the columns' weights and Q an orthonormal basis
-of the rows of A, minimised by coordinate descent is
+row (what the codes changed minus the update), w the columns' weights, Q an orthonormal basis of
+the rows of A and D the directions that the activations lie along, where the gene carries them
+(`safegene_edge.activations`), minimised by coordinate descent is
 
-    sum_j w_j e_j^2 + strength * |Q e|^2
+    sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
 
 An update B A acts on what Q sees of the activations, so Q e = 0 keeps the effect whole, however
-few codes change. Types without a uniform grid, and rows whose update leaves the range of their
-codes, are quantised afresh by ggml; of the two ways a row takes the one with the smaller
-objective. Columns are worked on in groups; what couples them is Q e alone, k numbers a row.
+few codes change. A grid that is fine enough to hold most of the update needs less of that: the
+strength is multiplied by the square of the share of |update|^2 that rounding to the nearest code
+would lose (1 at 4 bits, a hundredth at Q8_0). Types without a uniform grid, and rows whose update
+leaves the range of their codes, are quantised afresh by ggml; of the two ways a row takes the
+one with the smaller objective. Columns are worked on in groups; what couples them is Q e and D e
+alone, k numbers a row.
 """
 
 from __future__ import annotations
@@ -42,15 +46,29 @@ def basis_of(a: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The update b @ a of a tensor: a is R×in, b out×R; basis (k×in) spans the rows of a."""
+    """The update b @ a of a tensor: a is R×in, b out×R.
+
+    Attributes:
+        seen: Q, which spans the rows of a, and below it D (k×in).
+        spanned: how many rows Q has.
+    """
 
     a: Floats
     b: Floats
-    basis: Floats
+    seen: Floats
+    spanned: int
 
     @classmethod
-    def of(cls, a: Floats, b: Floats) -> Update:
-        return cls(a, b, basis_of(a))
+    def of(cls, a: Floats, b: Floats, directions: Floats | None = None) -> Update:
+        basis = basis_of(a)
+        seen = basis if directions is None else np.concatenate([basis, directions])
+        return cls(a, b, seen, len(basis))
+
+    def pull(self, strength: float) -> Floats:
+        """The weight in the objective of what each row of `seen` sees (k)."""
+        pull = np.ones(len(self.seen), np.float32)
+        pull[: self.spanned] = strength
+        return pull
 
 
 def merged(
@@ -67,7 +85,8 @@ def merged(
         kinds: the tensor's type, before and after.
         update: with the b of these rows.
         importance: weight of each column (columns), from an importance matrix.
-        strength: 0 rounds to the nearest code, None quantises afresh.
+        strength: where the grid loses the whole update; 0 rounds to the nearest code, None
+            quantises afresh.
 
     Returns:
         The new bytes, and |update|^2, |error|^2, <update, error> with the error being what the
@@ -82,9 +101,9 @@ def merged(
     layout = layouts().get(before.name) if before == after and strength is not None else None
     sums = np.zeros(3)
     pieces = [slice(n, min(columns, n + _GROUP)) for n in range(0, columns, _GROUP)]
-    residual = np.zeros((len(raw), len(update.basis)), np.float32)
+    residual = np.zeros((len(raw), len(update.seen)), np.float32)
 
-    def group(some: slice) -> tuple[kernels.Bytes, Floats, _Group | None]:
+    def group(some: slice, pull: Floats | None) -> tuple[kernels.Bytes, Floats, _Group | None]:
         part = np.ascontiguousarray(raw[:, before.width(some.start) : before.width(some.stop)])
         with np.errstate(over="ignore", invalid="ignore"):
             delta = update.b @ update.a[:, some]
@@ -92,20 +111,25 @@ def merged(
             raise FloatingPointError
         if layout is None:
             return part, delta, None
-        weights, basis = _weights(importance, some), update.basis[:, some]
-        return part, delta, _Group(layout, before.number, delta, basis, weights, strength or 0.0)
+        weights, seen = _weights(importance, some), update.seen[:, some]
+        return part, delta, _Group(layout, before.number, delta, seen, weights, pull)
 
+    lost = whole = 0.0
     for some in pieces if strength else ():
-        part, _, made = group(some)
+        part, delta, made = group(some, None)
         if made is not None:
-            residual += made.nearest(part) @ made.basis.T
+            error = made.nearest(part)
+            residual += error @ made.seen.T
+            lost, whole = lost + float((error**2).sum()), whole + float((delta**2).sum())
+    share = min(1.0, lost / whole) if whole else 1.0
+    pull = update.pull(strength * share**2) if strength else None
     for some in pieces:
-        part, delta, made = group(some)
-        share = importance[some] if importance is not None else None
+        part, delta, made = group(some, pull)
+        diagonal = importance[some] if importance is not None else None
         if made is None:
-            done, error = _afresh(part, before.number, after.number, delta, share)
+            done, error = _afresh(part, before.number, after.number, delta, diagonal)
         else:
-            done, error = made.rounded(part, residual, share)
+            done, error = made.rounded(part, residual, diagonal)
         new[:, after.width(some.start) : after.width(some.stop)] = done
         flat, wrong = delta.reshape(-1), error.reshape(-1)
         sums += flat @ flat, wrong @ wrong, flat @ wrong
@@ -136,14 +160,14 @@ class _Group:
     layout: Layout
     ggml_type: int
     delta: Floats
-    basis: Floats
+    seen: Floats
     weights: Floats
-    strength: float
+    pull: Floats | None
 
     def rounded(
         self, raw: kernels.Bytes, residual: Floats, importance: Floats | None
     ) -> tuple[kernels.Bytes, Floats]:
-        """New bytes and error; `residual` (Q e, rows×k) is kept up to date."""
+        """New bytes and error; `residual` (Q e and D e, rows×k) is kept up to date."""
         before = residual.copy()
         codes = self.layout.unpack(raw)
         moved, error, clipped = self._moved(codes, raw, residual)
@@ -153,18 +177,20 @@ class _Group:
             fresh, other = _afresh(
                 raw[rows], self.ggml_type, self.ggml_type, self.delta[rows], importance
             )
-            seen = before[rows] - self.nearest(raw, codes)[rows] @ self.basis.T
+            seen = before[rows] - self.nearest(raw, codes)[rows] @ self.seen.T
             wins = self._objective(other, seen) < self._objective(error[rows], seen)
             chosen = rows[wins]
             new[chosen], error[chosen] = fresh[wins], other[wins]
-            residual[chosen] = seen[wins] + other[wins] @ self.basis.T
+            residual[chosen] = seen[wins] + other[wins] @ self.seen.T
         return new, error
 
     def _objective(self, error: Floats, others: Floats) -> Floats:
-        """Of some rows; `others` is what all other groups add to Q e."""
-        seen = others + error @ self.basis.T
+        """Of some rows; `others` is what all other groups add to Q e and D e."""
         own = (error**2 * self.weights).sum(axis=1)
-        return np.asarray(own + self.strength * (seen**2).sum(axis=1), np.float32)
+        if self.pull is None:
+            return np.asarray(own, np.float32)
+        seen = others + error @ self.seen.T
+        return np.asarray(own + seen**2 @ self.pull, np.float32)
 
     def nearest(self, raw: kernels.Bytes, codes: Codes | None = None) -> Floats:
         """The error where every code is the nearest one (rows×columns)."""
@@ -188,14 +214,17 @@ class _Group:
         clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
         np.clip(np.rint(moved, out=moved), down, up, out=moved)
         error = moved * steps - self.delta
-        for start in range(0, codes.shape[1] if self.strength else 0, _CHUNK):
+        if self.pull is None:
+            return moved.astype(np.int16), error, clipped
+        for start in range(0, codes.shape[1], _CHUNK):
             some = slice(start, start + _CHUNK)
-            part = self.basis[:, some]
-            gram = np.float32(self.strength) * (part.T @ part)
+            part = self.seen[:, some]
+            pulled = part * self.pull[:, None]
+            gram = part.T @ pulled
             gram[np.diag_indices(len(gram))] += self.weights[some]
             curvature = gram.diagonal().copy()
             # The best change of each error, were it not for the grid: the derivative there is 0.
-            best = residual @ (part * (np.float32(-self.strength) / curvature))
+            best = residual @ (pulled / -curvature)
             best -= error[:, some] * (self.weights[some] / curvature)
             code = np.rint(best * inverse[:, some])
             rows = np.flatnonzero(code.any(axis=1))

@@ -1,0 +1,88 @@
+"""Where the inputs of a gene's tensors lie: a few directions that merging must not disturb.
+
+Rounding errors that are spread evenly over a weight's columns are harmless only if activations
+are, too. They are not: on SmolLM2 one direction holds two thirds of what attention reads, so an
+error that leans on it shifts every token alike. With C = E[x x^T] over the family's aligned
+model, its largest eigenvalues l_i and eigenvectors v_i, and r the mean of the other
+eigenvalues, a direction is the row sqrt(l_i / r) v_i: for an error e of a row of weights,
+|e|^2 + sum_i (direction_i . e)^2 is E[(e . x)^2] / r, with the rest of C taken as even.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FileFormatError
+
+Floats = npt.NDArray[np.float32]
+Directions: TypeAlias = Mapping[str, Floats]  # tensor to k×in
+COUNT = 6  # directions an input: what a gene of 1.5 MB has room for
+
+
+def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
+    """The directions (k×in) of a sample of activations (tokens×in)."""
+    wide = inputs.astype(np.float64)
+    count = min(count, *(extent - 1 for extent in wide.shape))
+    if count < 1:
+        return np.zeros((0, wide.shape[1]), np.float32)
+    _, sizes, vectors = np.linalg.svd(wide, full_matrices=False)
+    rest = (sizes[count:] ** 2).sum() / (wide.shape[1] - count)
+    rows = vectors[:count] * (sizes[:count] / np.sqrt(max(rest, 1e-12)))[:, None]
+    return np.asarray(rows, np.float32)
+
+
+def packed(directions: Directions) -> tuple[list[str], list[str]]:
+    """Texts for a GGUF's metadata: names of tensors that share an input, and its directions.
+
+    A text is base 85 of k float32 steps and k rows of 8-bit integers.
+    """
+    names: dict[str, list[str]] = {}
+    for tensor, rows in directions.items():
+        steps = np.abs(rows).max(axis=1, initial=1e-30) / 127
+        whole = np.rint(rows / steps[:, None]).astype(np.int8)
+        head = np.array([len(rows)], "<u4").tobytes() + steps.astype("<f4").tobytes()
+        names.setdefault(base64.b85encode(head + whole.tobytes()).decode(), []).append(tensor)
+    return [" ".join(group) for group in names.values()], list(names)
+
+
+def unpacked(names: Sequence[str], texts: Sequence[str], widths: Mapping[str, int]) -> Directions:
+    """What `packed` packed, for the tensors of `widths` (tensor to columns).
+
+    Raises:
+        FileFormatError: a text is damaged, or of another width.
+    """
+    found: dict[str, Floats] = {}
+    for group, text in zip(names, texts, strict=True):
+        wanted = [tensor for tensor in group.split() if tensor in widths]
+        if not wanted:
+            continue
+        rows = _rows(text, f"the activations of '{wanted[0]}'")
+        for tensor in wanted:
+            if rows.shape[1] != widths[tensor]:
+                raise FileFormatError(
+                    f"the activations of '{tensor}' have {rows.shape[1]} columns, "
+                    f"not {widths[tensor]}"
+                )
+            found[tensor] = rows
+    return found
+
+
+def _rows(text: str, what: str) -> Floats:
+    try:
+        raw = base64.b85decode(text)
+        count = int(np.frombuffer(raw, "<u4", 1)[0])
+        if not 0 < count <= len(raw) // 5:
+            raise ValueError(f"it counts {count} rows")
+        steps = np.frombuffer(raw, "<f4", count, 4)
+        whole = np.frombuffer(raw, np.int8, offset=4 + 4 * count).reshape(count, -1)
+    except (ValueError, binascii.Error) as error:
+        raise FileFormatError(f"{what} are damaged ({error})") from error
+    if not np.isfinite(steps).all():
+        raise FileFormatError(f"{what} hold a step that is not finite")
+    return np.asarray(whole * steps[:, None], np.float32)
