@@ -1,10 +1,10 @@
 """The server under 32 clients, beside llama.cpp's own `llama-server` with the same slots.
 
 Both serve the same model with the same gene; the clients are OpenAI's, in a process of their
-own, and load one server at a time, in turn. Every answer is checked afterwards against the
-prompts: one that is clearly likelier after another client's than after its own has crossed
-over. LLAMA_SERVER names the peer's program (it is left out where it is not set), SERVE_SECONDS
-how long each server is loaded in all (240: twice two minutes).
+own, and load one server at a time, in turn. No prompt comes twice to a server. Every answer is
+checked afterwards against the prompts: one that is clearly likelier after another client's than
+after its own has crossed over. LLAMA_SERVER names the peer's program (it is left out where it
+is not set), SERVE_SECONDS how long each server is loaded in all (240: twice two minutes).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, smollm2, table, write
 
 CLIENTS, ROUNDS, TOKENS, CONTEXT = 32, 2, 48, 32 * 512
+EACH = 2000  # prompts for a round: more than any server answers
 NATS = 5.0  # what counts as clearly likelier, over a whole answer
 SECONDS = float(os.environ.get("SERVE_SECONDS", "240"))
 GENE = Path(__file__).parents[2] / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
@@ -209,7 +210,8 @@ def shown(model: Path, results: dict[str, Any]) -> str:
         f"# Server: {CLIENTS} clients, {results['seconds']:g} s, {model.name} with the gene\n\n"
         + table(header, rows)
         + f"\n{beside}Half of the requests stream; {TOKENS} tokens at most each, "
-        f"{CLIENTS} slots; clients and server share the machine. The servers are loaded in turn.\n"
+        f"{CLIENTS} slots; clients and server share the machine. The servers are loaded in turn. "
+        "No prompt comes twice to a server: llama-server keeps the states of earlier prompts.\n"
         f"\nOf {check['checked']} different answers of ours, {check['crossed_over']} were likelier "
         f"by {NATS:g} nats after another client's prompt than after their own; of as many swapped "
         f"on purpose the same check finds {check['caught']} (refusals are alike). That answers in "
@@ -223,13 +225,17 @@ def main() -> None:
 
     model = smollm2()
     suites = [suite for name in ("harmful", "harmless") for suite in load_suite(name)]
-    prompts = [p.text for suite in suites for p in suite.sample(60).prompts]
+    texts = [p.text for suite in suites for p in suite.sample(60).prompts]
+    prompts = [f"{n}. {texts[n % len(texts)]}" for n in range(ROUNDS * EACH)]
     with ExitStack() as stack:
         running = servers(stack, model)
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
         for number in range(ROUNDS):
             for name, (url, pid) in running.items():
-                found = loaded(url, SECONDS / ROUNDS, prompts, pid)
+                first = number * EACH
+                found = loaded(url, SECONDS / ROUNDS, prompts[first : first + EACH], pid)
+                for entry in found["entries"]:
+                    entry["prompt"] += first
                 rounds[name].append(found)
                 speed = found["tokens_per_second"]
                 print(f"round {number + 1}, {name}: {speed:.1f} tokens/s", file=sys.stderr)
