@@ -1,11 +1,14 @@
 """Where the inputs of a gene's tensors lie: a few directions that merging must not disturb.
 
 Rounding errors that are spread evenly over a weight's columns are harmless only if activations
-are, too. They are not: on SmolLM2 one direction holds two thirds of what attention reads, so an
-error that leans on it shifts every token alike. With C = E[x x^T] over the family's aligned
-model, its largest eigenvalues l_i and eigenvectors v_i, and r the mean of the other
+are, too. They are not: on SmolLM2 one direction holds two thirds of what attention reads, and the
+first token, on which attention rests, holds nearly all of what one feed-forward layer does. An
+error that leans on these shifts every answer alike. With C = E[x x^T] over the family's aligned
+model, l_i and v_i its largest eigenvalues and their vectors, and r the mean of the other
 eigenvalues, a direction is the row sqrt(l_i / r) v_i: for an error e of a row of weights,
 |e|^2 + sum_i (direction_i . e)^2 is E[(e . x)^2] / r, with the rest of C taken as even.
+
+Directions are kept in 4 bits. What the coding of one leaves over, the next ones may take up.
 """
 
 from __future__ import annotations
@@ -22,20 +25,44 @@ from .errors import FileFormatError
 
 Floats = npt.NDArray[np.float32]
 Directions: TypeAlias = Mapping[str, Floats]  # tensor to k×in
-COUNT = 12  # directions an input: what a gene of 1.5 MB has room for
 _LEVELS = 7  # 4 bits: twice the directions do more than twice the precision
+_MOST, _COLUMNS = 16, 96  # directions an input, and how many columns there are for each of them
+_TURNS = 60  # of the power iteration; a vector that is not quite the largest serves as well
 
 
-def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
-    """The directions (k×in) of a sample of activations (tokens×in)."""
-    wide = inputs.astype(np.float64)
-    count = min(count, *(extent - 1 for extent in wide.shape))
-    if count < 1:
-        return np.zeros((0, wide.shape[1]), np.float32)
-    _, sizes, vectors = np.linalg.svd(wide, full_matrices=False)
-    rest = (sizes[count:] ** 2).sum() / (wide.shape[1] - count)
-    rows = vectors[:count] * (sizes[:count] / np.sqrt(max(rest, 1e-12)))[:, None]
-    return np.asarray(rows, np.float32)
+def directions_of(inputs: Floats, count: int | None = None) -> Floats:
+    """The directions (k×in) of a sample of activations (tokens×in).
+
+    Args:
+        count: how many at most; default: one for 96 columns, 16 at most.
+    """
+    left = inputs.astype(np.float64)
+    width = left.shape[1]
+    count = max(1, min(_MOST, width // _COLUMNS)) if count is None else count
+    rows = []
+    for _ in range(min(count, width - 1)):
+        along = _principal(left)
+        if along is None:
+            break
+        along = np.rint(along * (_LEVELS / np.abs(along).max()))
+        along /= np.linalg.norm(along)
+        seen = left @ along
+        left -= np.outer(seen, along)
+        rows.append(np.linalg.norm(seen) * along)
+    rest = np.square(left).sum() / (width - len(rows)) or 1.0
+    return np.array(rows, np.float32).reshape(-1, width) / np.float32(np.sqrt(rest))
+
+
+def _principal(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64] | None:
+    """The direction that most of the rows' energy lies along; None where there is no energy."""
+    sizes = np.square(rows).sum(axis=1)
+    vector: npt.NDArray[np.float64] = rows[sizes.argmax()]
+    for _ in range(_TURNS):
+        length = np.linalg.norm(vector)
+        if not length > 1e-9:
+            return None
+        vector = rows.T @ (rows @ (vector / length))
+    return vector / np.linalg.norm(vector)
 
 
 def packed(directions: Directions) -> tuple[list[str], list[str]]:
@@ -46,6 +73,8 @@ def packed(directions: Directions) -> tuple[list[str], list[str]]:
     """
     names: dict[str, list[str]] = {}
     for tensor, rows in directions.items():
+        if not len(rows):
+            continue
         steps = np.abs(rows).max(axis=1, initial=1e-30) / _LEVELS
         codes = (np.rint(rows / steps[:, None]) + 8).astype(np.uint8).reshape(-1)
         codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from test_gene import random_gene
 
 from safegene_edge import Expression, SafetyGene
-from safegene_edge.activations import COUNT, directions_of, packed, unpacked
+from safegene_edge.activations import directions_of, packed, unpacked
 from safegene_edge.converters import kernels, rounding
 from safegene_edge.converters.merge_inputs import updates_of
 from safegene_edge.errors import FileFormatError
@@ -37,11 +37,31 @@ def test_directions_weigh_an_error_as_the_activations_do():
         )
 
 
-@pytest.mark.parametrize("shape", [(1, 8), (2, 8), (40, 8)])
-def test_small_samples_have_fewer_directions(shape):
-    rows = directions_of(np.random.default_rng(0).normal(size=shape).astype(np.float32))
-    assert rows.shape == (min(COUNT, shape[0] - 1, shape[1] - 1), 8)
+@pytest.mark.parametrize(
+    ("tokens", "width", "count"), [(1, 8, 1), (40, 8, 1), (40, 300, 3), (40, 4000, 16), (4, 600, 6)]
+)
+def test_wide_inputs_have_more_directions(tokens, width, count):
+    rows = directions_of(np.random.default_rng(0).normal(size=(tokens, width)).astype(np.float32))
+    assert rows.shape[1] == width and 1 <= len(rows) <= count
+    assert len(rows) == min(count, tokens) or tokens < count
     assert np.isfinite(rows).all()
+
+
+def test_no_activations_have_no_directions():
+    assert directions_of(np.zeros((5, 200), np.float32)).shape == (0, 200)
+
+
+def test_coding_is_exact_for_directions_and_leftovers_are_taken_up():
+    """One token that dwarfs the others: 4 bits hold its direction to a few per cent at first."""
+    inputs, _ = leaning_inputs()
+    inputs[::40] = 1000 * inputs[0]
+    rows = directions_of(inputs, 4)
+    again = unpacked(*packed({"t": rows}), {"t": 256})["t"]
+    np.testing.assert_allclose(again, rows, rtol=1e-5)
+    error = np.random.default_rng(4).normal(size=256)
+    basis = np.linalg.qr(rows.T)[0]
+    error -= basis @ (basis.T @ error)  # an error that no direction sees
+    assert np.abs(inputs[0] @ error) < 0.01 * np.linalg.norm(inputs[0]) * np.linalg.norm(error)
 
 
 def known(gene):

@@ -10,8 +10,7 @@ import numpy as np
 from ..activations import Floats, directions_of
 from .models import LiveModel, Source
 
-_SINK = 4  # the first tokens' activations are huge and always the same: attention rests on them
-_TOKENS = 1024  # of a sample
+_TOKENS = 1536  # of a sample
 
 
 def directions(
@@ -39,13 +38,14 @@ def _samples(
     """Inputs (tokens×in) of each tensor."""
     import torch
 
-    total = sum(max(0, len(prompt) - _SINK) for prompt in prompts)
-    stride = max(1, -(-total // _TOKENS))
+    # Fewer prompts rather than fewer tokens of each: the template's tokens are those of every
+    # conversation, and the first of all is the one that attention rests on.
+    chosen = prompts[:: max(1, -(-sum(map(len, prompts)) // _TOKENS))]
     seen: dict[str, list[Floats]] = {tensor: [] for tensor in modules}
 
     def keep(tensor: str) -> Any:
         def hook(_: Any, inputs: tuple[Any, ...]) -> None:
-            rows = inputs[0].reshape(-1, inputs[0].shape[-1])[_SINK::stride]
+            rows = inputs[0].reshape(-1, inputs[0].shape[-1])
             seen[tensor].append(rows.float().cpu().numpy())
 
         return hook
@@ -54,7 +54,7 @@ def _samples(
         known = dict(model.named_modules())
         handles = [known[name].register_forward_pre_hook(keep(t)) for t, name in modules.items()]
         try:
-            for prompt in prompts:
+            for prompt in chosen:
                 model(input_ids=torch.tensor([list(prompt)], device=model.device), use_cache=False)
         finally:
             for handle in handles:
