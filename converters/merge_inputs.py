@@ -67,13 +67,16 @@ def _folded(item: AdapterLike, how: How) -> Folded:
     return Folded(content.scaled(float(how)) if how != 1.0 else content, name, source, how)
 
 
-def updates_of(adapters: Iterable[Adapter]) -> dict[str, Update]:
-    """The sum of several adapters' updates, tensor by tensor."""
+def updates_of(
+    adapters: Iterable[Adapter], directions: Mapping[str, Floats] | None = None
+) -> dict[str, Update]:
+    """The sum of several adapters' updates, tensor by tensor.
+
+    Args:
+        directions: tensor to what its inputs lie along (k×in).
+    """
     halves: dict[str, list[tuple[Floats, Floats]]] = {}
-    known: dict[str, Floats] = {}
     for adapter in adapters:
-        if isinstance(adapter, SafetyGene):
-            known = {**adapter.activations, **known}
         for name, pair in adapter.pairs.items():
             b = pair.b.astype(np.float32) * np.float32(adapter.effective_scale(name))
             halves.setdefault(name, []).append((pair.a.astype(np.float32), b))
@@ -81,7 +84,7 @@ def updates_of(adapters: Iterable[Adapter]) -> dict[str, Update]:
     for name, parts in halves.items():
         a = np.concatenate([part[0] for part in parts])
         b = np.concatenate([part[1] for part in parts], axis=1)
-        found[name] = Update.of(a, b, known.get(name))
+        found[name] = Update.of(a, b, (directions or {}).get(name))
     return found
 
 

@@ -46,12 +46,15 @@ class MergeSettings:
         promote: how many of the touched tensors that keep least of their update get a larger type.
         strength: see `rounding`; 0 rounds to the nearest code, None quantises afresh.
         threads: default: the processors that this process may use.
+        directions: tensor to what its inputs lie along (k×in), see `runtime.inputs`; errors keep
+            off them. Give a strength of `rounding.MEASURED_STRENGTH` with them.
     """
 
     imatrix: PathLike | None = None
     promote: int = 0
     strength: float | None = rounding.STRENGTH
     threads: int | None = None
+    directions: Mapping[str, rounding.Floats] | None = None
 
     def __post_init__(self) -> None:
         if self.promote < 0:
@@ -165,7 +168,7 @@ class Plan:
         folded = fold(adapters)
         for one in folded:
             require_fit(one.content, whole, one.name)
-        updates = updates_of(one.content for one in folded)
+        updates = updates_of((one.content for one in folded), settings.directions)
         importance = read_imatrix(settings.imatrix) if settings.imatrix else {}
         for name in updates:
             require_writable(whole, name, importance)

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .activations import Directions, packed, unpacked
 from .errors import FileFormatError, MismatchError, SettingError
 from .gguf_file import ArrayValue, GGUFFile, PathLike, Scalar, require_file, write_gguf, write_text
 
@@ -189,7 +188,6 @@ class SafetyGene(Adapter):
         refusal_openers: how the aligned model opens a refusal.
         aligned_loss: the aligned model's own refusal loss on the shipped calibration examples,
             in nats (see `recalibration`); 0 where it was not measured.
-        activations: tensor to the directions (k×in) that its inputs lie along, for merging.
     """
 
     family: str = ""
@@ -198,7 +196,6 @@ class SafetyGene(Adapter):
     coefficients: Mapping[int, float] = field(default_factory=dict)
     refusal_openers: tuple[str, ...] = ()
     aligned_loss: float = 0.0
-    activations: Directions = field(default_factory=dict)
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -257,7 +254,6 @@ class SafetyGene(Adapter):
             coefficients=_by_layer(file, "safegene.coefficients"),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
             aligned_loss=float(file.number("safegene.aligned_loss", 0.0)),
-            activations=_activations(file, pairs),
         )
 
     def metadata(self) -> dict[str, Scalar | list[Any]]:
@@ -270,9 +266,6 @@ class SafetyGene(Adapter):
             "safegene.refusal_openers": list(self.refusal_openers),
             "safegene.aligned_loss": float(self.aligned_loss),
         }
-        if known := {n: rows for n, rows in self.activations.items() if n in self.pairs}:
-            names, texts = packed(known)
-            facts |= {"safegene.activations.tensors": names, "safegene.activations": texts}
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)
             facts[f"safegene.{key}"] = [float(value) for value in values.values()]
@@ -401,13 +394,3 @@ def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:
             f"{file.path}: {key} has {len(values)} values for {len(layers)} layers"
         )
     return {int(layer): value for layer, value in zip(layers, values, strict=True)}
-
-
-def _activations(file: GGUFFile, pairs: Mapping[str, Pair]) -> Directions:
-    key = "safegene.activations"
-    texts = _keyed(file, f"{key}.tensors", file.strings(key))
-    widths = {name: int(pair.a.shape[1]) for name, pair in pairs.items()}
-    try:
-        return unpacked(list(texts), list(texts.values()), widths)
-    except FileFormatError as error:
-        raise FileFormatError(f"{file.path}: {error}", "Make or download the gene again") from error

@@ -94,9 +94,6 @@ def test_distilling_nears_the_aligned_model_on_harm_and_stays_on_the_rest(run) -
     assert set(gene.scores) == {0, 1, 2}
     assert len(gene.sources) == 3 and all(len(value) == 64 for value in gene.sources.values())
     assert gene.family == "tiny"
-    assert {n: rows.shape[1] for n, rows in gene.activations.items()} == {
-        n: pair.a.shape[1] for n, pair in gene.pairs.items()
-    }
     assert any("step" in line and "loss" in line for line in lines)
 
 

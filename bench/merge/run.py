@@ -222,22 +222,25 @@ def family(name: str, results: dict[str, Any]) -> None:
         if cell.get("key") == key and ("refused" in cell or not judged):
             continue
         print(f"{name} {kind}", file=sys.stderr, flush=True)
-        mine, theirs = work / "ours.gguf", work / "theirs.gguf"
+        mine, theirs, measured = (work / f"{n}.gguf" for n in ("ours", "theirs", "measured"))
         cell = {"key": key, "runs": []}
         for _ in range(3 if name == "smollm2" else 1):
             cell["runs"].append({"ours": ours(model, adapter, mine),
                                  "two-step": two_steps(model, adapter, theirs, kind)})  # fmt: skip
         cell |= compared(model, mine, adapter)
+        cell["measuring"] = ours(model, adapter, measured, "--measure")
         truth = Sequences(model, adapter)
-        cell["ours"], cell["two-step"] = truth.against(mine), truth.against(theirs)
+        for way, output in (("ours", mine), ("measured", measured), ("two-step", theirs)):
+            cell[way] = truth.against(output)
         if name == "smollm2":
             cell["without"] = truth.against(model)
         if judged:
             cell["refused"] = {"side-loaded": refusals(model, [adapter]),
-                               "merged": refusals(mine, [])}  # fmt: skip
+                               "merged": refusals(mine, []),
+                               "measured": refusals(measured, [])}  # fmt: skip
         results[name][kind] = cell
         save(results)
-        for path in (mine, theirs):
+        for path in (mine, theirs, measured):
             path.unlink()
 
 
@@ -363,13 +366,15 @@ def _truth(cells: dict[str, Any]) -> str:
     rows = [
         [kind, "yes" if c["types"] and not c["data_bytes"] else "NO",
          f"{c['identical']}/{c['untouched']}", f"{c['header_bytes']:+}",
-         f"{c['ours']['kl']:.5f}", f"{c['two-step']['kl']:.5f}",
+         *(f"{c[way]['kl']:.5f}" for way in ("ours", "measured", "two-step")),
          f"{c['without']['kl']:.4f}" if "without" in c else "",
          f"{c['ours']['largest']:.4f}"]
         for kind, c in cells.items()
     ]  # fmt: skip
     if rows:
-        means = [np.mean([c[w]["kl"] for c in cells.values()]) for w in ("ours", "two-step")]
+        means = [
+            np.mean([c[w]["kl"] for c in cells.values()]) for w in ("ours", "measured", "two-step")
+        ]
         rows.append(["mean", "", "", "", *(f"{m:.5f}" for m in means), "", ""])
     header = [
         "type",
@@ -377,6 +382,7 @@ def _truth(cells: dict[str, Any]) -> str:
         "untouched identical",
         "header, bytes",
         "KL, ours",
+        "KL, ours with --measure",
         "KL, two-step",
         "KL, without",
         "largest difference of a log-probability",
@@ -392,9 +398,12 @@ def _speed(cells: dict[str, Any]) -> str:
         rows.append(
             [kind, *(f"{median(runs, w, 'seconds'):.1f}" for w in ("ours", "two-step")),
              f"{ratio:.2f}", *(f"{median(runs, w, 'mib'):.0f}" for w in ("ours", "two-step")),
-             f"{median(runs, 'two-step', 'mib') / median(runs, 'ours', 'mib'):.1f}"]
+             f"{median(runs, 'two-step', 'mib') / median(runs, 'ours', 'mib'):.1f}",
+             *(f"{cell['measuring'][w]:.0f}" if "measuring" in cell else ""
+               for w in ("seconds", "mib"))]
         )  # fmt: skip
-    header = ["type", "s, ours", "s, two-step", "ratio", "MiB, ours", "MiB, two-step", "ratio"]
+    header = ["type", "s, ours", "s, two-step", "ratio", "MiB, ours", "MiB, two-step", "ratio",
+              "s with --measure", "MiB"]  # fmt: skip
     return table(header, rows)
 
 
@@ -403,12 +412,16 @@ def _refused(cells: dict[str, Any]) -> str:
     for kind, cell in cells.items():
         row = [kind]
         for suite in ("advbench", "harmbench"):
-            hits = [cell["refused"][way][suite] for way in ("side-loaded", "merged")]
-            row += [str(Count(h.count("1"), len(h))) for h in hits]
-            row.append(f"{100 * (hits[1].count('1') - hits[0].count('1')) / len(hits[0]):+.1f}")
+            side, *merged = (
+                cell["refused"][w][suite] for w in ("side-loaded", "merged", "measured")
+            )
+            row.append(str(Count(side.count("1"), len(side))))
+            for hits in merged:
+                points = 100 * (hits.count("1") - side.count("1")) / len(side)
+                row.append(f"{hits.count('1')} ({points:+.0f})")
         rows.append(row)
-    header = ["refused", "AdvBench, side-loaded", "merged", "points", "HarmBench, side-loaded",
-              "merged", "points"]  # fmt: skip
+    header = ["refused", "AdvBench, side-loaded", "merged (points)", "with --measure",
+              "HarmBench, side-loaded", "merged (points)", "with --measure"]  # fmt: skip
     return table(header, rows)
 
 

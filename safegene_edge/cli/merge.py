@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,11 @@ _TOOLS = ("ollama", "llama-server", "lm-studio")
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
 @click.option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
 @click.option("--imatrix", metavar="FILE", help="Importance matrix; some types need one.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Run the model first, and keep rounding errors off what its tensors read.",
+)
 @click.option("--promote", default=0, show_default=True, metavar="N",
               help="Give the N tensors that keep least of their update a larger type.")  # fmt: skip
 @click.option("--plain", is_flag=True, help="Quantise touched tensors afresh, as others do.")
@@ -34,6 +39,7 @@ def merge(
     adapters: tuple[str, ...],
     output: str | None,
     imatrix: str | None,
+    measure: bool,
     promote: int,
     plain: bool,
     dry_run: bool,
@@ -50,7 +56,11 @@ def merge(
 
     if not output and not dry_run:
         raise click.UsageError("give -o OUT.gguf, or --dry-run")
+    if measure and plain:
+        raise click.UsageError("--plain rounds without a look at what --measure finds")
     given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix, promote, plain)
+    if measure:
+        settings = _measured(model, given, settings)
     if dry_run:
         plan = Plan.of(model, given, settings)
         if output:
@@ -126,6 +136,25 @@ def parse_adapter(text: str) -> Given:
         raise click.UsageError(
             f"'{how}' in '{text}' is neither a scale nor an expression's .json"
         ) from None
+
+
+def _measured(model: str, given: list[Given], settings: MergeSettings) -> MergeSettings:
+    """The settings with the directions of the model's own inputs, over the shipped examples."""
+    from ..converters.merging import Plan
+    from ..converters.rounding import MEASURED_STRENGTH
+    from ..recalibration import Examples
+    from ..runtime.inputs import directions
+    from ..runtime.llama import SafeLlama
+
+    tensors = list(Plan.of(model, given, settings).updates)
+    examples = Examples.shipped()
+    with SafeLlama(model, n_ctx=512) as llama:
+        prompts = [
+            llama.render([{"role": "user", "content": text}])
+            for text in [*examples.harmful, *examples.harmless]
+        ]
+        found = directions(llama, tensors, prompts)
+    return replace(settings, directions=found, strength=MEASURED_STRENGTH)
 
 
 def _settings(imatrix: str | None, promote: int, plain: bool) -> MergeSettings:

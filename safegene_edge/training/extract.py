@@ -21,16 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from ..activations import Floats
 from ..compat import open_model
 from ..converters import convert
 from ..converters.names import BaseNames
-from ..converters.peft import PREFIX
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
 from ..runtime.llama import SafeLlama
-from .activations import directions
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
 from .distil import (
@@ -161,10 +158,7 @@ def extract(
     with world.first():
         work.claim(method, sources)
     adapter, scores, refusals = work.distil() if method == "distil" else work.delta()
-    made = _gene(adapter, settings, family or _family(model), sources, scores, refusals)
-    if method == "distil" or settings.select:  # a bare difference of weights runs no model
-        made = replace(made, activations=work.activations(made))
-    return made
+    return _gene(adapter, settings, family or _family(model), sources, scores, refusals)
 
 
 def _first_gguf(sources: Sequence[Source]) -> Path:
@@ -458,13 +452,6 @@ class _Work:
                 for texts in (harmful, harmless)
             ]
         return kinds[0], kinds[1]
-
-    def activations(self, gene: SafetyGene) -> dict[str, Floats]:
-        """What the aligned model's own inputs of the gene's tensors lie along."""
-        names = BaseNames(self.model)
-        modules = {tensor: PREFIX + names.modules[tensor] for tensor in gene.pairs}
-        harmful, harmless = self._contrast()
-        return directions(self.live(), self.aligned, modules, [*harmful, *harmless])
 
     def _tune(
         self, settings: Settings, plan: Sequence[tuple[int, list[Lesson]]], kept: Sequence[int]

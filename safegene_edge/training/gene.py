@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..activations import packed
 from ..errors import OutputError, SafeGeneError
 from ..gene import SafetyGene
 from ..gguf_file import check_output
@@ -69,8 +68,8 @@ def make(
         family=FAMILY,
         report=report,
     )
-    size = 2 * gene.n_parameters + sum(map(len, packed(gene.activations)[1]))
-    if size > MAX_BYTES * 0.99:  # the header takes the rest
+    size = 2 * gene.n_parameters
+    if size > MAX_BYTES * 0.98:  # the header takes the rest
         raise OutputError(f"{output}: the gene would take {size:,} bytes", "Lower the budget")
     gene.save(output, [base])
     report(f"{output}: {len(gene.layers)} layers, {gene.n_parameters:,} parameters")

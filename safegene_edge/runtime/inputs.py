@@ -1,0 +1,170 @@
+"""What a model's tensors read, and the directions that it lies along.
+
+Rounding errors that are spread evenly over a weight's columns are harmless only if activations
+are, too. They are not: on SmolLM2 one direction holds two thirds of what attention reads, and the
+first token, on which attention rests, nearly all of what one layer's `ffn_down` does. An error
+that leans on these shifts every answer alike, so `merge` keeps errors off them.
+
+llama.cpp calls back before and after each node of its graph (`cb_eval`); of a product with one
+of the wanted weights, the other factor is the input (llama-imatrix looks in the same place).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LlamaCppError
+from .llama import SafeLlama
+
+Floats = npt.NDArray[np.float32]
+COUNT = 192  # directions a tensor
+_F32 = 0
+
+
+class _Tensor(ctypes.Structure):
+    """ggml/include/ggml.h, `struct ggml_tensor`, as far as the name, by which it is checked."""
+
+
+_Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(_Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
+
+
+def _library() -> Any:
+    """ggml's functions, through the library of llama.cpp, which is linked against it."""
+    library = llama_cpp.llama_cpp._lib
+    library.ggml_get_name.restype = ctypes.c_char_p
+    library.ggml_get_name.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_tensor_get.argtypes = [
+        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t,
+    ]  # fmt: skip
+    library.ggml_backend_tensor_get.restype = None
+    return library
+
+
+class _Watch:
+    """The callback, and what it has copied: tensor to pieces (tokens×in)."""
+
+    def __init__(self, tensors: Iterable[str]) -> None:
+        self.seen: dict[str, list[Floats]] = {tensor: [] for tensor in tensors}
+        self.fault = ""
+        self._ggml = _library()
+        self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
+
+    def _called(self, address: Any, ask: bool, _: Any) -> bool:
+        node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
+        weight = node.src[0]
+        name = weight.contents.name.decode("utf-8", "replace") if weight and node.src[1] else ""
+        if name not in self.seen:
+            return not ask  # before: not wanted; after: go on
+        if ask:
+            return True
+        self._copy(name, node.src[1])
+        return True
+
+    def _copy(self, name: str, source: Any) -> None:
+        tensor = source.contents
+        width, rows = int(tensor.ne[0]), int(tensor.ne[1])
+        plain = tensor.type == _F32 and tensor.nb[0] == 4 and tensor.nb[1] == 4 * width
+        known = self._ggml.ggml_get_name(source) == tensor.name
+        if not (plain and known and tensor.ne[2] == tensor.ne[3] == 1):
+            self.fault = name
+            return
+        values = np.empty((rows, width), np.float32)
+        address = values.ctypes.data_as(ctypes.c_void_p)
+        self._ggml.ggml_backend_tensor_get(source, address, 0, values.nbytes)
+        self.seen[name].append(values)
+
+
+def directions(
+    llama: SafeLlama, tensors: Iterable[str], prompts: Sequence[Sequence[int]], count: int = COUNT
+) -> dict[str, Floats]:
+    """The directions (k×in) of tensors' inputs, while the model reads prompts without adapters.
+
+    With C = E[x x^T] over all tokens, l_i and v_i its largest eigenvalues and their vectors, and
+    r the mean of the other eigenvalues, a direction is the row sqrt(l_i / r) v_i: for an error e
+    of a row of weights, |e|^2 + sum_i (direction_i . e)^2 is E[(e . x)^2] / r, with the rest of
+    C taken as even.
+
+    Args:
+        prompts: token sequences; count: directions a tensor, at most.
+
+    Raises:
+        LlamaCppError: a prompt could not be decoded, or an input is no plain matrix.
+    """
+    found: dict[str, Floats] = {}
+    shared: dict[bytes, Floats] = {}  # projections of one input have it in common
+    for tensor, inputs in inputs_of(llama, tensors, prompts).items():
+        key = hashlib.sha256(inputs.data).digest()
+        if key not in shared:
+            shared[key] = directions_of(inputs, count)
+        found[tensor] = shared[key]
+    return found
+
+
+def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
+    """The directions (k×in) of a sample of inputs (tokens×in); see `directions`."""
+    wide = inputs.astype(np.float64)
+    width = wide.shape[1]
+    few = len(wide) < width
+    values, vectors = np.linalg.eigh(wide @ wide.T if few else wide.T @ wide)
+    kept = np.flatnonzero(values > 1e-9 * max(values[-1], 1e-9))[::-1]
+    kept = kept[: min(count, width // 2)]
+    rows = vectors[:, kept].T
+    if few:
+        rows = rows @ wide / np.sqrt(values[kept])[:, None]
+    rest = max(0.0, float(values.sum() - values[kept].sum())) / (width - len(kept))
+    # A sample that these directions explain wholly says nothing of the rest.
+    rest = max(rest, 1e-6 * float(values[-1]), 1e-30)
+    return np.asarray(np.sqrt(values[kept] / rest)[:, None] * rows, np.float32)
+
+
+def inputs_of(
+    llama: SafeLlama, tensors: Iterable[str], prompts: Sequence[Sequence[int]]
+) -> dict[str, Floats]:
+    """The inputs (tokens×in) of tensors, while the model reads prompts, without adapters.
+
+    Raises:
+        LlamaCppError: a prompt could not be decoded, or a tensor is never read as a plain matrix.
+    """
+    watch = _Watch(tensors)
+    longest = max(map(len, prompts))
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = params.n_batch = params.n_ubatch = longest
+    params.n_threads = params.n_threads_batch = llama.n_threads
+    params.cb_eval = watch.call
+    context = llama_cpp.llama_init_from_model(llama.model, params)
+    if not context:
+        raise LlamaCppError(f"llama.cpp could not make a context of {longest} cells")
+    try:
+        for prompt in prompts:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+            tokens = (llama_cpp.llama_token * len(prompt))(*prompt)
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(prompt))):
+                raise LlamaCppError("llama.cpp could not decode a prompt")
+    finally:
+        llama_cpp.llama_free(context)
+    missing = [name for name, pieces in watch.seen.items() if not pieces or name == watch.fault]
+    if missing:
+        raise LlamaCppError(
+            f"the inputs of '{missing[0]}' cannot be watched", "Merge without --measure"
+        )
+    return {name: np.concatenate(pieces) for name, pieces in watch.seen.items()}

@@ -1,0 +1,110 @@
+"""What tensors read: the inputs are those that llama.cpp multiplies, and merging spares them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from adapters import random_adapter
+from click.testing import CliRunner
+from gguf import GGMLQuantizationType
+
+from safegene_edge.cli import cli
+from safegene_edge.compat import open_model
+from safegene_edge.converters import kernels, rounding
+from safegene_edge.errors import LlamaCppError
+from safegene_edge.gguf_file import GGUFFile
+from safegene_edge.runtime.inputs import directions, directions_of, inputs_of
+from safegene_edge.runtime.llama import SafeLlama
+
+PROMPTS = [[1, 5, 9, 12], [1, 7, 3, 2, 8, 30]]
+
+
+def leaning_inputs(tokens=400, width=256, count=3, seed=0):
+    """A sample that lies along a few directions, ten times as far as along any other."""
+    random = np.random.default_rng(seed)
+    basis = np.linalg.qr(random.normal(size=(width, count)))[0].T
+    sample = random.normal(size=(tokens, width))
+    sample += 10 * random.normal(size=(tokens, count)) @ basis
+    return sample.astype(np.float32), basis.astype(np.float32)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_the_first_layers_input_is_the_normed_embedding(arch, tiny):
+    made = tiny(arch)
+    with SafeLlama(str(made.gguf_path), n_ctx=64) as llama:
+        seen = inputs_of(llama, ["blk.0.attn_q.weight", "blk.1.ffn_down.weight"], PROMPTS)
+    file = GGUFFile(made.gguf_path)
+    tokens = sum(map(len, PROMPTS))
+    assert {n: x.shape for n, x in seen.items()} == {
+        n: (tokens, file.tensors[n].shape[1]) for n in seen
+    }
+    rows = file.floats("token_embd.weight")[np.concatenate(PROMPTS)].astype(np.float64)
+    normed = rows / np.sqrt(np.mean(rows**2, axis=1, keepdims=True) + 1e-6)
+    expected = normed * file.floats("blk.0.attn_norm.weight")
+    np.testing.assert_allclose(seen["blk.0.attn_q.weight"], expected, rtol=1e-2, atol=1e-3)
+
+
+def test_projections_of_one_input_share_their_directions(tiny):
+    with SafeLlama(str(tiny("llama").gguf_path), n_ctx=64) as llama:
+        found = directions(llama, ["blk.0.attn_q.weight", "blk.0.attn_v.weight"], PROMPTS, 2)
+        assert found["blk.0.attn_q.weight"] is found["blk.0.attn_v.weight"]
+        assert found["blk.0.attn_q.weight"].shape[0] == 2
+        with pytest.raises(LlamaCppError, match=r"'output_norm.weight' cannot be watched"):
+            directions(llama, ["output_norm.weight"], PROMPTS)
+
+
+@pytest.mark.parametrize("tokens", [100, 400])
+def test_directions_weigh_an_error_as_the_activations_do(tokens):
+    inputs, basis = leaning_inputs(tokens)
+    rows = directions_of(inputs, 3)
+    even = float(np.mean(np.square(inputs - inputs @ basis.T @ basis).sum(1))) / 253
+    for error in (basis[0], basis.sum(axis=0)):
+        true = float(np.mean((inputs @ error) ** 2))
+        assert (error @ error + np.sum((rows @ error) ** 2)) * even == pytest.approx(true, rel=0.2)
+
+
+@pytest.mark.parametrize("sample", [np.zeros((5, 20)), np.ones((1, 8)), np.eye(8), np.ones((9, 1))])
+def test_odd_samples_give_finite_directions(sample):
+    rows = directions_of(sample.astype(np.float32))
+    assert rows.shape[1] == sample.shape[1] and len(rows) <= sample.shape[1] // 2
+    assert np.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_merging_leaves_less_error_along_them(kind):
+    inputs, basis = leaning_inputs(width=512)
+    random = np.random.default_rng(2)
+    type_ = kernels.Kind.of(int(GGMLQuantizationType[kind]))
+    values = random.normal(size=(64, 512)).astype(np.float32)
+    a = random.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
+    b = random.normal(0, 0.02, (64, 4)).astype(np.float32)
+    raw = kernels.quantise(values, type_.number)
+    before = kernels.dequantise(raw, type_.number, values.shape)
+
+    def error(directions):
+        update = rounding.Update.of(a, b, directions)
+        new, _ = rounding.merged(raw, (type_, type_), update)
+        return kernels.dequantise(new, type_.number, values.shape) - before - b @ a
+
+    with_, without = error(directions_of(inputs, 3)), error(None)
+    along = [np.linalg.norm(e @ basis.T) for e in (with_, without)]
+    effect = [np.linalg.norm(inputs @ e.T) for e in (with_, without)]
+    assert along[0] < 0.6 * along[1]
+    assert effect[0] < effect[1]
+    assert np.linalg.norm(with_ @ rounding.basis_of(a).T) < 0.3 * np.linalg.norm(b @ a)
+
+
+def test_the_command_measures_first(tiny, tmp_path):
+    model, adapter = tiny("llama").gguf_path, tmp_path / "a.gguf"
+    random_adapter(model, size=0.05).save(adapter)
+    runner, outputs = CliRunner(), []
+    for number, more in enumerate(([], ["--measure"])):
+        output = tmp_path / f"{number}.gguf"
+        done = runner.invoke(cli, ["merge", str(model), str(adapter), "-o", str(output), *more])
+        assert done.exit_code == 0, done.output
+        outputs.append(open_model(output).n_bytes)
+    assert outputs[0] == outputs[1]
+    done = runner.invoke(
+        cli, ["merge", str(model), str(adapter), "-o", str(output), "--plain", "--measure"]
+    )
+    assert done.exit_code == 2 and "--measure" in done.output
