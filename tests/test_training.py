@@ -146,11 +146,13 @@ def test_log_probabilities_are_those_of_one_plain_pass(parts) -> None:
     """Padding and the prefix that is computed once must not show."""
     import torch
 
-    module, recipe, examples, model = parts
-    mixed = [module.Example(e.prompt, e.answer[: 3 + n], True) for n, e in enumerate(examples[:4])]
-    assert module.shared_prefix(mixed) >= 4
+    from safegene_edge.training import loss
+
+    _, recipe, examples, model = parts
+    mixed = [loss.Example(e.prompt, e.answer[: 3 + n], True) for n, e in enumerate(examples[:4])]
+    assert loss.shared_prefix(mixed) >= 4
     with torch.no_grad():
-        logs, target, weights = module.log_probabilities(model, mixed, recipe)
+        logs, target, weights = loss.log_probabilities(model, mixed, recipe)
         for row, example in enumerate(mixed):
             plain = model(input_ids=torch.tensor([[*example.prompt, *example.answer]])).logits
             start, count = len(example.prompt), len(example.answer)
