@@ -44,23 +44,20 @@ class MergeSettings:
     Attributes:
         imatrix: file of an importance matrix; some types need one.
         promote: how many of the touched tensors that keep least of their update get a larger type.
-        strength: see `rounding`; 0 rounds to the nearest code, None quantises afresh.
+        directions: tensor to what its inputs lie along (k×in), see `measuring.measured`. Tensors
+            without them are quantised afresh: errors that may lean on a model's largest
+            activations do more harm than the error feedback of `rounding` does good.
         threads: default: the processors that this process may use.
-        directions: tensor to what its inputs lie along (k×in), see `runtime.inputs`; errors keep
-            off them. Give a strength of `rounding.MEASURED_STRENGTH` with them.
     """
 
     imatrix: PathLike | None = None
     promote: int = 0
-    strength: float | None = rounding.STRENGTH
-    threads: int | None = None
     directions: Mapping[str, rounding.Floats] | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.promote < 0:
             raise SettingError(f"promote is {self.promote}", "Give 0 or more")
-        if self.strength is not None and not 0 <= self.strength < float("inf"):
-            raise SettingError(f"the strength is {self.strength}", "Give a number from 0 up")
         if self.threads is not None and self.threads < 1:
             raise SettingError(f"threads is {self.threads}", "Give 1 or more")
 
@@ -263,11 +260,12 @@ class Plan:
 
     def jobs(self, places: Iterable[Place]) -> list[Job]:
         """The work on touched tensors, one by one."""
-        strength = self.settings.strength
+        known = self.settings.directions or {}
         return [
-            Job(self.name, p, self.updates[p.info.name], self.importance.get(p.info.name), strength)
+            Job(self.name, p, self.updates[p.info.name], self.importance.get(p.info.name),
+                rounding.STRENGTH if p.info.name in known else None)
             for p in places
-        ]
+        ]  # fmt: skip
 
     def estimate(self) -> Estimate:
         """Time and memory, from a sample of each type's rows and of the copying."""

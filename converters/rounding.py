@@ -4,7 +4,7 @@ An update is often smaller than half a step of the grid: rounding to the nearest
 it, and quantising the sum afresh drowns it in new rounding errors of every weight. Here the
 scales stay, and those codes change that carry the update where it acts. With e the error of a
 row (what the codes changed minus the update), w the columns' weights, Q an orthonormal basis of
-the rows of A and D the directions that the activations lie along, where they were measured
+the rows of A and D the directions that the activations lie along
 (`safegene_edge.runtime.inputs`), minimised by coordinate descent is
 
     sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
@@ -30,8 +30,7 @@ from .codes import Codes, Layout, layouts
 from .kernels import Kind
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 400.0  # how much more of the activations lies along Q than along another direction
-MEASURED_STRENGTH = 3200.0  # the same beside D, which pulls as well
+STRENGTH = 3200.0  # how much more of the activations lies along Q than along another direction
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _CHUNK = 64  # columns whose codes are weighed against each other
 _PASSES = 16  # codes of a row that move in a chunk, at most: what is left, later chunks put right

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .converters import convert as convert
-    from .converters import merge as merge
     from .converters import to_peft as to_peft
     from .errors import SafeGeneError as SafeGeneError
     from .evals.evaluate import evaluate as evaluate
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from .gene import Adapter as Adapter
     from .gene import Expression as Expression
     from .gene import SafetyGene as SafetyGene
+    from .measuring import merge as merge
     from .recalibration import recalibrate as recalibrate
     from .runtime.engine import Engine as Engine
     from .runtime.llama import SafeLlama as SafeLlama
@@ -37,7 +37,7 @@ _HOMES = {
     "evaluate": "evals.evaluate",
     "extract": "training.extract",
     "judge": "evals.judge",
-    "merge": "converters",
+    "merge": "measuring",
     "recalibrate": "recalibration",
     "to_peft": "converters",
 }

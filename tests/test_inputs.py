@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from adapters import random_adapter
 from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 
+from safegene_edge import merge
 from safegene_edge.cli import cli
 from safegene_edge.compat import open_model
 from safegene_edge.converters import kernels, rounding
@@ -15,6 +18,7 @@ from safegene_edge.errors import LlamaCppError
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.inputs import directions, directions_of, inputs_of
 from safegene_edge.runtime.llama import SafeLlama
+from safegene_edge.runtime.quantise import quantise
 
 PROMPTS = [[1, 5, 9, 12], [1, 7, 3, 2, 8, 30]]
 
@@ -94,17 +98,21 @@ def test_merging_leaves_less_error_along_them(kind):
     assert np.linalg.norm(with_ @ rounding.basis_of(a).T) < 0.3 * np.linalg.norm(b @ a)
 
 
-def test_the_command_measures_first(tiny, tmp_path):
-    model, adapter = tiny("llama").gguf_path, tmp_path / "a.gguf"
-    random_adapter(model, size=0.05).save(adapter)
-    runner, outputs = CliRunner(), []
-    for number, more in enumerate(([], ["--measure"])):
+def test_the_command_measures_unless_told_not_to(tiny, tmp_path):
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    model, adapter = tmp_path / "m.gguf", tmp_path / "a.gguf"
+    quantise(tiny("llama", **wide).gguf_path, model, "Q4_0")
+    random_adapter(model, size=0.01).save(adapter)
+    survived, files = [], []
+    for number, more in enumerate(([], ["--plain"])):
         output = tmp_path / f"{number}.gguf"
-        done = runner.invoke(cli, ["merge", str(model), str(adapter), "-o", str(output), *more])
+        done = CliRunner().invoke(
+            cli, ["merge", str(model), str(adapter), "-o", str(output), "--json", *more]
+        )
         assert done.exit_code == 0, done.output
-        outputs.append(open_model(output).n_bytes)
-    assert outputs[0] == outputs[1]
-    done = runner.invoke(
-        cli, ["merge", str(model), str(adapter), "-o", str(output), "--plain", "--measure"]
-    )
-    assert done.exit_code == 2 and "--measure" in done.output
+        survived.append(json.loads(done.stdout)["survived"])
+        files.append(open_model(output))
+    assert files[0].n_bytes == files[1].n_bytes
+    assert survived[0] > survived[1] + 0.2
+    merge(model, [adapter], tmp_path / "api.gguf")
+    assert (tmp_path / "api.gguf").read_bytes() == files[0].path.read_bytes()

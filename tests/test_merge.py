@@ -283,14 +283,12 @@ def test_basis_spans_the_rows_and_forgets_repeated_ones():
 def test_more_survives_than_quantised_afresh_and_the_report_says_so(model, tmp_path):
     source = model("Q4_0")
     gene = adapter_for(source, tmp_path, size=0.01)
-    reports = {
-        strength: merge(
-            source, [gene], tmp_path / "out.gguf", settings=MergeSettings(strength=strength)
-        )
-        for strength in (rounding.STRENGTH, None)
-    }
-    plain = reports[None]
-    assert reports[rounding.STRENGTH].survived > plain.survived + 0.3
+    widths = {name: pair.a.shape[1] for name, pair in SafetyGene.load(gene).pairs.items()}
+    free = {name: np.zeros((0, width), np.float32) for name, width in widths.items()}
+    settings = MergeSettings(directions=free)
+    ours = merge(source, [gene], tmp_path / "out.gguf", settings=settings)
+    plain = merge(source, [gene], tmp_path / "out.gguf")
+    assert ours.survived > plain.survived + 0.3
     assert plain.survived < 0.8
     assert "side-load" in plain.warnings[-1] and "--promote" in plain.warnings[-1]
     content, before, after = (
@@ -309,7 +307,7 @@ def test_more_survives_than_quantised_afresh_and_the_report_says_so(model, tmp_p
 def test_promoting_gives_the_worst_tensors_a_larger_type(model, tmp_path):
     source = model("Q4_0")
     gene = adapter_for(source, tmp_path, size=0.01)
-    settings = MergeSettings(strength=None, promote=2)
+    settings = MergeSettings(promote=2)
     report = merge(source, [gene], tmp_path / "out.gguf", settings=settings)
     larger = [tensor for tensor in report.tensors if tensor.after != tensor.before]
     assert [tensor.after for tensor in larger] == ["Q8_0", "Q8_0"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,13 @@ _TOOLS = ("ollama", "llama-server", "lm-studio")
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
 @click.option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
 @click.option("--imatrix", metavar="FILE", help="Importance matrix; some types need one.")
-@click.option(
-    "--measure",
-    is_flag=True,
-    help="Run the model first, and keep rounding errors off what its tensors read.",
-)
 @click.option("--promote", default=0, show_default=True, metavar="N",
               help="Give the N tensors that keep least of their update a larger type.")  # fmt: skip
-@click.option("--plain", is_flag=True, help="Quantise touched tensors afresh, as others do.")
+@click.option(
+    "--plain",
+    is_flag=True,
+    help="Do not run the model first; quantise touched tensors afresh, as others do.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def merge(
@@ -39,7 +38,6 @@ def merge(
     adapters: tuple[str, ...],
     output: str | None,
     imatrix: str | None,
-    measure: bool,
     promote: int,
     plain: bool,
     dry_run: bool,
@@ -47,20 +45,17 @@ def merge(
 ) -> None:
     """Write MODEL.gguf with adapters merged in; every tensor keeps its type.
 
-    An adapter may carry a scale, or a gene its expression: gene.gguf=expression.json. There is
+    An adapter may carry a scale, or a gene its expression: gene.gguf=expression.json. The model
+    reads a few prompts first, so that rounding errors keep off what its tensors read. There is
     no way back from a merged file: keep the model and the adapters.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the work is shared out by processes
     from ..converters.merging import Plan
-    from ..converters.merging import merge as run
+    from ..measuring import merge as run
 
     if not output and not dry_run:
         raise click.UsageError("give -o OUT.gguf, or --dry-run")
-    if measure and plain:
-        raise click.UsageError("--plain rounds without a look at what --measure finds")
-    given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix, promote, plain)
-    if measure:
-        settings = _measured(model, given, settings)
+    given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix, promote)
     if dry_run:
         plan = Plan.of(model, given, settings)
         if output:
@@ -72,7 +67,7 @@ def merge(
             length=100, label="merging", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
             report = run(
-                model, given, output, settings=settings,
+                model, given, output, settings=settings, plain=plain,
                 progress=lambda done, total: bar.update(100 * done // total - bar.pos),
             )  # fmt: skip
         estimate = {}
@@ -107,11 +102,12 @@ def export(
     gets a merged model.
     """
     from ..converters.exports import export as run
+    from ..measuring import measured
 
-    made = run(
-        tool, model, [parse_adapter(text) for text in adapters], output,
-        settings=_settings(imatrix, 0, False),
-    )  # fmt: skip
+    given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix)
+    if tool == "lm-studio":  # which gets a merged model
+        settings = measured(model, given, settings)
+    made = run(tool, model, given, output, settings=settings)
     for warning in made.merged.warnings if made.merged else ():
         click.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -138,30 +134,10 @@ def parse_adapter(text: str) -> Given:
         ) from None
 
 
-def _measured(model: str, given: list[Given], settings: MergeSettings) -> MergeSettings:
-    """The settings with the directions of the model's own inputs, over the shipped examples."""
-    from ..converters.merging import Plan
-    from ..converters.rounding import MEASURED_STRENGTH
-    from ..recalibration import Examples
-    from ..runtime.inputs import directions
-    from ..runtime.llama import SafeLlama
-
-    tensors = list(Plan.of(model, given, settings).updates)
-    examples = Examples.shipped()
-    with SafeLlama(model, n_ctx=512) as llama:
-        prompts = [
-            llama.render([{"role": "user", "content": text}])
-            for text in [*examples.harmful, *examples.harmless]
-        ]
-        found = directions(llama, tensors, prompts)
-    return replace(settings, directions=found, strength=MEASURED_STRENGTH)
-
-
-def _settings(imatrix: str | None, promote: int, plain: bool) -> MergeSettings:
+def _settings(imatrix: str | None, promote: int = 0) -> MergeSettings:
     from ..converters.merging import MergeSettings
 
-    chosen = MergeSettings(imatrix=imatrix, promote=promote)
-    return MergeSettings(imatrix, promote, None) if plain else chosen
+    return MergeSettings(imatrix, promote)
 
 
 def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:
@@ -174,7 +150,8 @@ def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:
     lines += [
         f"{len(report.tensors)} tensors to touch, {report.untouched} copied as they are",
         f"{report.before:,} bytes in, {report.after:,} bytes out",
-        f"about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB of memory",
+        f"about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB of memory; "
+        "before that, without --plain, the model is run on a few prompts",
     ]
     return "\n".join(lines)
 

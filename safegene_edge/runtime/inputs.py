@@ -12,7 +12,6 @@ of the wanted weights, the other factor is the input (llama-imatrix looks in the
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -61,26 +60,38 @@ def _library() -> Any:
 
 
 class _Watch:
-    """The callback, and what it has copied: tensor to pieces (tokens×in)."""
+    """The callback, and what it has copied: tensor to pieces (tokens×in).
+
+    Projections of one input share what the first of them copied.
+    """
 
     def __init__(self, tensors: Iterable[str]) -> None:
-        self.seen: dict[str, list[Floats]] = {tensor: [] for tensor in tensors}
+        self.wanted = frozenset(tensors)
+        self.seen: dict[str, list[Floats]] = {}
+        self.shares: dict[str, str] = {}
         self.fault = ""
+        self._known: dict[int, str] = {}  # the input's address in this graph
         self._ggml = _library()
         self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
+
+    def next_prompt(self) -> None:
+        self._known.clear()
 
     def _called(self, address: Any, ask: bool, _: Any) -> bool:
         node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
         weight = node.src[0]
         name = weight.contents.name.decode("utf-8", "replace") if weight and node.src[1] else ""
-        if name not in self.seen:
+        if name not in self.wanted:
             return not ask  # before: not wanted; after: go on
-        if ask:
-            return True
-        self._copy(name, node.src[1])
+        if not ask:
+            self._copy(name, node.src[1])
         return True
 
     def _copy(self, name: str, source: Any) -> None:
+        first = self._known.setdefault(ctypes.addressof(source.contents), name)
+        self.shares[name] = first
+        if first != name:
+            return
         tensor = source.contents
         width, rows = int(tensor.ne[0]), int(tensor.ne[1])
         plain = tensor.type == _F32 and tensor.nb[0] == 4 and tensor.nb[1] == 4 * width
@@ -91,7 +102,7 @@ class _Watch:
         values = np.empty((rows, width), np.float32)
         address = values.ctypes.data_as(ctypes.c_void_p)
         self._ggml.ggml_backend_tensor_get(source, address, 0, values.nbytes)
-        self.seen[name].append(values)
+        self.seen.setdefault(name, []).append(values)
 
 
 def directions(
@@ -110,14 +121,10 @@ def directions(
     Raises:
         LlamaCppError: a prompt could not be decoded, or an input is no plain matrix.
     """
-    found: dict[str, Floats] = {}
-    shared: dict[bytes, Floats] = {}  # projections of one input have it in common
-    for tensor, inputs in inputs_of(llama, tensors, prompts).items():
-        key = hashlib.sha256(inputs.data).digest()
-        if key not in shared:
-            shared[key] = directions_of(inputs, count)
-        found[tensor] = shared[key]
-    return found
+    inputs = inputs_of(llama, tensors, prompts)
+    shared = {id(sample): sample for sample in inputs.values()}
+    known = {key: directions_of(sample, count) for key, sample in shared.items()}
+    return {tensor: known[id(sample)] for tensor, sample in inputs.items()}
 
 
 def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
@@ -142,6 +149,8 @@ def inputs_of(
 ) -> dict[str, Floats]:
     """The inputs (tokens×in) of tensors, while the model reads prompts, without adapters.
 
+    Projections of one input get the same array.
+
     Raises:
         LlamaCppError: a prompt could not be decoded, or a tensor is never read as a plain matrix.
     """
@@ -156,15 +165,17 @@ def inputs_of(
         raise LlamaCppError(f"llama.cpp could not make a context of {longest} cells")
     try:
         for prompt in prompts:
+            watch.next_prompt()
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
             tokens = (llama_cpp.llama_token * len(prompt))(*prompt)
             if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(prompt))):
                 raise LlamaCppError("llama.cpp could not decode a prompt")
     finally:
         llama_cpp.llama_free(context)
-    missing = [name for name, pieces in watch.seen.items() if not pieces or name == watch.fault]
+    missing = [n for n in watch.wanted if watch.shares.get(n) not in watch.seen or n == watch.fault]
     if missing:
         raise LlamaCppError(
-            f"the inputs of '{missing[0]}' cannot be watched", "Merge without --measure"
+            f"the inputs of '{min(missing)}' cannot be watched", "Merge with --plain"
         )
-    return {name: np.concatenate(pieces) for name, pieces in watch.seen.items()}
+    whole = {name: np.concatenate(watch.seen.pop(name)) for name in list(watch.seen)}
+    return {name: whole[watch.shares[name]] for name in watch.wanted}

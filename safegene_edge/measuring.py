@@ -1,0 +1,60 @@
+"""Merging with a look at the model first: rounding errors keep off what its tensors read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from .converters.merge_inputs import Given
+from .converters.merge_work import Progress
+from .converters.merging import MergeReport, MergeSettings, Plan
+from .converters.merging import merge as merge_with
+from .gguf_file import PathLike
+from .recalibration import Examples
+from .runtime.inputs import directions
+from .runtime.llama import SafeLlama
+
+
+def merge(
+    model: PathLike,
+    adapters: Iterable[Given],
+    output: PathLike,
+    *,
+    settings: MergeSettings | None = None,
+    plain: bool = False,
+    progress: Progress = None,
+) -> MergeReport:
+    """Write the model with the adapters in its own tensors, each in the type that it had.
+
+    The model is run first, see `measured`. All other arguments and errors are those of
+    `converters.merging.merge`.
+
+    Args:
+        plain: do not run it, and quantise touched tensors afresh, as others do.
+    """
+    given, settings = list(adapters), settings or MergeSettings()
+    Plan.of(model, given, settings).check_outputs(output)  # nobody wants to learn that later
+    if not plain and settings.directions is None:
+        settings = measured(model, given, settings)
+    return merge_with(model, given, output, settings=settings, progress=progress)
+
+
+def measured(
+    model: PathLike, adapters: Iterable[Given], settings: MergeSettings | None = None
+) -> MergeSettings:
+    """The settings with the directions that the inputs of the touched tensors lie along.
+
+    The model reads the shipped calibration examples, in the memory that running it takes.
+
+    Raises:
+        LlamaCppError: the model cannot be run.
+    """
+    settings = settings or MergeSettings()
+    tensors = list(Plan.of(model, adapters, settings).updates)
+    examples = Examples.shipped()
+    with SafeLlama(model, n_ctx=512) as llama:
+        prompts = [
+            llama.render([{"role": "user", "content": text}])
+            for text in [*examples.harmful, *examples.harmless]
+        ]
+        return replace(settings, directions=directions(llama, tensors, prompts))
