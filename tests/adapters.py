@@ -1,8 +1,10 @@
-"""Random adapters made from a model's own header: no torch needed."""
+"""Random adapters made from a model's own header, and copies of PEFT folders."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,3 +27,13 @@ def random_adapter(
             b = random.normal(0, size, (rows, rank)).astype(np.float32)
             pairs[name] = Pair(a, b)
     return SafetyGene(file.architecture, alpha, pairs, **facts)
+
+
+def stored_tensors(folder: Path) -> Any:
+    from safetensors.numpy import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "peft"))

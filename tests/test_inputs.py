@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from adapters import random_adapter
 from click.testing import CliRunner
-from gguf import GGMLQuantizationType
 
 from safegene_edge import merge
 from safegene_edge.cli import cli
 from safegene_edge.compat import open_model
-from safegene_edge.converters import kernels, rounding
 from safegene_edge.errors import LlamaCppError
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.inputs import directions, directions_of, inputs_of
@@ -72,30 +70,6 @@ def test_odd_samples_give_finite_directions(sample):
     rows = directions_of(sample.astype(np.float32))
     assert rows.shape[1] == sample.shape[1] and len(rows) <= sample.shape[1] // 2
     assert np.isfinite(rows).all()
-
-
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
-def test_merging_leaves_less_error_along_them(kind):
-    inputs, basis = leaning_inputs(width=512)
-    random = np.random.default_rng(2)
-    type_ = kernels.Kind.of(int(GGMLQuantizationType[kind]))
-    values = random.normal(size=(64, 512)).astype(np.float32)
-    a = random.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
-    b = random.normal(0, 0.02, (64, 4)).astype(np.float32)
-    raw = kernels.quantise(values, type_.number)
-    before = kernels.dequantise(raw, type_.number, values.shape)
-
-    def error(directions):
-        update = rounding.Update.of(a, b, directions)
-        new, _ = rounding.merged(raw, (type_, type_), update)
-        return kernels.dequantise(new, type_.number, values.shape) - before - b @ a
-
-    with_, without = error(directions_of(inputs, 3)), error(None)
-    along = [np.linalg.norm(e @ basis.T) for e in (with_, without)]
-    effect = [np.linalg.norm(inputs @ e.T) for e in (with_, without)]
-    assert along[0] < 0.6 * along[1]
-    assert effect[0] < effect[1]
-    assert np.linalg.norm(with_ @ rounding.basis_of(a).T) < 0.3 * np.linalg.norm(b @ a)
 
 
 def test_the_command_measures_unless_told_not_to(tiny, tmp_path):

@@ -19,8 +19,7 @@ from adapters import random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters import kernels, merge_work, rounding
-from safegene_edge.converters.codes import layouts
+from safegene_edge.converters import kernels, merge_work
 from safegene_edge.converters.imatrix import read_imatrix
 from safegene_edge.converters.merging import MergeSettings, Plan, merge
 from safegene_edge.errors import (
@@ -213,71 +212,7 @@ def test_an_error_in_a_worker_is_the_callers(model, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# -- rounding -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", layouts())
-def test_codes_are_where_ggml_looks_for_them(kind):
-    """Taken apart and put together again the bytes are the same, and the grid is ggml's."""
-    values = np.random.default_rng(3).normal(size=(5, 512)).astype(np.float32)
-    ggml_type, layout = int(GGMLQuantizationType[kind]), layouts()[kind]
-    raw = kernels.quantise(values, ggml_type)
-    codes = layout.unpack(raw)
-    assert codes.min() >= layout.lowest and codes.max() <= layout.highest
-    assert len(np.unique(codes)) > 3
-    assert (layout.pack(raw, codes) == raw).all()
-    other = np.random.default_rng(4).integers(layout.lowest, layout.highest + 1, codes.shape)
-    moved = layout.pack(raw, other.astype(np.int16))
-    assert (layout.unpack(moved) == other).all()
-    weights = [kernels.dequantise(bytes_, ggml_type, values.shape) for bytes_ in (raw, moved)]
-    steps = layout.steps(raw, ggml_type, values.shape[1])
-    np.testing.assert_allclose(weights[1] - weights[0], (other - codes) * steps, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", layouts())
-def test_an_update_below_half_a_step_survives(kind):
-    """Quantised afresh, or rounded to the nearest code, next to nothing of it is left."""
-    random_ = np.random.default_rng(5)
-    values = random_.normal(size=(64, 512)).astype(np.float32)
-    a = random_.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
-    b = random_.normal(0, 0.02, (64, 4)).astype(np.float32)
-    delta, ggml_type = b @ a, int(GGMLQuantizationType[kind])
-    raw = kernels.quantise(values, ggml_type)
-    before = kernels.dequantise(raw, ggml_type, values.shape)
-
-    def survived(new):
-        kept = kernels.dequantise(new, ggml_type, values.shape) - before
-        return float((kept * delta).sum() / (delta * delta).sum())
-
-    kinds = (kernels.Kind.of(ggml_type),) * 2
-    update = rounding.Update.of(a, b)
-    ours = survived(rounding.merged(raw, kinds, update, strength=1000.0)[0])
-    nearest = survived(rounding.merged(raw, kinds, update, strength=0.0)[0])
-    assert abs(ours - 1) < 0.3
-    assert nearest < 0.6
-    assert ours > nearest
-
-
-def test_what_leaves_the_codes_range_gets_new_scales():
-    random_ = np.random.default_rng(6)
-    values = random_.normal(size=(8, 256)).astype(np.float32)
-    a = random_.normal(size=(1, 256)).astype(np.float32)
-    b = np.full((8, 1), 5.0, np.float32)
-    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_K))
-    raw = kernels.quantise(values, kind.number)
-    new, sums = rounding.merged(raw, (kind, kind), rounding.Update.of(a, b))
-    before = kernels.dequantise(raw, kind.number, values.shape)
-    error = kernels.dequantise(new, kind.number, values.shape) - before - b @ a
-    assert sums[1] == pytest.approx((error**2).sum(), rel=1e-3)
-    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(b @ a)
-
-
-def test_basis_spans_the_rows_and_forgets_repeated_ones():
-    a = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
-    basis = rounding.basis_of(np.concatenate([a, a[:1] * 2, a[1:2] - a[2:]]))
-    assert basis.shape == (3, 40)
-    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-5)
-    np.testing.assert_allclose(a @ basis.T @ basis, a, atol=1e-4)
+# -- what is reported -----------------------------------------------------
 
 
 def test_more_survives_than_quantised_afresh_and_the_report_says_so(model, tmp_path):

@@ -1,0 +1,100 @@
+"""Codes and their rounding: where ggml keeps them, and what of an update they hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from test_inputs import leaning_inputs
+
+from safegene_edge.converters import kernels, rounding
+from safegene_edge.converters.codes import layouts
+from safegene_edge.runtime.inputs import directions_of
+
+
+@pytest.mark.parametrize("kind", layouts())
+def test_codes_are_where_ggml_looks_for_them(kind):
+    """Taken apart and put together again the bytes are the same, and the grid is ggml's."""
+    values = np.random.default_rng(3).normal(size=(5, 512)).astype(np.float32)
+    ggml_type, layout = int(GGMLQuantizationType[kind]), layouts()[kind]
+    raw = kernels.quantise(values, ggml_type)
+    codes = layout.unpack(raw)
+    assert codes.min() >= layout.lowest and codes.max() <= layout.highest
+    assert len(np.unique(codes)) > 3
+    assert (layout.pack(raw, codes) == raw).all()
+    other = np.random.default_rng(4).integers(layout.lowest, layout.highest + 1, codes.shape)
+    moved = layout.pack(raw, other.astype(np.int16))
+    assert (layout.unpack(moved) == other).all()
+    weights = [kernels.dequantise(bytes_, ggml_type, values.shape) for bytes_ in (raw, moved)]
+    steps = layout.steps(raw, ggml_type, values.shape[1])
+    np.testing.assert_allclose(weights[1] - weights[0], (other - codes) * steps, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", layouts())
+def test_an_update_below_half_a_step_survives(kind):
+    """Quantised afresh, or rounded to the nearest code, next to nothing of it is left."""
+    random_ = np.random.default_rng(5)
+    values = random_.normal(size=(64, 512)).astype(np.float32)
+    a = random_.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
+    b = random_.normal(0, 0.02, (64, 4)).astype(np.float32)
+    delta, ggml_type = b @ a, int(GGMLQuantizationType[kind])
+    raw = kernels.quantise(values, ggml_type)
+    before = kernels.dequantise(raw, ggml_type, values.shape)
+
+    def survived(new):
+        kept = kernels.dequantise(new, ggml_type, values.shape) - before
+        return float((kept * delta).sum() / (delta * delta).sum())
+
+    kinds = (kernels.Kind.of(ggml_type),) * 2
+    update = rounding.Update.of(a, b)
+    ours = survived(rounding.merged(raw, kinds, update, strength=1000.0)[0])
+    nearest = survived(rounding.merged(raw, kinds, update, strength=0.0)[0])
+    assert abs(ours - 1) < 0.3
+    assert nearest < 0.6
+    assert ours > nearest
+
+
+def test_what_leaves_the_codes_range_gets_new_scales():
+    random_ = np.random.default_rng(6)
+    values = random_.normal(size=(8, 256)).astype(np.float32)
+    a = random_.normal(size=(1, 256)).astype(np.float32)
+    b = np.full((8, 1), 5.0, np.float32)
+    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_K))
+    raw = kernels.quantise(values, kind.number)
+    new, sums = rounding.merged(raw, (kind, kind), rounding.Update.of(a, b))
+    before = kernels.dequantise(raw, kind.number, values.shape)
+    error = kernels.dequantise(new, kind.number, values.shape) - before - b @ a
+    assert sums[1] == pytest.approx((error**2).sum(), rel=1e-3)
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(b @ a)
+
+
+def test_basis_spans_the_rows_and_forgets_repeated_ones():
+    a = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    basis = rounding.basis_of(np.concatenate([a, a[:1] * 2, a[1:2] - a[2:]]))
+    assert basis.shape == (3, 40)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(a @ basis.T @ basis, a, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_merging_leaves_less_error_along_them(kind):
+    inputs, basis = leaning_inputs(width=512)
+    random = np.random.default_rng(2)
+    type_ = kernels.Kind.of(int(GGMLQuantizationType[kind]))
+    values = random.normal(size=(64, 512)).astype(np.float32)
+    a = random.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
+    b = random.normal(0, 0.02, (64, 4)).astype(np.float32)
+    raw = kernels.quantise(values, type_.number)
+    before = kernels.dequantise(raw, type_.number, values.shape)
+
+    def error(directions):
+        update = rounding.Update.of(a, b, directions)
+        new, _ = rounding.merged(raw, (type_, type_), update)
+        return kernels.dequantise(new, type_.number, values.shape) - before - b @ a
+
+    with_, without = error(directions_of(inputs, 3)), error(None)
+    along = [np.linalg.norm(e @ basis.T) for e in (with_, without)]
+    effect = [np.linalg.norm(inputs @ e.T) for e in (with_, without)]
+    assert along[0] < 0.6 * along[1]
+    assert effect[0] < effect[1]
+    assert np.linalg.norm(with_ @ rounding.basis_of(a).T) < 0.3 * np.linalg.norm(b @ a)
