@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from .converters.codes import layouts
 from .converters.merge_inputs import Given
 from .converters.merge_work import Progress
 from .converters.merging import MergeReport, MergeSettings, Plan
@@ -44,13 +45,18 @@ def measured(
 ) -> MergeSettings:
     """The settings with the directions that the inputs of the touched tensors lie along.
 
-    The model reads the shipped calibration examples, in the memory that running it takes.
+    The model reads the shipped calibration examples, in the memory that running it takes; it is
+    not run where no touched tensor has a grid that errors could be shifted on.
 
     Raises:
         LlamaCppError: the model cannot be run.
     """
     settings = settings or MergeSettings()
-    tensors = list(Plan.of(model, adapters, settings).updates)
+    plan = Plan.of(model, adapters, settings)
+    kinds = {name: plan.parts[0].tensors[name].type_name for name in plan.updates}
+    tensors = [name for name, kind in kinds.items() if kind in layouts()]
+    if not tensors:
+        return replace(settings, directions={})
     examples = Examples.shipped()
     with SafeLlama(model, n_ctx=512) as llama:
         prompts = [

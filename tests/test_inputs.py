@@ -14,6 +14,7 @@ from safegene_edge.cli import cli
 from safegene_edge.compat import open_model
 from safegene_edge.errors import LlamaCppError
 from safegene_edge.gguf_file import GGUFFile
+from safegene_edge.measuring import measured
 from safegene_edge.runtime.inputs import directions, directions_of, inputs_of
 from safegene_edge.runtime.llama import SafeLlama
 from safegene_edge.runtime.quantise import quantise
@@ -90,3 +91,13 @@ def test_the_command_measures_unless_told_not_to(tiny, tmp_path):
     assert survived[0] > survived[1] + 0.2
     merge(model, [adapter], tmp_path / "api.gguf")
     assert (tmp_path / "api.gguf").read_bytes() == files[0].path.read_bytes()
+
+
+def test_a_model_of_floats_is_not_run(tiny, tmp_path):
+    source = tiny("llama").gguf_path
+    random_adapter(source).save(tmp_path / "a.gguf")
+    assert measured(source, [tmp_path / "a.gguf"]).directions == {}
+    quantise(source, tmp_path / "q.gguf", "Q8_0")
+    found = measured(tmp_path / "q.gguf", [tmp_path / "a.gguf"]).directions
+    kinds = {n: i.type_name for n, i in open_model(tmp_path / "q.gguf").tensors.items()}
+    assert found and all(kinds[name] == "Q8_0" for name in found)

@@ -70,6 +70,7 @@ class _Watch:
         self.seen: dict[str, list[Floats]] = {}
         self.shares: dict[str, str] = {}
         self.fault = ""
+        self._checked = False  # that the fields above are where this ggml has them
         self._known: dict[int, str] = {}  # the input's address in this graph
         self._ggml = _library()
         self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
@@ -79,6 +80,9 @@ class _Watch:
 
     def _called(self, address: Any, ask: bool, _: Any) -> bool:
         node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
+        if not self._checked and self._ggml.ggml_get_name(address) != node.name:
+            return not ask  # nothing is seen, which is an error in the end
+        self._checked = True
         weight = node.src[0]
         name = weight.contents.name.decode("utf-8", "replace") if weight and node.src[1] else ""
         if name not in self.wanted:
@@ -95,8 +99,7 @@ class _Watch:
         tensor = source.contents
         width, rows = int(tensor.ne[0]), int(tensor.ne[1])
         plain = tensor.type == _F32 and tensor.nb[0] == 4 and tensor.nb[1] == 4 * width
-        known = self._ggml.ggml_get_name(source) == tensor.name
-        if not (plain and known and tensor.ne[2] == tensor.ne[3] == 1):
+        if not (plain and tensor.ne[2] == tensor.ne[3] == 1):
             self.fault = name
             return
         values = np.empty((rows, width), np.float32)
