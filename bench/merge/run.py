@@ -278,7 +278,7 @@ def large(results: dict[str, Any]) -> None:
         model_of(model, smollm2())
         adapter_of(adapter, model)
         runs = []
-        for _ in range(1):
+        for _ in range(3):
             # No model of random weights is worth measuring, nor are minutes of it.
             runs.append({"ours": ours(model, adapter, mine, "--plain"),
                          "two-step": two_steps(model, adapter, theirs, "Q4_K_M")})  # fmt: skip
@@ -410,7 +410,7 @@ def _refused(cells: dict[str, Any]) -> str:
         row = [kind]
         for suite in ("advbench", "harmbench"):
             side, *merged = (
-                cell["refused"][w][suite] for w in ("side-loaded", "merged", "measured")
+                cell["refused"][w][suite] for w in ("side-loaded", "merged", "two-step")
             )
             row.append(str(Count(side.count("1"), len(side))))
             for hits in merged:

@@ -40,6 +40,7 @@ COLUMNS = (
     "fine-tuned", "ours", "ours, all layers", "ours, coefficients 1", "all layers, coefficients 1",
     "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
 )  # fmt: skip
+KINDS = "kinds"  # asked for like a column: the table of quantisations
 CODE = sha256(recalibration.__file__)  # another search finds other coefficients
 Cell = dict[str, Any]
 
@@ -141,6 +142,9 @@ class Bench:
             entry = self.results["tasks"].setdefault(task, {})
             entry["aligned"] = self.cell(aligned, None, task)
         for column in columns:
+            if column == KINDS:
+                self.kinds()
+                continue
             for task in TASKS:
                 source = tune(self.family, task)
                 started = time.process_time()
@@ -153,7 +157,6 @@ class Bench:
                     **cell, "parameters": parameters, "seconds": seconds,
                 }  # fmt: skip
                 self.save()
-        self.kinds()
 
     def _column(
         self, column: str, task: str, source: Source
@@ -294,7 +297,7 @@ def main() -> None:
         sys.exit("skipped: the benchmark files are not beside this checkout")
     name, *columns = sys.argv[1:] or ["tables"]
     if name != "tables":
-        Bench(name).run(tuple(columns) or COLUMNS)
+        Bench(name).run(tuple(columns) or (*COLUMNS, KINDS))
     from tables import write_tables
 
     write_tables()
