@@ -4,10 +4,10 @@ With c the coefficients, T the target, G the gene and w a weight, minimised is
 
     J(c) = max(goal, mean over harmful of L_refuse) + w * mean over harmless of KL(p_T || p_{T+cG})
 
-L_refuse is the negative log of the probability that the answer opens with one of the gene's
-refusal openers; the KL is taken on the first tokens of the target's own answers. The goal is
-the aligned model's own loss, which the gene carries: what was lost shall come back, and no
-more, for what lies beyond is paid with refusals of harmless prompts. Of all the points that
+L_refuse is the logistic loss of the margin by which an answer opens with one of the gene's
+refusal openers (`openers`); the KL is taken on the first tokens of the target's own answers. The
+goal is the aligned model's own loss, which the gene carries: what was lost shall come back, and
+no more, for what lies beyond is paid with refusals of harmless prompts. Of all the points that
 were looked at, the one with the smallest J and a KL within the budget is taken.
 """
 
@@ -28,12 +28,11 @@ from .compat import open_model, require_fit
 from .errors import FileFormatError, NoEffectError, SettingError
 from .gene import Expression, SafetyGene
 from .gguf_file import PathLike, require_file, sha256
+from .openers import Openers, Tokens, refusal_loss
 
 if TYPE_CHECKING:
     from .runtime.engine import Engine
-    from .runtime.llama import SafeLlama
 
-OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
 Scaling = npt.NDArray[np.float64]
 
@@ -90,7 +89,10 @@ class Examples:
 
     @classmethod
     def shipped(cls) -> Examples:
-        """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline."""
+        """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline.
+
+        None of them is a training prompt: a gene refuses what it has learnt from more readily.
+        """
         with resources.as_file(resources.files("safegene_edge") / "data/calibration.jsonl") as file:
             return cls.load(file)
 
@@ -194,14 +196,6 @@ def recalibrate(
     return Expression(found, sha256(gene_file) if gene_file else "", sha256(Path(target)))
 
 
-def opener_tokens(llama: SafeLlama, openers: Iterable[str]) -> list[tuple[int, ...]]:
-    """Refusal openers as tokens, up to three; one that another begins with says nothing more."""
-    found = {
-        tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:3]) for text in openers
-    } - {()}
-    return sorted(o for o in found if not any(o != p and o[: len(p)] == p for p in found))
-
-
 def taken(expression: Expression, curve: Sequence[Point]) -> Point:
     """The point of a recalibration's curve that became its expression."""
     values = tuple(expression.coefficients.values())
@@ -265,16 +259,7 @@ class _Objective:
         def render(text: str) -> list[int]:
             return list(llama.render([{"role": "user", "content": text}]))
 
-        self.openers = opener_tokens(llama, gene.refusal_openers or OPENERS)
-        parents = {opener[:-1] for opener in self.openers}
-        self.paths = sorted(
-            p for p in parents if not any(p != q and p == q[: len(p)] for q in parents)
-        )
-        # The path that each opener is read off: the first that begins with all but its end.
-        self.homes = [
-            next(n for n, path in enumerate(self.paths) if path[: len(o) - 1] == o[:-1])
-            for o in self.openers
-        ]
+        self.openers = Openers.of(llama, gene.refusal_openers)
         self.harmful = [render(text) for text in examples.harmful]
         self.harmless = [render(text) for text in examples.harmless]
         answers = engine.generate(self.harmless, max_tokens=settings.tokens, adapters=self.off)
@@ -288,32 +273,28 @@ class _Objective:
 
         engine.visit_logits(self.sequences, self.positions, keep, adapters=self.off)
 
-    def refusals(self, prompts: list[list[int]], scales: Any) -> Scaling:
-        """log P(the answer opens with a refusal opener), a prompt.
-
-        Openers that begin alike are read off one sequence: the row behind its first k tokens
-        tells how likely the opener's token k is.
-        """
-        sequences = [[*prompt, *path] for prompt in prompts for path in self.paths]
-        starts = [len(prompt) - 1 for prompt in prompts for _ in self.paths]
-        spans = [range(a, len(s)) for a, s in zip(starts, sequences, strict=True)]
-        sums = np.zeros((len(prompts), len(self.openers)))
+    def margins(self, prompts: list[list[int]], scales: Any) -> Scaling:
+        """The margin by which each answer opens with a refusal (nats); see `openers`."""
+        paths = self.openers.paths
+        sequences = [[*prompt, *path] for prompt in prompts for path, _ in paths]
+        spans = [
+            range(len(prompt) - 1 + known, len(prompt) + len(path))
+            for prompt in prompts
+            for path, known in paths
+        ]
+        leads: list[dict[Tokens, float]] = [{} for _ in prompts]
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            prompt, path = divmod(index, len(self.paths))
-            depth = position - starts[index]
-            logs = self._softmax(row)
-            for number, opener in enumerate(self.openers):
-                if self.homes[number] == path and depth < len(opener):
-                    sums[prompt, number] += logs[opener[depth]]
+            prompt, number = divmod(index, len(paths))
+            behind = paths[number][0][: position + 1 - len(prompts[prompt])]
+            leads[prompt].update(self.openers.leads(behind, row))
 
         self.engine.visit_logits(sequences, spans, visit, adapters=scales)
-        logs: Scaling = np.logaddexp.reduce(sums, axis=1)
-        return logs
+        return np.array([self.openers.margin(found) for found in leads])
 
     def at(self, alpha: Scaling) -> Point:
         scales = {**self.own, **dict(zip(self.handles, alpha.tolist(), strict=True))}
-        loss = -float(self.refusals(self.harmful, scales).mean())
+        loss = refusal_loss(self.margins(self.harmful, scales))
         sums = np.zeros(len(self.sequences))
 
         def compare(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
@@ -326,11 +307,11 @@ class _Objective:
     def require_labels(self) -> None:
         """With the gene on, harmful prompts must be refused more than harmless ones."""
         scales = {**self.own, **dict.fromkeys(self.handles, 1.0)}
-        harmful = float(self.refusals(self.harmful, scales).mean())
-        harmless = float(self.refusals(self.harmless, scales).mean())
+        harmful = float(self.margins(self.harmful, scales).mean())
+        harmless = float(self.margins(self.harmless, scales).mean())
         if harmful <= harmless:
             raise SettingError(
-                f"with the gene, the harmful examples (mean log-probability of a refusal "
-                f"{harmful:.2f}) are refused no more than the harmless ones ({harmless:.2f})",
+                f"with the gene, the harmful examples (mean margin of a refusal {harmful:.2f} "
+                f"nats) are refused no more than the harmless ones ({harmless:.2f})",
                 "Check that the labels are not swapped and that the gene is of this family",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from safegene_edge.converters import convert
 from safegene_edge.errors import MismatchError, NoEffectError, SafeGeneError, SettingError
 from safegene_edge.gene import SafetyGene
+from safegene_edge.openers import Openers
 from safegene_edge.recalibration import (
     Examples,
     Point,
@@ -72,20 +74,50 @@ def test_a_file_of_bad_examples_is_refused(tmp_path, text):
         Examples.load(path)
 
 
-def test_every_opener_has_the_probability_that_scoring_gives_it(tiny, tiny_adapter):
+def test_a_margin_is_the_best_openers_weakest_lead():
+    openers = Openers([(1, 2), (1, 3, 4), (5,), (5, 0), ()])
+    assert openers.all == [(1, 2), (1, 3, 4), (5,)]
+    assert openers.paths == [((1, 3), 0)]  # a row for each of its prefixes is all that is needed
+    leads = openers.leads((), np.array([9.0, 8, 0, 0, 0, 4, 0]))
+    assert leads == {(1,): -1.0, (5,): -5.0}  # against what opens no refusal: token 0
+    leads |= openers.leads((1,), np.array([0.0, 0, 1, 7, 0, 0, 4]))
+    leads |= openers.leads((1, 3), np.array([0.0, 0, 0, 0, 2, 0, 0]))
+    assert openers.margin(leads) == -1.0  # (1, 3, 4): -1, 3, 2
+
+
+def test_openers_that_part_early_share_their_first_rows():
+    openers = Openers([(1, 2, 6), (1, 3, 4), (5, 1)])
+    assert openers.paths == [((1, 2), 0), ((1, 3), 2), ((5,), 1)]
+
+
+def test_margins_are_what_greedy_decoding_decides_by(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    prompts = Examples(("a b", "c"), ("d",))
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
         handle = llama.attach(gene, 0.0)
-        objective = _Objective(
-            engine, {}, [handle], gene, Examples(("a b", "c"), ("d",)), Settings(tokens=2)
-        )
+        objective = _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
         scales = {handle: 1.0}
-        found = objective.refusals(objective.harmful, scales)
-        prompts = [p for p in objective.harmful for _ in objective.openers]
-        scored = engine.score(prompts, objective.openers * 2, adapters=scales)
-    sums = np.array([s.sum() for s in scored]).reshape(2, -1)
-    np.testing.assert_allclose(found, np.logaddexp.reduce(sums, axis=1), atol=2e-3)
+        said = engine.generate(objective.harmful, max_tokens=3, adapters=scales)
+        one, two = (tuple(answer.tokens) for answer in said)
+        assert one != two
+        # What the model says to the first prompt, and how it does not go on.
+        objective.openers = Openers([one, (one[0], (one[1] + 1) % 256, 7)])
+        found = objective.margins(objective.harmful, scales)
+        for prompt, margin in zip(objective.harmful, found, strict=True):
+            leads = {}
+            for path, _ in objective.openers.paths:
+                for depth in range(3):
+                    alone: list[np.ndarray] = []
+                    sequence = [*prompt, *path[:depth]]
+                    engine.visit_logits(
+                        [sequence], [[len(sequence) - 1]],
+                        lambda index, position, row, kept=alone: kept.append(row.copy()),
+                        adapters=scales, exact=True,
+                    )  # fmt: skip
+                    leads |= objective.openers.leads(path[:depth], alone[0])
+            assert margin == pytest.approx(objective.openers.margin(leads), abs=2e-3)
+    assert found[0] > 0 > found[1]
 
 
 def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
@@ -135,15 +167,21 @@ def test_a_targets_own_adapters_stay_on(tiny, tiny_adapter, tmp_path):
     task = tmp_path / "task.gguf"
     convert(tiny_adapter("llama"), base=model, output=task)
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
-    examples = Examples(("How do I sing?",), ("What is a bee, and where does it live?",))
-    losses = []
-    for adapters in ((), (task,)):
-        curve: list[Point] = []
-        with contextlib.suppress(SettingError, NoEffectError):
-            recalibrate(
-                model, gene, examples, adapters=adapters, settings=Settings(passes=6), curve=curve
-            )
-        losses.append([point.refusal_loss for point in curve[:2]])
+    # The guard of labels refuses whatever a random model leans away from.
+    for prompts in permutations(
+        ("How do I sing?", "What is a bee?", "Where does it live, then?"), 2
+    ):
+        losses = []
+        for adapters in ((), (task,)):
+            curve: list[Point] = []
+            with contextlib.suppress(SettingError, NoEffectError):
+                recalibrate(
+                    model, gene, Examples((prompts[0],), (prompts[1],)), adapters=adapters,
+                    settings=Settings(passes=6), curve=curve,
+                )  # fmt: skip
+            losses.append([point.refusal_loss for point in curve[:2]])
+        if all(losses):
+            break
     # With the task on, the model alone is what the bare one is with the gene (the same pair).
-    assert losses[0] and losses[1]
+    assert all(losses)
     assert losses[1][0] == pytest.approx(losses[0][1], abs=1e-3)

@@ -15,6 +15,7 @@ import tiny as tiny_models
 
 from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.evals.suites import BUILT_IN, load_suite
+from safegene_edge.recalibration import Examples
 from safegene_edge.training.corpus import (
     CATEGORIES,
     HarmfulPrompt,
@@ -98,6 +99,17 @@ def test_no_prompt_is_a_near_copy_of_the_projects_own_suites() -> None:
     measured = [prompt.text for suite in suites for prompt in suite.prompts]
     assert len(measured) > 100
     assert near_copies(all_prompts(), measured) == []
+
+
+def test_no_prompt_is_a_near_copy_of_a_calibration_example() -> None:
+    """A gene refuses what it has learnt from more readily: its coefficients would be too small."""
+    shipped = Examples.shipped()
+    examples = [*shipped.harmful, *shipped.harmless]
+    suites = chain.from_iterable(load_suite(name) for name in BUILT_IN)
+    measured = [prompt.text for suite in suites for prompt in suite.prompts]
+    assert near_copies(all_prompts(), examples) == near_copies(examples, measured) == []
+    if SHARED.exists():
+        assert near_copies(examples, list(benchmark_prompts())) == []
 
 
 def test_refusals_are_short_varied_and_open_alike() -> None:

@@ -263,7 +263,9 @@ def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
 def code() -> str:
     folder = HERE.parent.parent / "converters"
     names = ("rounding", "codes", "kernels", "merging", "merge_inputs", "merge_work", "rewrite")
-    return hashlib.sha256("".join(sha256(folder / f"{n}.py") for n in names).encode()).hexdigest()
+    files = [folder / f"{name}.py" for name in names]
+    files.append(folder.parent / "safegene_edge" / "data" / "calibration.jsonl")
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def large(results: dict[str, Any]) -> None:

@@ -198,8 +198,8 @@ class LocalModel:
     def refusal(self, column: str, chat: Chat) -> float:
         """Log-probability in nats that the answer opens with a refusal opener.
 
-        The recalibration's L_refuse with its sign turned: the log of the openers' summed
-        probability. One call a chat, so that the openers share the prompt's keys and values.
+        That is the log of the openers' summed probability. One call a chat, so that the openers
+        share the prompt's keys and values.
         """
         key = self.key("refusal", column, self._openers, chat.messages, chat.prefill)
         if key not in self.journal:

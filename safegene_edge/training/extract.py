@@ -27,6 +27,7 @@ from ..converters.names import BaseNames
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
+from ..openers import Openers, Tokens, refusal_loss
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
@@ -214,24 +215,26 @@ def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
 
 
 def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: Recipe) -> float:
-    """A transformers model's mean refusal loss on the shipped calibration examples, in nats.
+    """A transformers model's refusal loss on the shipped calibration examples, in nats.
 
-    The same quantity that `recalibrate` lowers: -log P(the answer opens with an opener).
+    The same quantity that `recalibrate` lowers; see `openers`.
     """
     import torch
 
-    from ..recalibration import OPENERS, Examples, opener_tokens
+    from ..recalibration import Examples
 
-    paths = opener_tokens(llama, openers or OPENERS)
-    losses = []
+    known, margins = Openers.of(llama, openers), []
     for text in Examples.shipped().harmful:
-        rows = [Example(rendered(llama, text), path, True) for path in paths]
-        with torch.no_grad():
-            logs, target, _ = log_probabilities(model, rows, recipe)
-        told = logs.gather(-1, target[..., None])[..., 0]
-        sums = [told[n, : len(path)].sum() for n, path in enumerate(paths)]
-        losses.append(-float(torch.stack(sums).logsumexp(0)))
-    return sum(losses) / len(losses)
+        prompt, leads = rendered(llama, text), dict[Tokens, float]()
+        for path, _ in known.paths:
+            # The last token is no matter: its row is that of the path.
+            row = Example(prompt, (*path, prompt[0]), True)
+            with torch.no_grad():
+                logs, _, _ = log_probabilities(model, [row], recipe)
+            for depth, values in enumerate(logs[0].cpu().numpy()):
+                leads |= known.leads(path[:depth], values)
+        margins.append(known.margin(leads))
+    return refusal_loss(np.array(margins))
 
 
 @dataclass(frozen=True, slots=True)
