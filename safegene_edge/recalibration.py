@@ -102,8 +102,8 @@ class Settings:
     """Settings of a recalibration.
 
     Attributes:
-        weight: w, how much a nat of KL counts against a nat of refusal loss. On SmolLM2's
-            fine-tunes 1 over-refused and 10 left a fifth of the refusals lost.
+        weight: w, how much a nat of KL counts against a nat of refusal loss; chosen on SmolLM2's
+            fine-tunes.
         tokens: of each harmless answer that the KL sees.
         upper: the largest coefficient that is looked at.
         passes: points looked at, at most; each is one pass over the examples.
