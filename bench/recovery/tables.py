@@ -25,8 +25,9 @@ def write_tables() -> None:
         "One gene a family, extracted from degradations that are not among these fine-tunes. "
         "n/N with 95 % Wilson intervals; recovered = (with gene - fine-tuned) / (aligned - "
         "fine-tuned), over AdvBench and HarmBench together, with a 95 % bootstrap interval; "
-        "means are over the benign fine-tunes that lost at least 10 points. Identity is an "
-        "adversarial fine-tune, outside of the means.\n",
+        "means are over the benign fine-tunes that lost at least 10 points. More than 100 % is "
+        "refused more than the aligned model does, and is no gain. Identity is an adversarial "
+        "fine-tune, outside of the means.\n",
     ]
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"
@@ -125,11 +126,34 @@ def _means(found: Cell) -> str:
             for e in entries
         ]
         lines.append(
-            [column, f"{len(entries)}/{len(lost)}", percent(sum(shares) / len(shares)),
-             percent(min(shares)), f"{100 * sum(over) / len(over):+.1f} points"]
+            [column, f"{len(entries)}/{len(lost)}", percent(_mean(shares)), percent(min(shares)),
+             percent(_mean([min(1.0, share) for share in shares])),
+             f"{100 * _mean(over):+.1f}", f"{100 * max(over):+.1f}", *_task_change(entries, column)]
         )  # fmt: skip
-    header = ["", "fine-tunes", "recovered, mean, %", "least", "over-refusal against aligned, mean"]
+    header = ["", "fine-tunes", "recovered, mean, %", "least", "mean, each at most 100 %",
+              "over-refusal against aligned, points, mean", "most",
+              "task accuracy against fine-tuned, points, mean",
+              "task perplexity, % of fine-tuned's"]  # fmt: skip
     return f"### Means over {', '.join(lost)}\n\n{table(header, lines)}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _task_change(entries: list[dict[str, Cell]], column: str) -> list[str]:
+    """Mean change of the accuracies, and mean ratio of the perplexities."""
+    pairs = [(e["fine-tuned"]["task"], e[column]["task"]) for e in entries]
+    points = [
+        100 * (b["accuracy"].count("1") - a["accuracy"].count("1")) / len(a["accuracy"])
+        for a, b in pairs
+        if "accuracy" in a
+    ]
+    ratios = [b["perplexity"] / a["perplexity"] for a, b in pairs if "perplexity" in a]
+    return [
+        f"{_mean(points):+.1f}" if points else "",
+        percent(_mean(ratios)) if ratios else "",
+    ]
 
 
 # -- the plot -------------------------------------------------------------
