@@ -29,6 +29,13 @@ def random_adapter(
     return SafetyGene(file.architecture, alpha, pairs, **facts)
 
 
+def adapter_for(model: Path, folder: Path, **facts: Any) -> Path:
+    """A small random adapter's file in `folder`; `facts` as of `random_adapter`."""
+    gene = folder / "gene.gguf"
+    random_adapter(model, **{"size": 0.05, **facts}).save(gene)
+    return gene
+
+
 def stored_tensors(folder: Path) -> Any:
     from safetensors.numpy import load_file
 

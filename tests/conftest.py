@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,21 @@ def tiny(zoo: tiny_models.TinyZoo) -> tiny_models.ModelFactory:
 def tiny_adapter(zoo: tiny_models.TinyZoo) -> tiny_models.AdapterFactory:
     """`tiny_adapter(arch, dtype="float32", **lora_config)` gives a PEFT folder."""
     return zoo.adapter
+
+
+@pytest.fixture(scope="session")
+def quantised(
+    tiny: tiny_models.ModelFactory, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`quantised(kind)` is a tiny model whose rows hold whole super-blocks, as a GGUF."""
+    from safegene_edge.runtime.quantise import quantise
+
+    folder: Path = tmp_path_factory.mktemp("quantised")
+
+    def made(kind: str = "Q4_K_M") -> Path:
+        path = folder / f"{kind}.gguf"
+        if not path.exists():
+            quantise(tiny("llama", **tiny_models.WIDE).gguf_path, path, kind)
+        return path
+
+    return made

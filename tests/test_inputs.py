@@ -73,10 +73,8 @@ def test_odd_samples_give_finite_directions(sample):
     assert np.isfinite(rows).all()
 
 
-def test_the_command_measures_unless_told_not_to(tiny, tmp_path):
-    wide = {"hidden_size": 256, "intermediate_size": 512}
-    model, adapter = tmp_path / "m.gguf", tmp_path / "a.gguf"
-    quantise(tiny("llama", **wide).gguf_path, model, "Q4_0")
+def test_the_command_measures_unless_told_not_to(quantised, tmp_path):
+    model, adapter = quantised("Q4_0"), tmp_path / "a.gguf"
     random_adapter(model, size=0.01).save(adapter)
     survived, files = [], []
     for number, more in enumerate(([], ["--plain"])):

@@ -1,4 +1,4 @@
-"""Merging: types, bytes, truth, what survives, splits, importance matrices, kills, full disks."""
+"""Merging: types, bytes, truth, what survives, splits, kills, full disks."""
 
 from __future__ import annotations
 
@@ -8,59 +8,32 @@ import os
 import random
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from adapters import random_adapter
+from adapters import adapter_for, random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters import kernels, merge_work
-from safegene_edge.converters.imatrix import read_imatrix
+from safegene_edge.converters import merge_work
 from safegene_edge.converters.merging import MergeSettings, Plan, merge
 from safegene_edge.errors import (
-    FileFormatError,
     MismatchError,
     NoEffectError,
     OutputError,
     SafeGeneError,
-    SettingError,
 )
 from safegene_edge.gene import Expression, Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.llama import SafeLlama
-from safegene_edge.runtime.quantise import quantise
 
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 KINDS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M",
     "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "TQ2_0", "MXFP4_MOE",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tiny, tmp_path_factory):
-    """`model(kind)` is a tiny model whose rows hold whole super-blocks, quantised."""
-    folder = tmp_path_factory.mktemp("quantised")
-    source = tiny("llama", **WIDE).gguf_path
-
-    def made(kind="Q4_K_M"):
-        path = folder / f"{kind}.gguf"
-        if not path.exists():
-            quantise(source, path, kind)
-        return path
-
-    return made
-
-
-def adapter_for(path, folder, **facts):
-    gene = folder / "gene.gguf"
-    random_adapter(path, **{"size": 0.05, **facts}).save(gene)
-    return gene
 
 
 def bytes_of(file, name):
@@ -76,8 +49,8 @@ def logits(path, adapters=(), text=b"The cat sat on the mat and"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_types_and_untouched_bytes_stay(kind, model, tmp_path):
-    source = model(kind)
+def test_types_and_untouched_bytes_stay(kind, quantised, tmp_path):
+    source = quantised(kind)
     gene = adapter_for(source, tmp_path)
     output = tmp_path / "out.gguf"
     report = merge(source, [gene], output)
@@ -98,8 +71,8 @@ def test_types_and_untouched_bytes_stay(kind, model, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("F32", 1e-3), ("F16", 2e-2)])
-def test_merged_logits_are_the_side_loaded_ones(kind, bound, model, tmp_path):
-    source = model(kind)
+def test_merged_logits_are_the_side_loaded_ones(kind, bound, quantised, tmp_path):
+    source = quantised(kind)
     gene = adapter_for(source, tmp_path)
     output = tmp_path / "out.gguf"
     merge(source, [(gene, 0.7)], output)
@@ -108,8 +81,8 @@ def test_merged_logits_are_the_side_loaded_ones(kind, bound, model, tmp_path):
     assert np.abs(logits(output) - side).max() <= bound
 
 
-def test_f32_holds_the_very_sum(model, tmp_path):
-    source = model("F32")
+def test_f32_holds_the_very_sum(quantised, tmp_path):
+    source = quantised("F32")
     gene = adapter_for(source, tmp_path)
     output = tmp_path / "out.gguf"
     merge(source, [gene], output)
@@ -126,8 +99,8 @@ def test_the_function_is_not_hidden_by_a_module():
     assert callable(safegene_edge.merge) and converters.merge is merge
 
 
-def test_several_adapters_add_up(model, tmp_path):
-    source = model("F32")
+def test_several_adapters_add_up(quantised, tmp_path):
+    source = quantised("F32")
     for seed in (1, 2):
         (tmp_path / str(seed)).mkdir()
     one = adapter_for(source, tmp_path / "1", seed=1)
@@ -138,8 +111,8 @@ def test_several_adapters_add_up(model, tmp_path):
     assert np.abs(logits(output) - side).max() <= 1e-3
 
 
-def test_a_gene_goes_in_with_its_expression(model, tmp_path):
-    source = model("F32")
+def test_a_gene_goes_in_with_its_expression(quantised, tmp_path):
+    source = quantised("F32")
     gene = adapter_for(source, tmp_path, family="tiny")
     expression = Expression({0: 0.0, 1: 1.5, 2: 0.3}, hashlib.sha256(gene.read_bytes()).hexdigest())
     output = tmp_path / "out.gguf"
@@ -152,8 +125,8 @@ def test_a_gene_goes_in_with_its_expression(model, tmp_path):
     np.testing.assert_allclose(facts.numbers("safegene.merge.0.coefficients"), [1.5, 0.3])
 
 
-def test_all_metadata_stays_and_provenance_comes(model, tmp_path):
-    source = model()
+def test_all_metadata_stays_and_provenance_comes(quantised, tmp_path):
+    source = quantised()
     gene = adapter_for(source, tmp_path)
     once, twice = tmp_path / "once.gguf", tmp_path / "twice.gguf"
     merge(source, [gene], once)
@@ -176,8 +149,8 @@ def test_all_metadata_stays_and_provenance_comes(model, tmp_path):
     }
 
 
-def test_the_same_merge_gives_the_same_bytes_with_any_number_of_threads(model, tmp_path):
-    source = model()
+def test_the_same_merge_gives_the_same_bytes_with_any_number_of_threads(quantised, tmp_path):
+    source = quantised()
     gene = adapter_for(source, tmp_path)
     outputs = [tmp_path / f"{threads}.gguf" for threads in (1, 3)]
     for threads, output in zip((1, 3), outputs, strict=True):
@@ -185,9 +158,9 @@ def test_the_same_merge_gives_the_same_bytes_with_any_number_of_threads(model, t
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_workers_write_what_one_process_writes(model, tmp_path, monkeypatch):
+def test_workers_write_what_one_process_writes(quantised, tmp_path, monkeypatch):
     """Small models are merged in one process: here the limit goes, and the workers come."""
-    source = model()
+    source = quantised()
     gene = adapter_for(source, tmp_path)
     merge(source, [gene], tmp_path / "one.gguf", settings=MergeSettings(threads=1))
     monkeypatch.setattr(merge_work, "_WORTH", 0)
@@ -200,8 +173,8 @@ def test_workers_write_what_one_process_writes(model, tmp_path, monkeypatch):
     assert len(seen) == len(report.tensors) and seen[-1][0] == seen[-1][1]
 
 
-def test_an_error_in_a_worker_is_the_callers(model, tmp_path, monkeypatch):
-    source = model()
+def test_an_error_in_a_worker_is_the_callers(quantised, tmp_path, monkeypatch):
+    source = quantised()
     huge = random_adapter(source)
     name, pair = next(iter(huge.pairs.items()))
     pairs = {**huge.pairs, name: Pair(pair.a * 1e30, pair.b * 1e30)}
@@ -215,8 +188,8 @@ def test_an_error_in_a_worker_is_the_callers(model, tmp_path, monkeypatch):
 # -- what is reported -----------------------------------------------------
 
 
-def test_more_survives_than_quantised_afresh_and_the_report_says_so(model, tmp_path):
-    source = model("Q4_0")
+def test_more_survives_than_quantised_afresh_and_the_report_says_so(quantised, tmp_path):
+    source = quantised("Q4_0")
     gene = adapter_for(source, tmp_path, size=0.01)
     widths = {name: pair.a.shape[1] for name, pair in SafetyGene.load(gene).pairs.items()}
     free = {name: np.zeros((0, width), np.float32) for name, width in widths.items()}
@@ -239,8 +212,8 @@ def test_more_survives_than_quantised_afresh_and_the_report_says_so(model, tmp_p
     assert tensor.survived == pytest.approx((kept * delta).sum() / (delta**2).sum(), abs=1e-3)
 
 
-def test_promoting_gives_the_worst_tensors_a_larger_type(model, tmp_path):
-    source = model("Q4_0")
+def test_promoting_gives_the_worst_tensors_a_larger_type(quantised, tmp_path):
+    source = quantised("Q4_0")
     gene = adapter_for(source, tmp_path, size=0.01)
     settings = MergeSettings(promote=2)
     report = merge(source, [gene], tmp_path / "out.gguf", settings=settings)
@@ -255,100 +228,21 @@ def test_promoting_gives_the_worst_tensors_a_larger_type(model, tmp_path):
     assert np.isfinite(logits(tmp_path / "out.gguf")).all()
 
 
-def test_an_update_that_changes_nothing_is_refused(model, tmp_path):
-    source = model("Q4_0")
+def test_an_update_that_changes_nothing_is_refused(quantised, tmp_path):
+    source = quantised("Q4_0")
     gene = adapter_for(source, tmp_path, size=1e-9)
     with pytest.raises(NoEffectError, match="nothing would change"):
         merge(source, [gene], tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == [gene]
 
 
-# -- importance matrices --------------------------------------------------
-
-
-def imatrix_for(path, output, binary=False):
-    """An importance matrix of random mean squares, in one of llama-imatrix's two forms."""
-    random_, file = np.random.default_rng(0), GGUFFile(path)
-    means = {
-        name: random_.uniform(0.1, 4, info.shape[1]).astype(np.float32)
-        for name, info in file.tensors.items()
-        if len(info.shape) == 2
-    }
-    if binary:
-        body = struct.pack("<i", len(means))
-        for name, values in means.items():
-            body += struct.pack("<i", len(name)) + name.encode()
-            body += struct.pack("<ii", 5, values.size) + (values * 5).tobytes()
-        output.write_bytes(body)
-        return means
-    writer = GGUFWriter(output, "")
-    writer.add_type("imatrix")
-    for name, values in means.items():
-        writer.add_tensor(f"{name}.in_sum2", (values * 7)[None, :])
-        writer.add_tensor(f"{name}.counts", np.array([[7.0]], np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return means
-
-
-@pytest.mark.parametrize("binary", [False, True])
-def test_both_forms_of_an_importance_matrix_are_read(binary, model, tmp_path):
-    means = imatrix_for(model(), tmp_path / "imatrix", binary)
-    found = read_imatrix(tmp_path / "imatrix")
-    assert set(found) == set(means)
-    for name, values in means.items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-6)
-
-
-def test_a_type_that_needs_an_importance_matrix_gets_it_or_is_refused(tiny, tmp_path):
-    """IQ2_XXS, written by ggml's own quantiser, since llama.cpp's refuses to without a matrix."""
-    source, target = open_model(tiny("llama", **WIDE).gguf_path), tmp_path / "iq2.gguf"
-    name = "blk.1.ffn_down.weight"
-    values = source.floats(name)
-    kind = GGMLQuantizationType.IQ2_XXS
-    raw = kernels.quantise(values, int(kind), np.ones(values.shape[1], np.float32))
-    writer = GGUFWriter(target, source.architecture)
-    writer.add_tensor(name, raw, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    gene = tmp_path / "gene.gguf"
-    random_adapter(target, size=0.2).save(gene)
-    with pytest.raises(SettingError, match="needs an importance matrix"):
-        merge(target, [gene], tmp_path / "out.gguf")
-    imatrix_for(target, tmp_path / "imatrix.gguf")
-    settings = MergeSettings(imatrix=tmp_path / "imatrix.gguf")
-    merge(target, [gene], tmp_path / "out.gguf", settings=settings)
-    assert open_model(tmp_path / "out.gguf").tensors[name].type_name == "IQ2_XXS"
-
-
-def test_an_importance_matrix_steers_the_rounding(model, tmp_path):
-    source = model()
-    gene = adapter_for(source, tmp_path)
-    imatrix_for(source, tmp_path / "imatrix.gguf")
-    for name, file in (("with", tmp_path / "imatrix.gguf"), ("without", None)):
-        merge(source, [gene], tmp_path / name, settings=MergeSettings(imatrix=file))
-    assert (tmp_path / "with").read_bytes() != (tmp_path / "without").read_bytes()
-
-
-@pytest.mark.parametrize("data", [b"\x01\0\0\0", b"\xff" * 64, b"GGUF", struct.pack("<i", 2) * 9])
-def test_what_is_no_importance_matrix_is_refused(data, model, tmp_path):
-    (tmp_path / "imatrix").write_bytes(data)
-    gene = adapter_for(model(), tmp_path)
-    with pytest.raises(FileFormatError):
-        merge(model(), [gene], tmp_path / "o", settings=MergeSettings(imatrix=tmp_path / "imatrix"))
-
-
 # -- split models ---------------------------------------------------------
 
 
 @pytest.fixture
-def split(model, tmp_path):
+def split(quantised, tmp_path):
     """The quantised model in files of ten tensors, as llama.cpp's gguf-split makes them."""
-    whole = open_model(model("Q8_0"))
+    whole = open_model(quantised("Q8_0"))
     writer = GGUFWriter(tmp_path / "split.gguf", whole.architecture, split_max_tensors=10)
     for key, value in whole.metadata.items():
         if key.startswith("llama.") and isinstance(value, (int, float)):
@@ -369,11 +263,11 @@ def split(model, tmp_path):
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_a_split_model_stays_split_or_becomes_one_file(joined, split, model, tmp_path):
-    gene = adapter_for(model("Q8_0"), tmp_path)
+def test_a_split_model_stays_split_or_becomes_one_file(joined, split, quantised, tmp_path):
+    gene = adapter_for(quantised("Q8_0"), tmp_path)
     folder = tmp_path / "out"
     folder.mkdir()
-    merge(model("Q8_0"), [gene], tmp_path / "whole.gguf")
+    merge(quantised("Q8_0"), [gene], tmp_path / "whole.gguf")
     name = "one.gguf" if joined else f"two-00001-of-{len(split):05d}.gguf"
     merge(split[0], [gene], folder / name)
     assert len(list(folder.iterdir())) == (1 if joined else len(split))
@@ -384,8 +278,8 @@ def test_a_split_model_stays_split_or_becomes_one_file(joined, split, model, tmp
         assert bytes_of(whole, tensor) == bytes_of(made, tensor)
 
 
-def test_a_name_for_another_number_of_files_is_refused(split, model, tmp_path):
-    gene = adapter_for(model("Q8_0"), tmp_path)
+def test_a_name_for_another_number_of_files_is_refused(split, quantised, tmp_path):
+    gene = adapter_for(quantised("Q8_0"), tmp_path)
     with pytest.raises(OutputError, match="asks for 9 files"):
         merge(split[0], [gene], tmp_path / "two-00001-of-00009.gguf")
 
@@ -393,21 +287,21 @@ def test_a_name_for_another_number_of_files_is_refused(split, model, tmp_path):
 # -- what must not happen -------------------------------------------------
 
 
-def test_an_expression_of_another_gene_is_refused(model, tmp_path):
-    gene = adapter_for(model(), tmp_path, family="tiny")
+def test_an_expression_of_another_gene_is_refused(quantised, tmp_path):
+    gene = adapter_for(quantised(), tmp_path, family="tiny")
     with pytest.raises(MismatchError, match="of another gene"):
-        merge(model(), [(gene, Expression({0: 1.0}, "00"))], tmp_path / "out.gguf")
+        merge(quantised(), [(gene, Expression({0: 1.0}, "00"))], tmp_path / "out.gguf")
 
 
-def test_an_expression_for_another_model_is_said(model, tmp_path):
-    gene = adapter_for(model(), tmp_path, family="tiny")
-    report = merge(model(), [(gene, Expression({0: 1.0}, "", "00"))], tmp_path / "out.gguf")
+def test_an_expression_for_another_model_is_said(quantised, tmp_path):
+    gene = adapter_for(quantised(), tmp_path, family="tiny")
+    report = merge(quantised(), [(gene, Expression({0: 1.0}, "", "00"))], tmp_path / "out.gguf")
     assert "found for another model" in report.warnings[0]
 
 
-def test_killed_it_leaves_no_output(model, tmp_path):
+def test_killed_it_leaves_no_output(quantised, tmp_path):
     """SIGKILL at random moments; the bench does it fifty times on a real model."""
-    source = model()
+    source = quantised()
     gene = adapter_for(source, tmp_path)
     before = hashlib.sha256(source.read_bytes()).hexdigest()
     command = [sys.executable, "-m", "safegene_edge", "merge", source, gene, "-o"]
@@ -424,9 +318,9 @@ def test_killed_it_leaves_no_output(model, tmp_path):
     assert hashlib.sha256(source.read_bytes()).hexdigest() == before
 
 
-def test_a_full_disk_gives_one_line_and_no_output(model, tmp_path):
+def test_a_full_disk_gives_one_line_and_no_output(quantised, tmp_path):
     """A limit on the file's size fails as a full disk does: when the room is reserved."""
-    source = model()
+    source = quantised()
     gene = adapter_for(source, tmp_path)
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
@@ -443,8 +337,8 @@ def test_a_full_disk_gives_one_line_and_no_output(model, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
-def test_a_small_tmpfs_gives_one_line_and_no_output(model, tmp_path):
-    source = model()
+def test_a_small_tmpfs_gives_one_line_and_no_output(quantised, tmp_path):
+    source = quantised()
     gene = adapter_for(source, tmp_path)
     small = tmp_path / "small"
     small.mkdir()
@@ -461,8 +355,8 @@ def test_a_small_tmpfs_gives_one_line_and_no_output(model, tmp_path):
         subprocess.run(["umount", small], check=True)
 
 
-def test_an_infinite_update_names_its_tensor(model, tmp_path):
-    source = model()
+def test_an_infinite_update_names_its_tensor(quantised, tmp_path):
+    source = quantised()
     huge = random_adapter(source)
     name, pair = next(iter(huge.pairs.items()))
     huge = SafetyGene("llama", 8.0, {name: Pair(pair.a * 1e30, pair.b * 1e30)})
@@ -471,17 +365,17 @@ def test_an_infinite_update_names_its_tensor(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_plan_reads_no_weights_and_writes_nothing(model, tmp_path):
-    gene = adapter_for(model(), tmp_path)
-    plan = Plan.of(model(), [gene])
+def test_the_plan_reads_no_weights_and_writes_nothing(quantised, tmp_path):
+    gene = adapter_for(quantised(), tmp_path)
+    plan = Plan.of(quantised(), [gene])
     report, estimate = plan.report([]), plan.estimate()
     assert {t.name for t in report.tensors} == set(SafetyGene.load(gene).pairs)
     assert estimate.seconds > 0 and estimate.memory > 50 << 20
     assert list(tmp_path.iterdir()) == [gene]
 
 
-def test_the_command_line(model, tmp_path):
-    gene = adapter_for(model(), tmp_path, family="tiny")
+def test_the_command_line(quantised, tmp_path):
+    gene = adapter_for(quantised(), tmp_path, family="tiny")
     expression = tmp_path / "expression.json"
     Expression({0: 0.5, 1: 2.0, 2: 0.0}).save(expression)
 
@@ -492,10 +386,10 @@ def test_the_command_line(model, tmp_path):
         )  # fmt: skip
 
     output = tmp_path / "out.gguf"
-    facts = json.loads(run(model(), f"{gene}={expression}", "-o", output, "--json").stdout)
+    facts = json.loads(run(quantised(), f"{gene}={expression}", "-o", output, "--json").stdout)
     assert {t["name"].split(".")[1] for t in facts["tensors"]} == {"0", "1"}
     assert 0.5 < facts["survived"] < 1.5
-    shown = run(model(), f"{gene}=0.5", "--dry-run")
+    shown = run(quantised(), f"{gene}=0.5", "--dry-run")
     assert "copied as they are" in shown.stdout and "MiB of memory" in shown.stdout
     shutil.copy(gene, tmp_path / "a=1.gguf")
-    run(model(), tmp_path / "a=1.gguf", "-o", output)
+    run(quantised(), tmp_path / "a=1.gguf", "-o", output)

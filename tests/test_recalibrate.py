@@ -90,6 +90,11 @@ def test_openers_that_part_early_share_their_first_rows():
     assert openers.paths == [((1, 2), 0), ((1, 3), 2), ((5,), 1)]
 
 
+def test_openers_that_say_nothing_are_those_of_most_models(tiny):
+    with SafeLlama(str(tiny("llama").gguf_path), n_ctx=64) as llama:
+        assert Openers.of(llama, ("", " ")).all == Openers.of(llama).all != []
+
+
 def test_margins_are_what_greedy_decoding_decides_by(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))

@@ -20,6 +20,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 VOCABULARY = 300
 WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 96, 3, 4, 2, 512
 END_OF_TEXT, IM_START, IM_END, PAD = 296, 297, 298, 299
+# Settings of a model whose rows hold whole super-blocks of 256.
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PHI3_LINEAR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
