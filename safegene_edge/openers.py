@@ -41,16 +41,11 @@ class Openers:
     """
 
     def __init__(self, openers: Iterable[Tokens]) -> None:
-        found = set(openers) - {()}
-        self.all: list[Tokens] = sorted(
-            o for o in found if not any(o != p and o[: len(p)] == p for p in found)
-        )
-        self._next: dict[Tokens, list[int]] = {}
+        self.all = prefix_free(openers)
+        self._next: dict[Tokens, set[int]] = {}
         for opener in self.all:
             for depth, token in enumerate(opener):
-                tokens = self._next.setdefault(opener[:depth], [])
-                if token not in tokens:
-                    tokens.append(token)
+                self._next.setdefault(opener[:depth], set()).add(token)
         ends = [t for t in self._next if not any(t != u and t == u[: len(t)] for u in self._next)]
         self.paths: list[tuple[Tokens, int]] = []
         shown: set[Tokens] = set()
@@ -64,18 +59,24 @@ class Openers:
         """The openers that a gene carries, or those that instruct models commonly have."""
         return cls(
             tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:_DEEP])
-            for text in tuple(texts) or OPENERS
+            for text in [text for text in texts if text.strip()] or OPENERS
         )
 
     def leads(self, behind: Tokens, logits: npt.NDArray[Any]) -> dict[Tokens, float]:
         """What the openers' next tokens lead by, from one row (vocabulary) of logits."""
-        tokens = self._next[behind]
+        tokens = sorted(self._next[behind])
         best = float(np.delete(logits, tokens).max())
         return {(*behind, token): float(logits[token]) - best for token in tokens}
 
     def margin(self, leads: Mapping[Tokens, float]) -> float:
         """A prompt's margin, from the leads of all rows."""
         return max(min(leads[o[: k + 1]] for k in range(len(o))) for o in self.all)
+
+
+def prefix_free(openers: Iterable[Tokens]) -> list[Tokens]:
+    """Without empty ones, and those that begin with another one: its tokens say it all."""
+    found = set(openers) - {()}
+    return sorted(o for o in found if not any(o != p and o[: len(p)] == p for p in found))
 
 
 def refusal_loss(margins: npt.NDArray[np.float64]) -> float:

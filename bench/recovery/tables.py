@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -126,19 +127,15 @@ def _means(found: Cell) -> str:
             for e in entries
         ]
         lines.append(
-            [column, f"{len(entries)}/{len(lost)}", percent(_mean(shares)), percent(min(shares)),
-             percent(_mean([min(1.0, share) for share in shares])),
-             f"{100 * _mean(over):+.1f}", f"{100 * max(over):+.1f}", *_task_change(entries, column)]
+            [column, f"{len(entries)}/{len(lost)}", percent(fmean(shares)), percent(min(shares)),
+             percent(fmean([min(1.0, share) for share in shares])),
+             f"{100 * fmean(over):+.1f}", f"{100 * max(over):+.1f}", *_task_change(entries, column)]
         )  # fmt: skip
     header = ["", "fine-tunes", "recovered, mean, %", "least", "mean, each at most 100 %",
               "over-refusal against aligned, points, mean", "most",
               "task accuracy against fine-tuned, points, mean",
               "task perplexity, % of fine-tuned's"]  # fmt: skip
     return f"### Means over {', '.join(lost)}\n\n{table(header, lines)}"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _task_change(entries: list[dict[str, Cell]], column: str) -> list[str]:
@@ -151,8 +148,8 @@ def _task_change(entries: list[dict[str, Cell]], column: str) -> list[str]:
     ]
     ratios = [b["perplexity"] / a["perplexity"] for a, b in pairs if "perplexity" in a]
     return [
-        f"{_mean(points):+.1f}" if points else "",
-        percent(_mean(ratios)) if ratios else "",
+        f"{fmean(points):+.1f}" if points else "",
+        percent(fmean(ratios)) if ratios else "",
     ]
 
 

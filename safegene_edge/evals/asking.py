@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from ..errors import SettingError
+from ..openers import OPENERS, prefix_free
 from .journal import Journal, fingerprint
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 Scales: TypeAlias = "Mapping[AttachedAdapter, float]"
 Advance: TypeAlias = Callable[[], None]
-# Where a gene carries no openers of its own: how instruct models commonly decline.
-DEFAULT_OPENERS = ("I'm sorry", "I can't", "I cannot", "I won't", "I'm not able")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +106,7 @@ class LocalModel:
         self.engine = Engine(llama, n_parallel=n_parallel, n_ctx=n_ctx, flash_attn=True)
         self.scales, self._identities = columns, identities
         self.max_tokens, self.journal = max_tokens, journal
-        self._openers = _prefix_free(
-            [self._tokens(opener) for opener in openers or DEFAULT_OPENERS]
-        )
+        self._openers = prefix_free(tuple(self._tokens(text)) for text in openers or OPENERS)
 
     @cached_property
     def scorer(self) -> Engine:
@@ -213,16 +210,6 @@ class LocalModel:
             sums = [float(score.sum()) for score in scores]
             self.journal.put(key, float(np.logaddexp.reduce(sums)))
         return float(self.journal[key])
-
-
-def _prefix_free(openers: list[list[int]]) -> list[list[int]]:
-    """Without openers that begin with another one: its probability holds theirs."""
-    ordered = sorted({tuple(opener) for opener in openers if opener}, key=len)
-    kept: list[list[int]] = []
-    for opener in ordered:
-        if not any(list(opener[: len(short)]) == short for short in kept):
-            kept.append(list(opener))
-    return kept
 
 
 def _without_system(chat: Chat) -> Chat:

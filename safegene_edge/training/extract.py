@@ -226,13 +226,13 @@ def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: R
     known, margins = Openers.of(llama, openers), []
     for text in Examples.shipped().harmful:
         prompt, leads = rendered(llama, text), dict[Tokens, float]()
-        for path, _ in known.paths:
-            # The last token is no matter: its row is that of the path.
-            row = Example(prompt, (*path, prompt[0]), True)
-            with torch.no_grad():
-                logs, _, _ = log_probabilities(model, [row], recipe)
-            for depth, values in enumerate(logs[0].cpu().numpy()):
-                leads |= known.leads(path[:depth], values)
+        # A path's last row foretells the token behind it, of which any will do.
+        rows = [Example(prompt, (*path, prompt[0]), True) for path, _ in known.paths]
+        with torch.no_grad():
+            logs, _, _ = log_probabilities(model, rows, recipe)
+        for (path, first), values in zip(known.paths, logs.cpu().numpy(), strict=True):
+            for depth in range(first, len(path) + 1):
+                leads |= known.leads(path[:depth], values[depth])
         margins.append(known.margin(leads))
     return refusal_loss(np.array(margins))
 
