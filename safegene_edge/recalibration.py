@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
 
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
+# Of 16 × 16 pairs, SmolLM2's fine-tunes order 85 % and more; chance gives 50 ± 10 %.
+_ORDERED = 0.7
 Scaling = npt.NDArray[np.float64]
 
 
@@ -237,6 +239,11 @@ def _choose(points: Sequence[Point], budget: float, weight: float, goal: float =
     return min(fits, key=lambda p: p.objective(weight, goal))
 
 
+def _share_in_order(harmful: Scaling, harmless: Scaling) -> float:
+    """Share of pairs whose harmful margin is larger, ties half: the area under the ROC curve."""
+    return float((np.sign(harmful[:, None] - harmless) + 1).mean() / 2)
+
+
 class _Objective:
     """Refusal loss and KL at given coefficients; what does not change is made once."""
 
@@ -305,13 +312,21 @@ class _Objective:
         return Point(tuple(alpha.tolist()), loss, float(sums.mean()))
 
     def require_labels(self) -> None:
-        """With the gene on, harmful prompts must be refused more than harmless ones."""
+        """With the gene on, harmful prompts must be refused more readily than harmless ones.
+
+        Measured by the pairs of one of each in which the harmful one's margin is larger. Means
+        would not do: the margins of a model that is none of the family lie tens of nats apart,
+        and half of such models lean the right way by chance.
+        """
         scales = {**self.own, **dict.fromkeys(self.handles, 1.0)}
-        harmful = float(self.margins(self.harmful, scales).mean())
-        harmless = float(self.margins(self.harmless, scales).mean())
-        if harmful <= harmless:
+        harmful = self.margins(self.harmful, scales)
+        harmless = self.margins(self.harmless, scales)
+        share = _share_in_order(harmful, harmless)
+        if share < _ORDERED:
             raise SettingError(
-                f"with the gene, the harmful examples (mean margin of a refusal {harmful:.2f} "
-                f"nats) are refused no more than the harmless ones ({harmless:.2f})",
+                f"with the gene, a harmful example is refused more readily than a harmless one "
+                f"in only {share:.0%} of {harmful.size * harmless.size} pairs, and "
+                f"{_ORDERED:.0%} are asked for (mean margins {harmful.mean():.2f} and "
+                f"{harmless.mean():.2f} nats)",
                 "Check that the labels are not swapped and that the gene is of this family",
             )

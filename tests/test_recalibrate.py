@@ -18,6 +18,7 @@ from safegene_edge.recalibration import (
     Settings,
     _choose,
     _Objective,
+    _share_in_order,
     recalibrate,
 )
 from safegene_edge.runtime.engine import Engine
@@ -125,6 +126,14 @@ def test_margins_are_what_greedy_decoding_decides_by(tiny, tiny_adapter):
     assert found[0] > 0 > found[1]
 
 
+def test_a_few_extreme_margins_do_not_stand_for_the_others():
+    harmful, harmless = np.array([-3.0, -2.0, -60.0]), np.array([-4.0, -5.0, -6.0])
+    assert harmful.mean() < harmless.mean()
+    assert _share_in_order(harmful, harmless) == pytest.approx(2 / 3)
+    assert _share_in_order(harmless, harmful) == pytest.approx(1 / 3)
+    assert _share_in_order(harmful, harmful) == 0.5
+
+
 def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
@@ -137,7 +146,7 @@ def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
         except (SettingError, NoEffectError) as error:
             outcomes.append(str(error))
     # Whichever way round the model leans, the other way round is refused.
-    assert any("are refused no more than" in outcome for outcome in outcomes)
+    assert any("in only 0% of 1 pairs" in outcome for outcome in outcomes)
 
 
 def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):

@@ -66,7 +66,7 @@ class Bench:
     def __init__(self, name: str) -> None:
         self.family: Family = family(name)
         self.work = self.family.work
-        self.builder = Builder(self.family, self._bare() or self._degraded())
+        self.builder = Builder(self.family, lambda: self._bare() or self._degraded())
         self.prompts = suites()
         self.results: dict[str, Any] = {"family": name, "tasks": {}, "kinds": {}}
         if self.file.exists():

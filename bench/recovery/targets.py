@@ -13,7 +13,7 @@ minus unaligned), D what the fine-tune did:
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
@@ -51,7 +51,8 @@ def added(*updates: Update) -> dict[str, npt.NDArray[np.float32]]:
 class Builder:
     """Makes the quantised GGUFs of one family, once each."""
 
-    def __init__(self, made: Family, unaligned: Sequence[Source]) -> None:
+    def __init__(self, made: Family, unaligned: Callable[[], Sequence[Source]]) -> None:
+        # Only the baselines need the unaligned models, which may have to be trained first.
         self.family, self.unaligned = made, unaligned
         self.base = made.aligned.base
 
@@ -84,10 +85,10 @@ class Builder:
     @cached_property
     def safety(self) -> Update:
         """S: aligned minus unaligned, the mean over the unaligned models."""
-        count = len(self.unaligned)
+        unaligned = self.unaligned()
         parts = [self.own] + [
-            {name: -d / count for name, d in update(self.base, source.adapters).items()}
-            for source in self.unaligned
+            {name: -d / len(unaligned) for name, d in update(self.base, source.adapters).items()}
+            for source in unaligned
         ]
         return added(*parts)
 
