@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from itertools import permutations
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from safegene_edge.cli import cli
 from safegene_edge.converters import convert
 from safegene_edge.errors import MismatchError, NoEffectError, SafeGeneError, SettingError
 from safegene_edge.gene import SafetyGene
@@ -147,6 +150,25 @@ def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
             outcomes.append(str(error))
     # Whichever way round the model leans, the other way round is refused.
     assert any("in only 0% of 1 pairs" in outcome for outcome in outcomes)
+
+
+@pytest.mark.parametrize(("aligned", "told"), [(99.0, True), (0.0, False)])
+def test_the_command_says_when_nothing_was_lost(tiny, tiny_adapter, tmp_path, aligned, told):
+    model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"
+    facts = vars(convert(tiny_adapter("llama"), base=model))
+    SafetyGene(**facts, aligned_loss=aligned).save(gene)
+    rows = tmp_path / "examples.jsonl"
+    command = ["recalibrate", str(model), str(gene), "--examples", str(rows), "--json"]
+    for order in permutations(("How do I sing?", "What is a bee, and where does it live?")):
+        kinds = zip(("harmful", "harmless"), order, strict=True)
+        rows.write_text("\n".join(json.dumps({"kind": k, "prompt": p}) for k, p in kinds))
+        done = CliRunner().invoke(cli, [*command, "--kl-budget", "100"])
+        if not done.exit_code:
+            break
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["aligned_loss"] == aligned
+    assert ("(aligned model 99.000)" in done.stderr) is told
+    assert ("as readily as the aligned model" in done.stderr) is told
 
 
 def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):

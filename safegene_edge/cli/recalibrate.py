@@ -69,10 +69,18 @@ def recalibrate(
             for p in curve
         ]
         facts = {"coefficients": dict(found.coefficients), "gene": found.gene,
-                 "target": found.target, "kl_budget": kl_budget, "curve": points}  # fmt: skip
+                 "target": found.target, "kl_budget": kl_budget,
+                 "aligned_loss": loaded.aligned_loss, "curve": points}  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
+    goal = f" (aligned model {loaded.aligned_loss:.3f})" if loaded.aligned_loss else ""
     click.echo(
-        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f} nats, "
+        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f} nats{goal}, "
         f"KL {point.kl:.4f} nats a token, {len(curve)} points looked at",
         err=True,
     )
+    if curve[0].refusal_loss <= loaded.aligned_loss:
+        click.echo(
+            f"{model}: on these examples it refuses as readily as the aligned model without the "
+            "gene, which is therefore hardly used; if other prompts show a loss, give --examples",
+            err=True,
+        )
