@@ -315,8 +315,7 @@ class _Objective:
         """With the gene on, harmful prompts must be refused more readily than harmless ones.
 
         Measured by the pairs of one of each in which the harmful one's margin is larger. Means
-        would not do: the margins of a model that is none of the family lie tens of nats apart,
-        and half of such models lean the right way by chance.
+        would not do: in four of six SmolLM2 with shuffled weights the harmful one was the larger.
         """
         scales = {**self.own, **dict.fromkeys(self.handles, 1.0)}
         harmful = self.margins(self.harmful, scales)

@@ -86,8 +86,9 @@ class Builder:
     def safety(self) -> Update:
         """S: aligned minus unaligned, the mean over the unaligned models."""
         unaligned = self.unaligned()
+        count = len(unaligned)
         parts = [self.own] + [
-            {name: -d / len(unaligned) for name, d in update(self.base, source.adapters).items()}
+            {name: -d / count for name, d in update(self.base, source.adapters).items()}
             for source in unaligned
         ]
         return added(*parts)

@@ -80,7 +80,8 @@ def recalibrate(
     )
     if curve[0].refusal_loss <= loaded.aligned_loss:
         click.echo(
-            f"{model}: on these examples it refuses as readily as the aligned model without the "
-            "gene, which is therefore hardly used; if other prompts show a loss, give --examples",
+            f"{model}: without the gene its refusal loss is no larger than the aligned model's on "
+            "the shipped examples, so that nothing is to be brought back (largest coefficient "
+            f"{max(point.coefficients):.2f}); if other prompts show a loss, give --examples",
             err=True,
         )
