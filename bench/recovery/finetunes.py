@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 Row = dict[str, str]
 MEASURED = 100  # rows of a task
 LEARNT = 200
+RECIPE = Recipe(rank=4, alpha=8, learning_rate=1e-3, batch=2, seed=11)
 NEWS = ("World", "Sports", "Business", "Technology")
 
 
@@ -42,6 +43,7 @@ class Family:
     name: str
     aligned: Source
     gene: Path
+    recipe: Recipe  # of its fine-tunes
 
     @property
     def work(self) -> Path:
@@ -54,11 +56,14 @@ def family(name: str) -> Family:
     """ "smollm2", or "qwen": Qwen2.5-Coder-0.5B-Instruct Q4_K_M at $SAFEGENE_QWEN."""
     if name == "smollm2":
         gene = ROOT / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
-        return Family(name, Source(default_base(), (SAFETY,)).checked(), gene)
+        recipe = replace(RECIPE, targets=("q_proj", "v_proj"), batch=8)
+        return Family(name, Source(default_base(), (SAFETY,)).checked(), gene, recipe)
     path = os.environ.get("SAFEGENE_QWEN")
     if name != "qwen" or not path:
         sys.exit("families: smollm2, and qwen with its GGUF's path in SAFEGENE_QWEN")
-    return Family(name, Source(Path(path)).checked(), HERE / "qwen2.5-coder-0.5b.gene.gguf")
+    # On q and v alone, in batches of 8, these tasks take no refusals from it.
+    gene = HERE / "qwen2.5-coder-0.5b.gene.gguf"
+    return Family(name, Source(Path(path)).checked(), gene, RECIPE)
 
 
 # -- data -----------------------------------------------------------------
@@ -119,10 +124,7 @@ def tune(made: Family, task: str) -> Source:
     """The fine-tune, trained if it is not there."""
     folder = HERE / "finetunes" / made.name / task
     if not (folder / "adapter_config.json").exists():
-        recipe = Recipe(
-            rank=4, alpha=8, targets=("q_proj", "v_proj"), learning_rate=1e-3, batch=8, seed=11
-        )
-        answer = plain_recipe(recipe, TASKS[task], 96)
+        answer = plain_recipe(made.recipe, TASKS[task], 96)
         print(f"{made.name}: learning {task}", file=sys.stderr, flush=True)
         fine_tune(made.aligned, rows(task)[0], folder, answer, report=_say)
         _slim(folder)
