@@ -34,6 +34,8 @@ def write_tables() -> None:
         path = HERE / f"{name}.json"
         if path.exists():
             found = json.loads(path.read_text(encoding="utf-8"))
+            tasks = found["tasks"].items()
+            found["tasks"] = {t: entry for t, entry in tasks if "fine-tuned" in entry}
             parts.append(_family(found))
             (HERE / f"{name}.svg").write_text(_plot(found), encoding="utf-8")
     (HERE / "results.md").write_text("\n".join(parts), encoding="utf-8")
