@@ -60,7 +60,7 @@ def curve_chart(points: Sequence[Point], taken: Point, budget: float) -> str:
     def at(point: Point) -> tuple[float, float]:
         return _x(point.kl / wide), _y(point.refusal_loss / high)
 
-    parts = [_scale_y(high, "refusal loss, nats"), _scale_x(wide, "KL divergence, nats a token")]
+    parts = [_scale_y(high, "refusal loss"), _scale_x(wide, "KL divergence, nats a token")]
     parts.append(
         f'<line x1="{_x(budget / wide):.1f}" x2="{_x(budget / wide):.1f}" y1="{_TOP}" '
         f'y2="{_y(0):.1f}" class="budget"><title>budget: {budget:g}</title></line>'

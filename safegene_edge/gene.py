@@ -187,7 +187,7 @@ class SafetyGene(Adapter):
         coefficients: layer to the coefficient already folded into B.
         refusal_openers: how the aligned model opens a refusal.
         aligned_loss: the aligned model's own refusal loss on the shipped calibration examples,
-            in nats (see `recalibration`); 0 where it was not measured.
+            a share from 0 to 1 (see `recalibration`); 0 where it was not measured.
     """
 
     family: str = ""
@@ -240,6 +240,12 @@ class SafetyGene(Adapter):
                 f"this version reads {FORMAT_VERSION}",
                 "Update safegene-edge",
             )
+        aligned_loss = float(file.number("safegene.aligned_loss", 0.0))
+        if not 0 <= aligned_loss <= 1:
+            raise FileFormatError(
+                f"{file.path}: safegene.aligned_loss is {aligned_loss:g}, and a share is 0 to 1",
+                "Extract the gene again: before its release this was in nats",
+            )
         own = {key: extra.pop(key) for key in list(extra) if key.startswith(cls.PREFIX)}
         # A converted adapter records where it came from; that is not the gene's to drop.
         extra.update({k: v for k, v in own.items() if k.startswith("safegene.peft.")})
@@ -253,7 +259,7 @@ class SafetyGene(Adapter):
             scores=_by_layer(file, "safegene.scores"),
             coefficients=_by_layer(file, "safegene.coefficients"),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
-            aligned_loss=float(file.number("safegene.aligned_loss", 0.0)),
+            aligned_loss=aligned_loss,
         )
 
     def metadata(self) -> dict[str, Scalar | list[Any]]:

@@ -4,11 +4,12 @@ With c the coefficients, T the target, G the gene and w a weight, minimised is
 
     J(c) = max(goal, mean over harmful of L_refuse) + w * mean over harmless of KL(p_T || p_{T+cG})
 
-L_refuse is the logistic loss of the margin by which an answer opens with one of the gene's
-refusal openers (`openers`); the KL is taken on the first tokens of the target's own answers. The
-goal is the aligned model's own loss, which the gene carries: what was lost shall come back, and
-no more, for what lies beyond is paid with refusals of harmless prompts. Of all the points that
-were looked at, the one with the smallest J and a KL within the budget is taken.
+The mean of L_refuse is the share of answers that open with none of the gene's refusal openers,
+smoothed over the margin by which they do or do not (`openers`); the KL is taken on the first
+tokens of the target's own answers. The goal is the aligned model's own share, which the gene
+carries: what was lost shall come back, and no more, for what lies beyond is paid with refusals of
+harmless prompts. Of all the points that were looked at, the one with the smallest J and a KL
+within the budget is taken.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Settings:
     """Settings of a recalibration.
 
     Attributes:
-        weight: w, how much a nat of KL counts against a nat of refusal loss; chosen on SmolLM2's
+        weight: w, how much a nat of KL counts against all refusals; chosen on SmolLM2's
             fine-tunes.
         tokens: of each harmless answer that the KL sees.
         upper: the largest coefficient that is looked at.
@@ -113,7 +114,7 @@ class Settings:
             search needs a few passes for each.
     """
 
-    weight: float = 4.0
+    weight: float = 1.5
     tokens: int = 8
     upper: float = 2.0
     passes: int = 24
@@ -127,14 +128,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluated point: nats of refusal loss and of KL."""
+    """One evaluated point: its refusal loss (a share, 0 to 1) and its KL (nats a token)."""
 
     coefficients: tuple[float, ...]
     refusal_loss: float
     kl: float
 
     def objective(self, weight: float, goal: float = 0.0) -> float:
-        """J of this point, in nats."""
+        """J of this point."""
         return max(goal, self.refusal_loss) + weight * self.kl
 
 

@@ -135,6 +135,11 @@ BROKEN = {
     "control vector": ([("t.lora_a", A)], {"adapter.type": "control_vector"}, "not a LoRA"),
     "infinite alpha": ([("t.lora_a", A)], {"adapter.lora.alpha": float("inf")}, "alpha is inf"),
     "future format": ([("t.lora_a", A), ("t.lora_b", B)], {"safegene.version": 9}, "format 9"),
+    "goal of no share": (
+        [("t.lora_a", A), ("t.lora_b", B)],
+        {"safegene.aligned_loss": 1.5},
+        "aligned_loss is 1.5",
+    ),
 }
 
 

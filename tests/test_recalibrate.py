@@ -17,7 +17,7 @@ from safegene_edge.cli import cli
 from safegene_edge.converters import convert
 from safegene_edge.errors import MismatchError, NoEffectError, SafeGeneError, SettingError
 from safegene_edge.gene import SafetyGene
-from safegene_edge.openers import Openers
+from safegene_edge.openers import Openers, refusal_loss
 from safegene_edge.recalibration import (
     Examples,
     Point,
@@ -92,6 +92,13 @@ def test_a_margin_is_the_best_openers_weakest_lead():
     assert openers.margin(leads) == -1.0  # (1, 3, 4): -1, 3, 2
 
 
+def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
+    assert refusal_loss(np.array([0.0])) == 0.5
+    assert refusal_loss(np.array([1e4, 50.0, -50.0, -1e4])) == pytest.approx(0.5)
+    near = np.array([1.0, -0.5, -3.0])
+    assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(near))).mean())
+
+
 def test_openers_that_part_early_share_their_first_rows():
     openers = Openers([(1, 2, 6), (1, 3, 4), (5, 1)])
     assert openers.paths == [((1, 2), 0), ((1, 3), 2), ((5,), 1)]
@@ -155,7 +162,7 @@ def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
     assert any("in only 0% of 1 pairs" in outcome for outcome in outcomes)
 
 
-@pytest.mark.parametrize("aligned", [99.0, 2**-10, 0.0])
+@pytest.mark.parametrize("aligned", [1.0, 2**-10, 0.0])
 def test_the_command_says_when_nothing_was_lost(tiny, tiny_adapter, tmp_path, aligned):
     model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"
     facts = vars(convert(tiny_adapter("llama"), base=model))
@@ -173,7 +180,7 @@ def test_the_command_says_when_nothing_was_lost(tiny, tiny_adapter, tmp_path, al
     # A gene that carries no aligned loss has nothing to compare with.
     assert ("aligned model" in done.stderr) is (aligned > 0)
     assert (f"(aligned model {aligned:.3f})" in done.stderr) is (aligned > 0)
-    assert ("no larger than the aligned model's" in done.stderr) is (aligned == 99.0)
+    assert ("no larger than the aligned model's" in done.stderr) is (aligned == 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def recalibrate(
         click.echo(json.dumps(facts, indent=2))
     goal = f" (aligned model {loaded.aligned_loss:.3f})" if loaded.aligned_loss else ""
     click.echo(
-        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f} nats{goal}, "
+        f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f}{goal}, "
         f"KL {point.kl:.4f} nats a token, {len(curve)} points looked at",
         err=True,
     )

@@ -215,7 +215,7 @@ def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
 
 
 def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: Recipe) -> float:
-    """A transformers model's refusal loss on the shipped calibration examples, in nats.
+    """A transformers model's refusal loss on the shipped calibration examples, 0 to 1.
 
     The same quantity that `recalibrate` lowers; see `openers`.
     """
@@ -239,7 +239,7 @@ def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: R
 
 @dataclass(frozen=True, slots=True)
 class _Refusals:
-    """How the aligned model refuses: its openers, and its loss on the shipped examples (nats)."""
+    """How the aligned model refuses: its openers, and its loss on the shipped examples."""
 
     openers: Sequence[str] = ()
     aligned_loss: float = 0.0
@@ -368,7 +368,7 @@ class _Work:
                 lessons = taught(model, found, self.settings, self.settings.top_k)
                 openers = refusal_openers([t for t, yes in zip(texts, refused, strict=True) if yes])
                 loss = aligned_loss(model, llama, openers, self.settings)
-        self.report(f"aligned: refusal loss {loss:.3f} nats on the calibration examples")
+        self.report(f"aligned: refusal loss {loss:.3f} on the calibration examples")
         facts = asdict(_Refusals(openers, loss))
         write_text(self.folder / REFUSALS, json.dumps(facts) + "\n")
         return lessons
