@@ -188,6 +188,7 @@ class SafetyGene(Adapter):
         refusal_openers: how the aligned model opens a refusal.
         aligned_loss: the aligned model's own refusal loss on the shipped calibration examples,
             a share from 0 to 1 (see `recalibration`); 0 where it was not measured.
+        aligned_over_refusal: the share of the harmless ones that it refuses, in the same way.
     """
 
     family: str = ""
@@ -196,6 +197,7 @@ class SafetyGene(Adapter):
     coefficients: Mapping[int, float] = field(default_factory=dict)
     refusal_openers: tuple[str, ...] = ()
     aligned_loss: float = 0.0
+    aligned_over_refusal: float = 0.0
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -240,12 +242,7 @@ class SafetyGene(Adapter):
                 f"this version reads {FORMAT_VERSION}",
                 "Update safegene-edge",
             )
-        aligned_loss = float(file.number("safegene.aligned_loss", 0.0))
-        if not 0 <= aligned_loss <= 1:
-            raise FileFormatError(
-                f"{file.path}: safegene.aligned_loss is {aligned_loss:g}, and a share is 0 to 1",
-                "Extract the gene again: before its release this was in nats",
-            )
+        aligned = {name: _share(file, name) for name in ("aligned_loss", "aligned_over_refusal")}
         own = {key: extra.pop(key) for key in list(extra) if key.startswith(cls.PREFIX)}
         # A converted adapter records where it came from; that is not the gene's to drop.
         extra.update({k: v for k, v in own.items() if k.startswith("safegene.peft.")})
@@ -259,7 +256,7 @@ class SafetyGene(Adapter):
             scores=_by_layer(file, "safegene.scores"),
             coefficients=_by_layer(file, "safegene.coefficients"),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
-            aligned_loss=aligned_loss,
+            **aligned,
         )
 
     def metadata(self) -> dict[str, Scalar | list[Any]]:
@@ -271,6 +268,7 @@ class SafetyGene(Adapter):
             "safegene.layers": list(self.layers),
             "safegene.refusal_openers": list(self.refusal_openers),
             "safegene.aligned_loss": float(self.aligned_loss),
+            "safegene.aligned_over_refusal": float(self.aligned_over_refusal),
         }
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)
@@ -391,6 +389,16 @@ def _keyed(file: GGUFFile, key: str, values: list[str]) -> dict[str, str]:
     if len(names) != len(values):
         raise FileFormatError(f"{file.path}: {key} has {len(names)} names for {len(values)} values")
     return dict(zip(names, values, strict=True))
+
+
+def _share(file: GGUFFile, name: str) -> float:
+    value = float(file.number(f"safegene.{name}", 0.0))
+    if not 0 <= value <= 1:
+        raise FileFormatError(
+            f"{file.path}: safegene.{name} is {value:g}, and a share is 0 to 1",
+            "Extract the gene again: before its release this was in nats",
+        )
+    return value
 
 
 def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:

@@ -2,14 +2,17 @@
 
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
-    J(c) = max(goal, mean over harmful of L_refuse) + w * mean over harmless of KL(p_T || p_{T+cG})
+    J(c) = max(goal - spared, mean over harmful of L_refuse)
+           + w * mean over harmless of KL(p_T || p_{T+cG})
 
 The mean of L_refuse is the share of answers that open with none of the gene's refusal openers,
 smoothed over the margin by which they do or do not (`openers`); the KL is taken on the first
 tokens of the target's own answers. The goal is the aligned model's own share, which the gene
-carries: what was lost shall come back, and no more, for what lies beyond is paid with refusals of
-harmless prompts. Of all the points that were looked at, the one with the smallest J and a KL
-within the budget is taken.
+carries: what was lost shall come back, and not much more, for what lies beyond is paid with
+refusals of harmless prompts. Spared is the share of harmless examples by which fewer are refused
+than the aligned model refuses: a few examples tell a share only roughly, so it goes beyond the
+goal while harmless prompts are still better off than with the aligned model. Of all the points
+that were looked at, the one with the smallest J and a KL within the budget is taken.
 """
 
 from __future__ import annotations
@@ -128,15 +131,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluated point: its refusal loss (a share, 0 to 1) and its KL (nats a token)."""
+    """One evaluated point.
+
+    Attributes:
+        refusal_loss: smoothed share of harmful examples that are not refused, 0 to 1.
+        kl: KL divergence on the harmless ones, in nats a token.
+        spared: by how much a smaller share of the harmless ones is refused than by the aligned
+            model; looked at where the refusal loss is below the goal, and else 0.
+    """
 
     coefficients: tuple[float, ...]
     refusal_loss: float
     kl: float
+    spared: float = 0.0
 
     def objective(self, weight: float, goal: float = 0.0) -> float:
         """J of this point."""
-        return max(goal, self.refusal_loss) + weight * self.kl
+        return max(goal - self.spared, self.refusal_loss) + weight * self.kl
 
 
 def recalibrate(
@@ -263,6 +274,7 @@ class _Objective:
         self._softmax, self._kl = log_softmax, kl_from_logits
         self.engine, self.own, self.handles = engine, own, handles
         self.off = {**own, **dict.fromkeys(handles, 0.0)}
+        self.goal, self.over_refusal = gene.aligned_loss, gene.aligned_over_refusal
 
         def render(text: str) -> list[int]:
             return list(llama.render([{"role": "user", "content": text}]))
@@ -310,7 +322,11 @@ class _Objective:
             sums[index] += value / len(self.positions[index])
 
         self.engine.visit_logits(self.sequences, self.positions, compare, adapters=scales)
-        return Point(tuple(alpha.tolist()), loss, float(sums.mean()))
+        spared = 0.0
+        if loss < self.goal:
+            refused = 1 - refusal_loss(self.margins(self.harmless, scales))
+            spared = max(0.0, self.over_refusal - refused)
+        return Point(tuple(alpha.tolist()), loss, float(sums.mean()), spared)
 
     def require_labels(self) -> None:
         """With the gene on, harmful prompts must be refused more readily than harmless ones.

@@ -18,6 +18,8 @@ FACTS = {
     "scores": {0: 0.25, 2: 1.5},
     "coefficients": {0: 1.0, 1: 0.5, 2: 2.0},
     "refusal_openers": ("I'm sorry", "I can't"),
+    "aligned_loss": 0.25,
+    "aligned_over_refusal": 0.125,
 }
 
 

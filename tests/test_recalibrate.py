@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -51,6 +52,10 @@ def test_what_lies_beyond_the_aligned_model_is_not_paid_for():
     assert _choose(points, 0.1, 4.0) is points[2]
     assert _choose(points, 0.1, 4.0, goal=1.0) is points[1]
     assert _choose(points, 0.1, 4.0, goal=0.5) is points[2]
+    # Unless it refuses so many fewer harmless prompts than the aligned model.
+    spared = replace(points[2], spared=0.5)
+    assert _choose([*points[:2], spared], 0.1, 4.0, goal=1.0) is spared
+    assert spared.objective(4.0, goal=1.0) == pytest.approx(0.86)  # no more than is spared
 
 
 def test_a_point_that_lowers_refusals_is_never_taken():
@@ -97,6 +102,25 @@ def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
     assert refusal_loss(np.array([1e4, 50.0, -50.0, -1e4])) == pytest.approx(0.5)
     near = np.array([1.0, -0.5, -3.0])
     assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(near))).mean())
+
+
+@pytest.mark.parametrize(("goal", "aligned"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_what_is_spared_is_the_harmless_ones_that_the_aligned_model_refused(
+    tiny, tiny_adapter, goal, aligned
+):
+    model = tiny("llama").gguf_path
+    facts = vars(convert(tiny_adapter("llama"), base=model))
+    gene = SafetyGene(**facts, aligned_loss=goal, aligned_over_refusal=aligned)
+    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
+        handle, prompts = llama.attach(gene, 0.0), Examples(("a b", "c"), ("d", "e f"))
+        objective = _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
+        margins = objective.margins(objective.harmless, {handle: 0.5})
+        point = objective.at(np.array([0.5]))
+    if goal and aligned:
+        assert point.spared == pytest.approx(refusal_loss(margins))
+        assert 0 < point.spared < 1
+    else:
+        assert point.spared == 0  # nothing to spare, or the goal is not reached
 
 
 def test_openers_that_part_early_share_their_first_rows():

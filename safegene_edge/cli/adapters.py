@@ -114,6 +114,7 @@ def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
             "coefficients": dict(gene.coefficients),
             "refusal_openers": list(gene.refusal_openers),
             "aligned_loss": gene.aligned_loss,
+            "aligned_over_refusal": gene.aligned_over_refusal,
         }
     return facts
 

@@ -65,12 +65,18 @@ def recalibrate(
         write_text(plot, curve_chart(curve, point, kl_budget), inputs)
     if as_json:
         points = [
-            {"coefficients": list(p.coefficients), "refusal_loss": p.refusal_loss, "kl": p.kl}
+            {
+                "coefficients": list(p.coefficients),
+                "refusal_loss": p.refusal_loss,
+                "kl": p.kl,
+                "spared": p.spared,
+            }
             for p in curve
         ]
         facts = {"coefficients": dict(found.coefficients), "gene": found.gene,
                  "target": found.target, "kl_budget": kl_budget,
-                 "aligned_loss": loaded.aligned_loss, "curve": points}  # fmt: skip
+                 "aligned_loss": loaded.aligned_loss,
+                 "aligned_over_refusal": loaded.aligned_over_refusal, "curve": points}  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
     goal = f" (aligned model {loaded.aligned_loss:.3f})" if loaded.aligned_loss else ""
     click.echo(

@@ -28,6 +28,7 @@ from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
 from ..openers import Openers, Tokens, refusal_loss
+from ..recalibration import Examples
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
@@ -195,6 +196,7 @@ def _gene(
         scores=dict(scores),
         refusal_openers=tuple(refusals.openers),
         aligned_loss=refusals.aligned_loss,
+        aligned_over_refusal=refusals.aligned_over_refusal,
     )
 
 
@@ -214,17 +216,21 @@ def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
     return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
 
 
-def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: Recipe) -> float:
-    """A transformers model's refusal loss on the shipped calibration examples, 0 to 1.
+def unrefused(
+    model: Any,
+    llama: SafeLlama,
+    prompts: Sequence[str],
+    openers: Sequence[str],
+    recipe: Recipe,
+) -> float:
+    """A transformers model's refusal loss on prompts: the share not refused, smoothed.
 
     The same quantity that `recalibrate` lowers; see `openers`.
     """
     import torch
 
-    from ..recalibration import Examples
-
     known, margins = Openers.of(llama, openers), []
-    for text in Examples.shipped().harmful:
+    for text in prompts:
         prompt, leads = rendered(llama, text), dict[Tokens, float]()
         # A path's last row foretells the token behind it, of which any will do.
         rows = [Example(prompt, (*path, prompt[0]), True) for path, _ in known.paths]
@@ -239,10 +245,11 @@ def aligned_loss(model: Any, llama: SafeLlama, openers: Sequence[str], recipe: R
 
 @dataclass(frozen=True, slots=True)
 class _Refusals:
-    """How the aligned model refuses: its openers, and its loss on the shipped examples."""
+    """How the aligned model refuses: its openers, and what it does with the shipped examples."""
 
     openers: Sequence[str] = ()
     aligned_loss: float = 0.0
+    aligned_over_refusal: float = 0.0
 
 
 @dataclass
@@ -367,9 +374,16 @@ class _Work:
                 self.report(f"aligned: refuses {len(found)}/{len(prompts)} harmful prompts")
                 lessons = taught(model, found, self.settings, self.settings.top_k)
                 openers = refusal_openers([t for t, yes in zip(texts, refused, strict=True) if yes])
-                loss = aligned_loss(model, llama, openers, self.settings)
-        self.report(f"aligned: refusal loss {loss:.3f} on the calibration examples")
-        facts = asdict(_Refusals(openers, loss))
+                examples = Examples.shipped()
+                loss, kept = (
+                    unrefused(model, llama, prompts, openers, self.settings)
+                    for prompts in (examples.harmful, examples.harmless)
+                )
+        self.report(
+            f"aligned: refuses {1 - loss:.3f} of the harmful calibration examples, "
+            f"{1 - kept:.3f} of the harmless ones"
+        )
+        facts = asdict(_Refusals(openers, loss, 1 - kept))
         write_text(self.folder / REFUSALS, json.dumps(facts) + "\n")
         return lessons
 
