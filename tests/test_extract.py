@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -208,8 +209,9 @@ def test_batches_rotate_over_the_degraded_models() -> None:
 
 
 def test_refusal_openers_are_the_commonest_first_words(module) -> None:
+    refusals = importlib.import_module("safegene_edge.training.refusals")
     said = ["I'm sorry, but no."] * 60 + ["I can't help with it"] * 40 + ["What a day"]
-    assert module.refusal_openers(said) == ("I'm sorry, but", "I can't help")
+    assert refusals.refusal_openers(said) == ("I'm sorry, but", "I can't help")
 
 
 # -- delta and selection --------------------------------------------------

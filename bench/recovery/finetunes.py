@@ -61,8 +61,9 @@ def family(name: str) -> Family:
     path = os.environ.get("SAFEGENE_QWEN")
     if name != "qwen" or not path:
         sys.exit("families: smollm2, and qwen with its GGUF's path in SAFEGENE_QWEN")
-    # On q and v alone, in batches of 8, these tasks take no refusals from it.
     gene = HERE / "qwen2.5-coder-0.5b.gene.gguf"
+    # On q and v alone, in batches of 8, AG News, SST-2 and GSM8K left 114, 110 and 107 of its 113
+    # refusals (of 200): nothing that a gene could bring back.
     return Family(name, Source(Path(path)).checked(), gene, RECIPE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -64,19 +65,11 @@ def recalibrate(
     if plot:
         write_text(plot, curve_chart(curve, point, kl_budget), inputs)
     if as_json:
-        points = [
-            {
-                "coefficients": list(p.coefficients),
-                "refusal_loss": p.refusal_loss,
-                "kl": p.kl,
-                "spared": p.spared,
-            }
-            for p in curve
-        ]
         facts = {"coefficients": dict(found.coefficients), "gene": found.gene,
                  "target": found.target, "kl_budget": kl_budget,
                  "aligned_loss": loaded.aligned_loss,
-                 "aligned_over_refusal": loaded.aligned_over_refusal, "curve": points}  # fmt: skip
+                 "aligned_over_refusal": loaded.aligned_over_refusal,
+                 "curve": [asdict(point) for point in curve]}  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
     goal = f" (aligned model {loaded.aligned_loss:.3f})" if loaded.aligned_loss else ""
     click.echo(

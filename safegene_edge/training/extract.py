@@ -10,14 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,8 +25,6 @@ from ..converters.names import BaseNames
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
-from ..openers import Openers, Tokens, refusal_loss
-from ..recalibration import Examples
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
@@ -42,16 +38,16 @@ from .distil import (
     save_lessons,
     taught,
 )
-from .loss import Example, log_probabilities
+from .loss import Example
 from .models import GENE, LiveModel, Source, block_of, require_family
 from .processes import Processes
 from .recipe import Recipe, Report, rendered, require_extra
+from .refusals import Refusals
 from .select import layer_scores, select
 
 METHODS = ("distil", "delta")
-REFUSALS = "refusals.json"  # in the work folder: `_Refusals`
+REFUSALS = "refusals.json"  # in the work folder: `Refusals`
 MAX_PARAMETERS, MAX_SHARE = 600_000, 0.01  # of the model; the smaller of both is the budget
-_OPENERS, _OPENER_WORDS = 8, 3
 Refuses = Callable[[str, str], bool]
 
 
@@ -183,7 +179,7 @@ def _gene(
     family: str,
     sources: Mapping[str, str],
     scores: Mapping[int, float],
-    refusals: _Refusals,
+    refusals: Refusals,
 ) -> SafetyGene:
     kind = np.dtype(settings.gene_dtype)
     pairs = {n: Pair(p.a.astype(kind), p.b.astype(kind)) for n, p in adapter.pairs.items()}
@@ -204,52 +200,6 @@ def default_budget(model: GGUFFile) -> int:
     """The smaller of 600,000 parameters and 1 % of the model's."""
     total = sum(info.n_elements for info in model.tensors.values())
     return min(MAX_PARAMETERS, int(total * MAX_SHARE))
-
-
-def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
-    """The first three words of refusals, the commonest first; none opens with another."""
-    found: Counter[str] = Counter()
-    for answer in answers:
-        if match := re.match(rf"\s*((?:\S+\s+){{{_OPENER_WORDS - 1}}}\S+)", answer):
-            found[match.group(1)] += 1
-    least = max(1, len(answers) // 50)
-    return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
-
-
-def unrefused(
-    model: Any,
-    llama: SafeLlama,
-    prompts: Sequence[str],
-    openers: Sequence[str],
-    recipe: Recipe,
-) -> float:
-    """A transformers model's refusal loss on prompts: the share not refused, smoothed.
-
-    The same quantity that `recalibrate` lowers; see `openers`.
-    """
-    import torch
-
-    known, margins = Openers.of(llama, openers), []
-    for text in prompts:
-        prompt, leads = rendered(llama, text), dict[Tokens, float]()
-        # A path's last row foretells the token behind it, of which any will do.
-        rows = [Example(prompt, (*path, prompt[0]), True) for path, _ in known.paths]
-        with torch.no_grad():
-            logs, _, _ = log_probabilities(model, rows, recipe)
-        for (path, first), values in zip(known.paths, logs.cpu().numpy(), strict=True):
-            for depth in range(first, len(path) + 1):
-                leads |= known.leads(path[:depth], values[depth])
-        margins.append(known.margin(leads))
-    return refusal_loss(np.array(margins))
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusals:
-    """How the aligned model refuses: its openers, and what it does with the shipped examples."""
-
-    openers: Sequence[str] = ()
-    aligned_loss: float = 0.0
-    aligned_over_refusal: float = 0.0
 
 
 @dataclass
@@ -289,7 +239,7 @@ class _Work:
 
     # -- the two ways -----------------------------------------------------
 
-    def distil(self) -> tuple[Adapter, dict[int, float], _Refusals]:
+    def distil(self) -> tuple[Adapter, dict[int, float], Refusals]:
         """Adapter, scores and the aligned model's refusals, learnt."""
         harmful, harmless = self.lessons()
         stored = json.loads((self.folder / REFUSALS).read_text(encoding="utf-8"))
@@ -309,19 +259,19 @@ class _Work:
         if self.settings.select and self.settings.tune_steps > 0:
             self._tune(tuned, more[: self.settings.tune_steps], kept)
         self._watch("after", watched_h, watched_s, gene=True)
-        return self._converted().only(kept), scores, _Refusals(**stored)
+        return self._converted().only(kept), scores, Refusals(**stored)
 
-    def delta(self) -> tuple[Adapter, dict[int, float], _Refusals]:
+    def delta(self) -> tuple[Adapter, dict[int, float], Refusals]:
         """Adapter and scores, from the weights alone; of refusals nothing is known."""
         settings = self.settings
         adapter = delta_adapter(
             self.aligned, self.degraded, self.model, settings.targets, settings.rank, self.report
         )
         if not settings.select:
-            return adapter, {}, _Refusals()
+            return adapter, {}, Refusals()
         self.live().load_gene(adapter, BaseNames(self.model))
         kept, scores = self._select(sizes_of(adapter))
-        return adapter.only(kept), scores, _Refusals()
+        return adapter.only(kept), scores, Refusals()
 
     def live(self) -> LiveModel:
         """The one model in memory, made when first needed."""
@@ -373,18 +323,13 @@ class _Work:
                     )
                 self.report(f"aligned: refuses {len(found)}/{len(prompts)} harmful prompts")
                 lessons = taught(model, found, self.settings, self.settings.top_k)
-                openers = refusal_openers([t for t, yes in zip(texts, refused, strict=True) if yes])
-                examples = Examples.shipped()
-                loss, kept = (
-                    unrefused(model, llama, prompts, openers, self.settings)
-                    for prompts in (examples.harmful, examples.harmless)
-                )
+                said_no = [t for t, yes in zip(texts, refused, strict=True) if yes]
+                how = Refusals.of(model, llama, said_no, self.settings)
         self.report(
-            f"aligned: refuses {1 - loss:.3f} of the harmful calibration examples, "
-            f"{1 - kept:.3f} of the harmless ones"
+            f"aligned: refuses {1 - how.aligned_loss:.3f} of the harmful calibration examples, "
+            f"{how.aligned_over_refusal:.3f} of the harmless ones"
         )
-        facts = asdict(_Refusals(openers, loss, 1 - kept))
-        write_text(self.folder / REFUSALS, json.dumps(facts) + "\n")
+        write_text(self.folder / REFUSALS, json.dumps(asdict(how)) + "\n")
         return lessons
 
     def _kept(self, source: Source, prompts: Sequence[HarmlessPrompt]) -> list[Lesson]:

@@ -1,0 +1,77 @@
+"""How an aligned model refuses: what genes carry of it, for `recalibrate` to aim at."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..openers import Openers, Tokens, refusal_loss
+from ..recalibration import Examples
+from ..runtime.llama import SafeLlama
+from .loss import Example, log_probabilities
+from .recipe import Recipe, rendered
+
+_OPENERS, _WORDS = 8, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """Facts of the aligned model; see `SafetyGene` for each.
+
+    Attributes:
+        openers: texts.
+        aligned_loss: a share of the shipped harmful examples.
+        aligned_over_refusal: a share of the shipped harmless ones.
+    """
+
+    openers: Sequence[str] = ()
+    aligned_loss: float = 0.0
+    aligned_over_refusal: float = 0.0
+
+    @classmethod
+    def of(cls, model: Any, llama: SafeLlama, answers: Sequence[str], recipe: Recipe) -> Refusals:
+        """Of a transformers model, from answers with which it refuses."""
+        openers, examples = refusal_openers(answers), Examples.shipped()
+        harmful, harmless = (
+            unrefused(model, llama, prompts, openers, recipe)
+            for prompts in (examples.harmful, examples.harmless)
+        )
+        return cls(openers, harmful, 1 - harmless)
+
+
+def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
+    """The first three words of refusals, the commonest first; none opens with another."""
+    found: Counter[str] = Counter()
+    for answer in answers:
+        if match := re.match(rf"\s*((?:\S+\s+){{{_WORDS - 1}}}\S+)", answer):
+            found[match.group(1)] += 1
+    least = max(1, len(answers) // 50)
+    return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
+
+
+def unrefused(
+    model: Any, llama: SafeLlama, prompts: Sequence[str], openers: Sequence[str], recipe: Recipe
+) -> float:
+    """A transformers model's refusal loss on prompts: the share not refused, smoothed.
+
+    The same quantity that `recalibrate` lowers; see `openers`.
+    """
+    import torch
+
+    known, margins = Openers.of(llama, openers), []
+    for text in prompts:
+        prompt, leads = rendered(llama, text), dict[Tokens, float]()
+        # A path's last row foretells the token behind it, of which any will do.
+        rows = [Example(prompt, (*path, prompt[0]), True) for path, _ in known.paths]
+        with torch.no_grad():
+            logs, _, _ = log_probabilities(model, rows, recipe)
+        for (path, first), values in zip(known.paths, logs.cpu().numpy(), strict=True):
+            for depth in range(first, len(path) + 1):
+                leads |= known.leads(path[:depth], values[depth])
+        margins.append(known.margin(leads))
+    return refusal_loss(np.array(margins))
