@@ -239,7 +239,11 @@ class LiveModel:
             target_modules=list(recipe.targets),
             task_type="CAUSAL_LM",
         )
-        loaded = load_model(self._base, dtype).to(world.device())
+        device = world.device()
+        if device.type == "cuda":
+            # Its gradients are NaN for some masked batches: github.com/pytorch/pytorch/issues/196678
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        loaded = load_model(self._base, dtype).to(device)
         self.model: Any = get_peft_model(loaded, config, adapter_name=GENE)
         self._names: dict[Path, str] = {}
         for folder_of in dict.fromkeys(part for source in sources for part in source.adapters):
