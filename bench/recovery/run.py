@@ -15,7 +15,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,33 +106,36 @@ class Bench:
                 shutil.copytree(before, folder)
                 for name in ("run.json", "tune.pt", "scores.json"):
                     (folder / name).unlink(missing_ok=True)
-            first = json.loads((before / "run.json").read_text())["settings"]
-            settings = Settings(**{**first, "targets": tuple(first["targets"]), "select": False})
-            self._extract(folder, settings).save(path)
+            self._extract(folder, self._unselected()).save(path)
         return path
 
-    def _extract(self, folder: Path, settings: Settings) -> SafetyGene:
-        # The half-billion model learns at 120 tokens a second here: every second prompt.
-        step = 2 if self.family.name == "qwen" else 1
-        degraded = [*self._degraded(), *self._bare()]
-        return extract(
-            self.family.aligned, degraded, folder=folder, settings=settings, report=say,
-            harmful=harmful_prompts()[::step], harmless=harmless_prompts()[::step],
-        )  # fmt: skip
-
     def trained(self, task: str, source: Source) -> Path:
-        """Safety training of this one fine-tune, in the way that genes are learnt."""
+        """Safety training of this one fine-tune: all layers, with the gene's lessons and steps."""
         path = self.work / f"trained-{task}.gene.gguf"
         if not path.exists():
             folder = self.work / f"trained-{task}"
             folder.mkdir(exist_ok=True)
             for name in ("aligned.npz", REFUSALS):
                 shutil.copy(self.work / "gene" / name, folder / name)
-            settings = Settings(rank=8, alpha=16, epochs=1, select=False)
-            extract(
-                self.family.aligned, [source], folder=folder, settings=settings, report=say
-            ).save(path)
+            self._extract(folder, self._unselected(), [source]).save(path)
         return path
+
+    def _unselected(self) -> Settings:
+        """The gene's own settings, but for the selection."""
+        run = json.loads((self.work / "gene" / "run.json").read_text(encoding="utf-8"))
+        first = run["settings"]
+        return Settings(**{**first, "targets": tuple(first["targets"]), "select": False})
+
+    def _extract(
+        self, folder: Path, settings: Settings, degraded: Sequence[Source] = ()
+    ) -> SafetyGene:
+        # The half-billion model learns at 120 tokens a second here: every second prompt.
+        step = 2 if self.family.name == "qwen" else 1
+        return extract(
+            self.family.aligned, degraded or [*self._degraded(), *self._bare()],
+            folder=folder, settings=settings, report=say,
+            harmful=harmful_prompts()[::step], harmless=harmless_prompts()[::step],
+        )  # fmt: skip
 
     # -- cells ------------------------------------------------------------
 
