@@ -241,7 +241,7 @@ class LiveModel:
         )
         device = world.device()
         if device.type == "cuda":
-            # Its gradients are NaN for some masked batches: github.com/pytorch/pytorch/issues/196678
+            # Its gradients are NaN for some masks: github.com/pytorch/pytorch/issues/196678
             torch.backends.cuda.enable_cudnn_sdp(False)
         loaded = load_model(self._base, dtype).to(device)
         self.model: Any = get_peft_model(loaded, config, adapter_name=GENE)
