@@ -41,6 +41,7 @@ _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's object
 # Of 16 × 16 pairs, SmolLM2's fine-tunes order 85 % and more; chance gives 50 ± 10 %.
 _ORDERED = 0.7
 Scaling = npt.NDArray[np.float64]
+Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, row of logits
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Point:
         refusal_loss: smoothed share of harmful examples that are not refused, 0 to 1.
         kl: KL divergence on the harmless ones, in nats a token.
         spared: by how much a smaller share of the harmless ones is refused than by the aligned
-            model; looked at where the refusal loss is below the goal, and else 0.
+            model.
     """
 
     coefficients: tuple[float, ...]
@@ -274,7 +275,7 @@ class _Objective:
         self._softmax, self._kl = log_softmax, kl_from_logits
         self.engine, self.own, self.handles = engine, own, handles
         self.off = {**own, **dict.fromkeys(handles, 0.0)}
-        self.goal, self.over_refusal = gene.aligned_loss, gene.aligned_over_refusal
+        self.over_refusal = gene.aligned_over_refusal
 
         def render(text: str) -> list[int]:
             return list(llama.render([{"role": "user", "content": text}]))
@@ -283,49 +284,64 @@ class _Objective:
         self.harmful = [render(text) for text in examples.harmful]
         self.harmless = [render(text) for text in examples.harmless]
         answers = engine.generate(self.harmless, max_tokens=settings.tokens, adapters=self.off)
-        pairs = list(zip(self.harmless, answers, strict=True))
-        self.sequences = [[*p, *a.tokens] for p, a in pairs]
-        self.positions = [range(len(p) - 1, len(p) + len(a.tokens)) for p, a in pairs]
+        self.answers = [answer.tokens for answer in answers]
         self.reference: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
 
         def keep(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
             self.reference[index, position] = self._softmax(row)
 
-        engine.visit_logits(self.sequences, self.positions, keep, adapters=self.off)
+        self._read_harmless(self.off, keep)
 
-    def margins(self, prompts: list[list[int]], scales: Any) -> Scaling:
-        """The margin by which each answer opens with a refusal (nats); see `openers`."""
-        paths = self.openers.paths
-        sequences = [[*prompt, *path] for prompt in prompts for path, _ in paths]
+    def margins(
+        self,
+        prompts: list[list[int]],
+        scales: Any,
+        answers: Sequence[list[int]] = (),
+        visit: Visit | None = None,
+    ) -> Scaling:
+        """The margin by which each answer opens with a refusal (nats); see `openers`.
+
+        Args:
+            answers: one a prompt; their rows are shown to `visit`, in the same pass.
+        """
+        paths, count = self.openers.paths, len(prompts)
+        # All prompts with the first path, then all with the next: the engine goes on from there.
+        sequences = [[*prompt, *path] for path, _ in paths for prompt in prompts]
         spans = [
             range(len(prompt) - 1 + known, len(prompt) + len(path))
-            for prompt in prompts
             for path, known in paths
+            for prompt in prompts
         ]
+        for prompt, answer in zip(prompts, answers, strict=False):
+            sequences.append([*prompt, *answer])
+            spans.append(range(len(prompt) - 1, len(prompt) + len(answer)))
         leads: list[dict[Tokens, float]] = [{} for _ in prompts]
 
-        def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            prompt, number = divmod(index, len(paths))
-            behind = paths[number][0][: position + 1 - len(prompts[prompt])]
-            leads[prompt].update(self.openers.leads(behind, row))
+        def look(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            number, prompt = divmod(index, count)
+            if number < len(paths):
+                behind = paths[number][0][: position + 1 - len(prompts[prompt])]
+                leads[prompt].update(self.openers.leads(behind, row))
+            elif visit is not None:
+                visit(prompt, position, row)
 
-        self.engine.visit_logits(sequences, spans, visit, adapters=scales)
+        self.engine.visit_logits(sequences, spans, look, adapters=scales)
         return np.array([self.openers.margin(found) for found in leads])
+
+    def _read_harmless(self, scales: Any, visit: Visit) -> float:
+        """The smoothed share of the harmless prompts that is refused; shows the answers' rows."""
+        return 1 - refusal_loss(self.margins(self.harmless, scales, self.answers, visit))
 
     def at(self, alpha: Scaling) -> Point:
         scales = {**self.own, **dict(zip(self.handles, alpha.tolist(), strict=True))}
         loss = refusal_loss(self.margins(self.harmful, scales))
-        sums = np.zeros(len(self.sequences))
+        sums = np.zeros(len(self.harmless))
 
         def compare(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
             value = self._kl(self.reference[index, position], self._softmax(row))
-            sums[index] += value / len(self.positions[index])
+            sums[index] += value / (len(self.answers[index]) + 1)
 
-        self.engine.visit_logits(self.sequences, self.positions, compare, adapters=scales)
-        spared = 0.0
-        if loss < self.goal:
-            refused = 1 - refusal_loss(self.margins(self.harmless, scales))
-            spared = max(0.0, self.over_refusal - refused)
+        spared = max(0.0, self.over_refusal - self._read_harmless(scales, compare))
         return Point(tuple(alpha.tolist()), loss, float(sums.mean()), spared)
 
     def require_labels(self) -> None:

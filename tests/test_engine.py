@@ -132,6 +132,33 @@ def test_logits_are_those_of_one_sequence(llama, opening):
         assert worst <= tolerance
 
 
+def test_sequences_that_part_late_are_computed_once_up_to_there(llama, monkeypatch):
+    openings = [[10 + i] * 9 + list(range(i, 30)) for i in range(8)]
+    sequences = [[*opening, *ending] for ending in ([1], [2, 3], [2, 4, 5]) for opening in openings]
+    positions = [[len(sequence) - 1] for sequence in sequences]
+    expected = [one_sequence_logits(llama, s, p) for s, p in zip(sequences, positions, strict=True)]
+    worst, fed = 0.0, 0
+
+    def visit(index, position, row):
+        nonlocal worst
+        worst = max(worst, float(np.abs(row - expected[index][position]).max()))
+
+    with Engine(llama, n_parallel=4) as engine:
+        add = engine._batch.add
+
+        def count(*arguments):
+            nonlocal fed
+            fed += 1
+            add(*arguments)
+
+        monkeypatch.setattr(engine._batch, "add", count)
+        engine.visit_logits(sequences, positions, visit)
+        assert fed == sum(map(len, openings)) + 8 * (1 + 2 + 2)
+        said = engine.generate(sequences, max_tokens=6)
+    assert worst <= 1e-3
+    assert [answer.tokens for answer in said] == [one_by_one(llama, s, 6) for s in sequences]
+
+
 def test_scores_are_log_likelihoods(llama):
     prompts, completions = [[1, 2, 3], [9] * 20], [[4, 5], list(range(30, 50))]
     with Engine(llama) as engine:

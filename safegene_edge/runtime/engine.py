@@ -3,7 +3,8 @@
 One scheduler serves generation and scoring. A job is a token sequence, the positions whose
 logits somebody wants, and how many tokens to add. Jobs take free slots as others finish
 (continuous batching); the prefix that all jobs share is computed once and copied by
-sequence, which in llama.cpp's unified KV cache costs no memory.
+sequence, which in llama.cpp's unified KV cache costs no memory. A job that opens like one that
+has just finished takes its slot over and goes on where the two part.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -50,6 +51,11 @@ class _Job:
 
     def cells(self, shared: int) -> int:
         return len(self.tokens) - shared + self.n_new
+
+    @property
+    def own_from(self) -> int:
+        """From here on it must decode itself: a wanted position, and its last token."""
+        return min(min(self.wanted, default=len(self.tokens) - 1), len(self.tokens) - 1)
 
 
 class Engine:
@@ -340,21 +346,24 @@ class Engine:
                     active.append(job)
                 for job in self._step(active, choose, visit):
                     active.remove(job)
-                    free.append(job.slot)
                     # What is counted back is what was taken: tokens grew as n_new shrank.
                     cells += job.cells(shared)
-                    llama_cpp.llama_memory_seq_rm(self._memory, job.slot, -1, -1)
+                    heir = None if alone else self._heir(job, waiting, shared, cells)
+                    if heir is None:
+                        llama_cpp.llama_memory_seq_rm(self._memory, job.slot, -1, -1)
+                        free.append(job.slot)
+                        continue
+                    waiting.remove(heir)
+                    cells -= heir.cells(shared)
+                    active.append(heir)
 
     def _share_prefix(self, jobs: list[_Job]) -> int:
         """Compute the tokens that all jobs open with once; returns how many there are."""
         if len(jobs) < 2:
             return 0
-        # Every job must still decode one token, and every wanted position, on its own.
-        end = min(min(job.wanted, default=len(job.tokens) - 1) for job in jobs)
-        first = jobs[0].tokens
-        shared = 0
-        while shared < end and all(job.tokens[shared] == first[shared] for job in jobs):
-            shared += 1
+        first, shared = jobs[0].tokens, min(job.own_from for job in jobs)
+        for job in jobs:
+            shared = _common(first, job.tokens, shared)
         if shared < _MIN_PREFIX:
             return 0
         for start in range(0, shared, self.n_batch):
@@ -368,6 +377,24 @@ class Engine:
         job.slot, job.fed = slot, shared
         if shared:
             llama_cpp.llama_memory_seq_cp(self._memory, _PREFIX, slot, -1, -1)
+
+    def _heir(self, job: _Job, waiting: Iterable[_Job], shared: int, cells: int) -> _Job | None:
+        """The waiting job that opens most like a finished one, seated in its slot; or None."""
+        best, known = None, shared
+        for other in waiting:
+            same = min(job.fed, other.own_from)
+            if same > known and other.cells(shared) <= cells:
+                length = _common(job.tokens, other.tokens, same)
+                if length > known:
+                    best, known = other, length
+        # Sliding windows forget the first cells, and recurrent models cannot go back at all.
+        whole = llama_cpp.llama_memory_seq_pos_min(self._memory, job.slot) == 0
+        if best is None or not whole:
+            return None
+        if not llama_cpp.llama_memory_seq_rm(self._memory, job.slot, known, -1):
+            return None
+        best.slot, best.fed = job.slot, known
+        return best
 
     def _step(
         self,
@@ -467,6 +494,13 @@ def kl_from_logits(log_p: Floats, log_q: Floats) -> float:
 def _log_sum_exp(row: Floats) -> float:
     top = float(row.max())
     return top + float(np.log(np.exp(row - np.float32(top)).sum(dtype=np.float64)))
+
+
+def _common(a: list[int], b: list[int], most: int) -> int:
+    """How many tokens two sequences open with alike, at most `most`."""
+    if a[:most] == b[:most]:
+        return most
+    return next(i for i in range(most) if a[i] != b[i])
 
 
 def _tokens(sequence: Sequence[int]) -> list[int]:
