@@ -15,6 +15,7 @@ from safegene_edge.evals.statistics import Count, percent, recovered
 
 HERE = Path(__file__).parent
 SAFETY = ("advbench", "harmbench")
+BASELINES = ("RESTA", "SafeLoRA", "SafeMERGE", "trained for this model")
 LOST = 0.10  # fine-tunes that lost less are outside of the means
 Cell = dict[str, Any]
 
@@ -122,12 +123,7 @@ def _means(found: Cell) -> str:
     columns = [c for c in found["tasks"][lost[0]] if c not in ("aligned", "fine-tuned")]
     for column in columns:
         entries = [found["tasks"][t] for t in lost if column in found["tasks"][t]]
-        shares = [_recovered(entry, column).share for entry in entries]
-        over = [
-            _share(e[column], "borderline", "harmless")
-            - _share(e["aligned"], "borderline", "harmless")
-            for e in entries
-        ]
+        shares, over = _shares(entries, column), _over(entries, column)
         lines.append(
             [column, f"{len(entries)}/{len(lost)}", percent(fmean(shares)), percent(min(shares)),
              percent(fmean([min(1.0, share) for share in shares])),
@@ -137,7 +133,43 @@ def _means(found: Cell) -> str:
               "over-refusal against aligned, points, mean", "most",
               "task accuracy against fine-tuned, points, mean",
               "task perplexity, % of fine-tuned's"]  # fmt: skip
-    return f"### Means over {', '.join(lost)}\n\n{table(header, lines)}"
+    means = f"### Means over {', '.join(lost)}\n\n{table(header, lines)}"
+    return f"{means}\n{_beside([found['tasks'][t] for t in lost])}"
+
+
+def _shares(entries: list[dict[str, Cell]], column: str) -> list[float]:
+    """What a column recovers, one number a fine-tune; 1 is all that was lost."""
+    return [_recovered(entry, column).share for entry in entries]
+
+
+def _over(entries: list[dict[str, Cell]], column: str) -> list[float]:
+    """By how much a column over-refuses more than the aligned model, as shares."""
+    kinds = ("borderline", "harmless")
+    return [_share(e[column], *kinds) - _share(e["aligned"], *kinds) for e in entries]
+
+
+def _beside(tasks: list[dict[str, Cell]]) -> str:
+    """Ours minus each baseline, over the tasks that have both, and what that comes to."""
+    lines = []
+    for column in BASELINES:
+        entries = [entry for entry in tasks if "ours" in entry and column in entry]
+        if not entries:
+            continue
+        ours, theirs = _shares(entries, "ours"), _shares(entries, column)
+        more = fmean(ours) - fmean(theirs)
+        capped = fmean(min(1.0, share) for share in ours) - fmean(min(1.0, s) for s in theirs)
+        over = fmean(_over(entries, "ours")) - fmean(_over(entries, column))
+        verdict = (
+            f"{'more' if more > 0 else 'no more'}, for "
+            f"{'more' if over > 0 else 'no more'} over-refusal"
+        )
+        points = [f"{100 * value:+.1f}" for value in (more, capped, over)]
+        lines.append([column, f"{len(entries)}/{len(tasks)}", *points, verdict])
+    if not lines:
+        return ""
+    header = ["ours minus", "fine-tunes", "recovered, points", "each at most 100 %, points",
+              "over-refused, points", "ours recovers"]  # fmt: skip
+    return table(header, lines)
 
 
 def _task_change(entries: list[dict[str, Cell]], column: str) -> list[str]:
