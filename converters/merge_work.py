@@ -170,15 +170,18 @@ def _shared_out(jobs: Sequence[Job], count: int) -> list[list[Job]]:
 
 
 def _with_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[TensorReport]:
-    """Reports as they come: of this process's own pile, and of a worker for each of the others."""
-    # One thread of BLAS each: the processors are shared out already.
+    """Reports as they come, of a worker for each pile.
+
+    This process takes none: its BLAS has started with a thread for every processor, and each
+    waits for the next product in a loop that keeps a worker off its processor.
+    """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     command = [sys.executable, "-m", __name__]
     queue: SimpleQueue[TensorReport | Exception | None] = SimpleQueue()
     workers = []
     try:
-        for pile in piles[1:]:
+        for pile in piles:
             worker = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
             )
@@ -186,7 +189,6 @@ def _with_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[T
             listening = threading.Thread(target=_listen, args=(worker, pile, output, queue))
             listening.daemon = True
             listening.start()
-        yield from _here(piles[0], output)
         running = len(workers)
         while running:
             said = queue.get()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +48,6 @@ def merge(
     reads a few prompts first, so that rounding errors keep off what its tensors read. There is
     no way back from a merged file: keep the model and the adapters.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the work is shared out by processes
     from ..converters.merging import Plan
     from ..measuring import merge as run
 
