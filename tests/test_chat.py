@@ -197,8 +197,10 @@ class Terminal:
 def _own_terminal():
     """Make standard input the controlling terminal, so that Ctrl-C becomes a signal."""
     import fcntl
+    import signal
     import termios
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells have their background jobs ignore it
     with suppress(OSError):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
