@@ -19,6 +19,7 @@ from typing import Any, Literal
 import llama_cpp
 
 from ..errors import LlamaCppError, SafeGeneError, SettingError
+from .batch import common, trim
 from .engine import Engine, Scales
 from .sampling import Pieces, Sampling, TextStream, free_chain
 
@@ -232,30 +233,19 @@ class Batcher:
             self._make_room(self.engine.n_ctx - taken)
 
     def _seat(self, ask: Ask) -> None:
-        common = {slot: _common(ask.prompt, kept) for slot, kept in self._idle.items()}
-        slot = max(common, key=lambda s: common[s])  # the first of equals is the longest idle
-        if common[slot] < _MIN_PREFIX:
+        last = len(ask.prompt) - 1  # must be decoded anew
+        alike = {s: common(ask.prompt, kept, min(last, len(kept)))
+                 for s, kept in self._idle.items()}  # fmt: skip
+        slot = max(alike, key=lambda s: alike[s])  # the first of equals is the longest idle
+        if alike[slot] < _MIN_PREFIX:
             slot = next((s for s, kept in self._idle.items() if not kept), next(iter(self._idle)))
-            common[slot] = 0
-        ask._slot, ask.reused = slot, self._trim(slot, common[slot])
+            alike[slot] = 0
+        ask._slot, ask.reused = slot, trim(self.engine._memory, slot, alike[slot])
         del self._idle[slot]
         ask._tokens, ask._fed = list(ask.prompt), ask.reused
         ask._text, ask._began = TextStream(ask.stop), time.monotonic()
         ask._chain = ask.sampling.chain(self.engine.n_vocab)
         self._active.append(ask)
-
-    def _trim(self, slot: int, keep: int) -> int:
-        """Forget a slot's tokens from `keep` on; returns how many really are kept."""
-        memory = self.engine._memory
-        if (
-            keep
-            # Sliding windows and recurrent states may not hold, or not give up, a part.
-            and llama_cpp.llama_memory_seq_pos_min(memory, slot) == 0
-            and llama_cpp.llama_memory_seq_rm(memory, slot, keep, -1)
-        ):
-            return keep
-        llama_cpp.llama_memory_seq_rm(memory, slot, -1, -1)
-        return 0
 
     def _make_room(self, cells: int) -> None:
         """Let the longest idle slots forget until all idle ones take no more than `cells`."""
@@ -263,7 +253,7 @@ class Batcher:
         for slot, kept in self._idle.items():
             if held <= cells:
                 return
-            self._trim(slot, 0)
+            trim(self.engine._memory, slot, 0)
             held -= len(kept)
             self._idle[slot] = []
 
@@ -317,9 +307,3 @@ class Batcher:
 def _tell(news: News) -> None:
     for ask, text, finish in news:
         ask.heard(text, finish)
-
-
-def _common(prompt: Sequence[int], kept: list[int]) -> int:
-    """How many tokens both begin with; the prompt's last one must be decoded anew."""
-    end = min(len(prompt) - 1, len(kept))
-    return next((i for i in range(end) if prompt[i] != kept[i]), max(end, 0))

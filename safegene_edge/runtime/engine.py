@@ -9,7 +9,6 @@ has just finished takes its slot over and goes on where the two part.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LlamaCppError, SettingError
+from .batch import Batch, common, trim
 from .llama import AttachedAdapter, SafeLlama
 
 Floats = npt.NDArray[np.float32]
@@ -48,14 +48,14 @@ class _Job:
     n_new: int
     fed: int = 0
     slot: int = -1
+    own_from: int = field(init=False)  # a wanted position, or its last token: never copied
+
+    def __post_init__(self) -> None:
+        last = len(self.tokens) - 1
+        self.own_from = min(self.wanted, default=last)
 
     def cells(self, shared: int) -> int:
         return len(self.tokens) - shared + self.n_new
-
-    @property
-    def own_from(self) -> int:
-        """From here on it must decode itself: a wanted position, and its last token."""
-        return min(min(self.wanted, default=len(self.tokens) - 1), len(self.tokens) - 1)
 
 
 class Engine:
@@ -96,7 +96,7 @@ class Engine:
         self.max_outputs = max(max_outputs, n_parallel + 1)  # llama.cpp aborts below n_seq_max
         self.n_vocab: int = llama.n_vocab()
         self._lock = threading.Lock()
-        self._batch = _Batch(self.n_batch)
+        self._batch = Batch(self.n_batch)
         self._context = self._open(n_ctx, n_threads or llama.n_threads, flash_attn)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
@@ -363,7 +363,7 @@ class Engine:
             return 0
         first, shared = jobs[0].tokens, min(job.own_from for job in jobs)
         for job in jobs:
-            shared = _common(first, job.tokens, shared)
+            shared = common(first, job.tokens, shared)
         if shared < _MIN_PREFIX:
             return 0
         for start in range(0, shared, self.n_batch):
@@ -382,16 +382,13 @@ class Engine:
         """The waiting job that opens most like a finished one, seated in its slot; or None."""
         best, known = None, shared
         for other in waiting:
-            same = min(job.fed, other.own_from)
-            if same > known and other.cells(shared) <= cells:
-                length = _common(job.tokens, other.tokens, same)
-                if length > known:
+            most = min(job.fed, other.own_from)
+            # One token tells nearly all of them apart: this is asked of each as each one ends.
+            if most > known and job.tokens[known] == other.tokens[known]:
+                length = common(job.tokens, other.tokens, most)
+                if length > known and other.cells(shared) <= cells:
                     best, known = other, length
-        # Sliding windows forget the first cells, and recurrent models cannot go back at all.
-        whole = llama_cpp.llama_memory_seq_pos_min(self._memory, job.slot) == 0
-        if best is None or not whole:
-            return None
-        if not llama_cpp.llama_memory_seq_rm(self._memory, job.slot, known, -1):
+        if best is None or not trim(self._memory, job.slot, known):
             return None
         best.slot, best.fed = job.slot, known
         return best
@@ -440,47 +437,6 @@ class Engine:
         return np.asarray(np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab)), np.float32)
 
 
-class _Batch:
-    """llama.cpp's batch over numpy buffers: a token costs four stores, no ctypes objects."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.size = capacity, 0
-        self._token = np.zeros(capacity, np.int32)
-        self._position = np.zeros(capacity, np.int32)
-        self._n_sequences = np.ones(capacity, np.int32)
-        self._sequence = np.zeros(capacity, np.int32)
-        self._output = np.zeros(capacity, np.int8)
-        step = self._sequence.itemsize
-        self._sequences = self._sequence.ctypes.data + step * np.arange(capacity, dtype=np.uint64)
-
-    @property
-    def full(self) -> bool:
-        return self.size == self.capacity
-
-    def clear(self) -> None:
-        self.size = 0
-
-    def add(self, token: int, position: int, sequence: int, output: bool) -> None:
-        i = self.size
-        self._token[i], self._position[i] = token, position
-        self._sequence[i], self._output[i] = sequence, output
-        self.size = i + 1
-
-    def struct(self) -> Any:
-        def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
-            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
-
-        return llama_cpp.llama_batch(
-            n_tokens=self.size,
-            token=pointer(self._token, llama_cpp.llama_token),
-            embd=None,
-            pos=pointer(self._position, llama_cpp.llama_pos),
-            n_seq_id=pointer(self._n_sequences, ctypes.c_int32),
-            seq_id=pointer(self._sequences, ctypes.POINTER(llama_cpp.llama_seq_id)),
-            logits=pointer(self._output, ctypes.c_int8),
-        )
-
-
 def log_softmax(logits: Floats) -> Floats:
     """Log-probabilities of a row of logits."""
     return np.asarray(logits - np.float32(_log_sum_exp(logits)), np.float32)
@@ -494,13 +450,6 @@ def kl_from_logits(log_p: Floats, log_q: Floats) -> float:
 def _log_sum_exp(row: Floats) -> float:
     top = float(row.max())
     return top + float(np.log(np.exp(row - np.float32(top)).sum(dtype=np.float64)))
-
-
-def _common(a: list[int], b: list[int], most: int) -> int:
-    """How many tokens two sequences open with alike, at most `most`."""
-    if a[:most] == b[:most]:
-        return most
-    return next(i for i in range(most) if a[i] != b[i])
 
 
 def _tokens(sequence: Sequence[int]) -> list[int]:
