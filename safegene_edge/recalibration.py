@@ -297,7 +297,7 @@ class _Objective:
         prompts: list[list[int]],
         scales: Any,
         answers: Sequence[list[int]] = (),
-        visit: Visit | None = None,
+        visit: Visit = lambda *_: None,
     ) -> Scaling:
         """The margin by which each answer opens with a refusal (nats); see `openers`.
 
@@ -322,7 +322,7 @@ class _Objective:
             if number < len(paths):
                 behind = paths[number][0][: position + 1 - len(prompts[prompt])]
                 leads[prompt].update(self.openers.leads(behind, row))
-            elif visit is not None:
+            else:
                 visit(prompt, position, row)
 
         self.engine.visit_logits(sequences, spans, look, adapters=scales)

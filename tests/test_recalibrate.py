@@ -104,13 +104,13 @@ def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
     assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(near))).mean())
 
 
-@pytest.mark.parametrize("aligned", [1.0, 0.0])
+@pytest.mark.parametrize(("goal", "aligned"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
 def test_what_is_spared_is_the_harmless_ones_that_the_aligned_model_refused(
-    tiny, tiny_adapter, aligned
+    tiny, tiny_adapter, goal, aligned
 ):
     model = tiny("llama").gguf_path
     facts = vars(convert(tiny_adapter("llama"), base=model))
-    gene = SafetyGene(**facts, aligned_over_refusal=aligned)
+    gene = SafetyGene(**facts, aligned_loss=goal, aligned_over_refusal=aligned)
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
         handle, prompts = llama.attach(gene, 0.0), Examples(("a b", "c"), ("d", "e f"))
         objective = _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
