@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,5 +147,6 @@ def _copy_range(source: int, at: int, target: int, to: int, left: int) -> None:
         if not done:
             raise OSError("the input became shorter while it was copied")
         if hasattr(os, "posix_fadvise"):  # starts the writing, which the fsync would wait for
-            os.posix_fadvise(target, to, done, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # a hint, which not every file system takes
+                os.posix_fadvise(target, to, done, os.POSIX_FADV_DONTNEED)
         at, to, left = at + done, to + done, left - done
