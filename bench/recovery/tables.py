@@ -30,8 +30,8 @@ def write_tables() -> None:
         "means are over the benign fine-tunes that lost at least 10 points. More than 100 % is "
         "refused more than the aligned model does, and is no gain. Identity is an adversarial "
         "fine-tune, outside of the means. All layers: the gene before the selection. Trained for "
-        "this model: the gene's lessons and steps on this one fine-tune, all layers; these and "
-        "Qwen's AG News, SST-2 and identity fine-tunes were learnt on a GPU.\n",
+        "this model: the gene's lessons and steps on this one fine-tune, all layers. Both of Qwen, "
+        "and its AG News, SST-2 and identity fine-tunes, were learnt on a GPU.\n",
     ]
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"
@@ -128,7 +128,7 @@ def _means(found: Cell) -> str:
         shares, over = _shares(entries, column), _over(entries, column)
         lines.append(
             [column, f"{len(entries)}/{len(lost)}", percent(fmean(shares)), percent(min(shares)),
-             percent(fmean([min(1.0, share) for share in shares])),
+             percent(_capped(shares)),
              f"{100 * fmean(over):+.1f}", f"{100 * max(over):+.1f}", *_task_change(entries, column)]
         )  # fmt: skip
     header = ["", "fine-tunes", "recovered, mean, %", "least", "mean, each at most 100 %",
@@ -142,6 +142,11 @@ def _means(found: Cell) -> str:
 def _shares(entries: list[dict[str, Cell]], column: str) -> list[float]:
     """What a column recovers, one number a fine-tune; 1 is all that was lost."""
     return [_recovered(entry, column).share for entry in entries]
+
+
+def _capped(shares: list[float]) -> float:
+    """The mean, where more than all that was lost is no gain."""
+    return fmean(min(1.0, share) for share in shares)
 
 
 def _over(entries: list[dict[str, Cell]], column: str) -> list[float]:
@@ -159,7 +164,7 @@ def _beside(tasks: list[dict[str, Cell]]) -> str:
             continue
         ours, theirs = _shares(entries, "ours"), _shares(entries, column)
         more = fmean(ours) - fmean(theirs)
-        capped = fmean(min(1.0, share) for share in ours) - fmean(min(1.0, s) for s in theirs)
+        capped = _capped(ours) - _capped(theirs)
         over = fmean(_over(entries, "ours")) - fmean(_over(entries, column))
         verdict = (
             f"{'more' if more > 0 else 'no more'}, for "
