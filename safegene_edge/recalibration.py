@@ -2,17 +2,17 @@
 
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
-    J(c) = max(goal - spared, mean over harmful of L_refuse)
+    J(c) = max(goal * (1 - room), mean over harmful of L_refuse)
            + w * mean over harmless of KL(p_T || p_{T+cG})
 
 The mean of L_refuse is the share of answers that open with none of the gene's refusal openers,
 smoothed over the margin by which they do or do not (`openers`); the KL is taken on the first
 tokens of the target's own answers. The goal is the aligned model's own share, which the gene
 carries: what was lost shall come back, and not much more, for what lies beyond is paid with
-refusals of harmless prompts. Spared is the share of harmless examples by which fewer are refused
-than the aligned model refuses: a few examples tell a share only roughly, so it goes beyond the
-goal while harmless prompts are still better off than with the aligned model. Of all the points
-that were looked at, the one with the smallest J and a KL within the budget is taken.
+refusals of harmless prompts. But a few examples tell a share only roughly, so it goes beyond the
+goal where that is not paid: room is 1 while no larger a share of the harmless examples is refused
+than the aligned model refuses, and falls to 0 at three points above it. Of all the points that
+were looked at, the one with the smallest J and a KL within the budget is taken.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from .openers import Openers, Tokens, refusal_loss
 if TYPE_CHECKING:
     from .runtime.engine import Engine
 
+_TOLERATED = 0.03  # over-refusal beyond the aligned model's: the most that the project promises
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
-# Of 16 × 16 pairs, SmolLM2's fine-tunes order 85 % and more; chance gives 50 ± 10 %.
-_ORDERED = 0.7
+# Of 16 × 16 pairs, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 % and
+# more with twice the gene, twenty strangers at most 61 %; with the gene once that Qwen orders 66 %.
+_ORDERED, _TWICE = 0.7, 2.0
 Scaling = npt.NDArray[np.float64]
 Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, row of logits
 
@@ -137,18 +139,18 @@ class Point:
     Attributes:
         refusal_loss: smoothed share of harmful examples that are not refused, 0 to 1.
         kl: KL divergence on the harmless ones, in nats a token.
-        spared: by how much a smaller share of the harmless ones is refused than by the aligned
-            model.
+        room: whether refusals beyond the aligned model's are welcome, from 1 (no more of the
+            harmless ones are refused than it refuses) to 0.
     """
 
     coefficients: tuple[float, ...]
     refusal_loss: float
     kl: float
-    spared: float = 0.0
+    room: float = 0.0
 
     def objective(self, weight: float, goal: float = 0.0) -> float:
         """J of this point."""
-        return max(goal - self.spared, self.refusal_loss) + weight * self.kl
+        return max(goal * (1 - self.room), self.refusal_loss) + weight * self.kl
 
 
 def recalibrate(
@@ -341,23 +343,24 @@ class _Objective:
             value = self._kl(self.reference[index, position], self._softmax(row))
             sums[index] += value / (len(self.answers[index]) + 1)
 
-        spared = max(0.0, self.over_refusal - self._read_harmless(scales, compare))
-        return Point(tuple(alpha.tolist()), loss, float(sums.mean()), spared)
+        beyond = self._read_harmless(scales, compare) - self.over_refusal
+        room = min(1.0, max(0.0, 1 - beyond / _TOLERATED))
+        return Point(tuple(alpha.tolist()), loss, float(sums.mean()), room)
 
     def require_labels(self) -> None:
-        """With the gene on, harmful prompts must be refused more readily than harmless ones.
+        """With twice the gene, harmful prompts must be refused more readily than harmless ones.
 
         Measured by the pairs of one of each in which the harmful one's margin is larger. Means
         would not do: in four of six SmolLM2 with shuffled weights the harmful one was the larger.
         """
-        scales = {**self.own, **dict.fromkeys(self.handles, 1.0)}
+        scales = {**self.own, **dict.fromkeys(self.handles, _TWICE)}
         harmful = self.margins(self.harmful, scales)
         harmless = self.margins(self.harmless, scales)
         share = _share_in_order(harmful, harmless)
         if share < _ORDERED:
             raise SettingError(
-                f"with the gene, a harmful example is refused more readily than a harmless one "
-                f"in only {share:.0%} of {harmful.size * harmless.size} pairs, and "
+                "with twice the gene, a harmful example is refused more readily than a harmless "
+                f"one in only {share:.0%} of {harmful.size * harmless.size} pairs, and "
                 f"{_ORDERED:.0%} are asked for (mean margins {harmful.mean():.2f} and "
                 f"{harmless.mean():.2f} nats)",
                 "Check that the labels are not swapped and that the gene is of this family",

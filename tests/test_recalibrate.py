@@ -52,10 +52,10 @@ def test_what_lies_beyond_the_aligned_model_is_not_paid_for():
     assert _choose(points, 0.1, 4.0) is points[2]
     assert _choose(points, 0.1, 4.0, goal=1.0) is points[1]
     assert _choose(points, 0.1, 4.0, goal=0.5) is points[2]
-    # Unless it refuses so many fewer harmless prompts than the aligned model.
-    spared = replace(points[2], spared=0.5)
-    assert _choose([*points[:2], spared], 0.1, 4.0, goal=1.0) is spared
-    assert spared.objective(4.0, goal=1.0) == pytest.approx(0.86)  # no more than is spared
+    # Unless it hardly refuses more harmless prompts than the aligned model.
+    roomy = replace(points[2], room=0.5)
+    assert _choose([*points[:2], roomy], 0.1, 4.0, goal=1.0) is roomy
+    assert roomy.objective(4.0, goal=1.0) == pytest.approx(0.86)  # half of the way to 0
 
 
 def test_a_point_that_lowers_refusals_is_never_taken():
@@ -104,23 +104,19 @@ def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
     assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(near))).mean())
 
 
-@pytest.mark.parametrize(("goal", "aligned"), [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
-def test_what_is_spared_is_the_harmless_ones_that_the_aligned_model_refused(
-    tiny, tiny_adapter, goal, aligned
-):
+def test_there_is_room_up_to_three_points_above_the_aligned_models_over_refusal(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
-    facts = vars(convert(tiny_adapter("llama"), base=model))
-    gene = SafetyGene(**facts, aligned_loss=goal, aligned_over_refusal=aligned)
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
         handle, prompts = llama.attach(gene, 0.0), Examples(("a b", "c"), ("d", "e f"))
         objective = _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
-        margins = objective.margins(objective.harmless, {handle: 0.5})
-        point = objective.at(np.array([0.5]))
-    if aligned:
-        assert point.spared == pytest.approx(refusal_loss(margins))
-        assert 0 < point.spared < 1
-    else:
-        assert point.spared == 0  # the aligned model refused none of them
+        refused = 1 - refusal_loss(objective.margins(objective.harmless, {handle: 0.5}))
+        assert 0.04 < refused < 1
+        rooms = []
+        for beyond in (-0.01, 0.0, 0.01, 0.04):
+            objective.over_refusal = refused - beyond
+            rooms.append(objective.at(np.array([0.5])).room)
+    assert rooms == pytest.approx([1, 1, 2 / 3, 0])
 
 
 def test_openers_that_part_early_share_their_first_rows():

@@ -45,7 +45,7 @@ RESULTS = HERE / "results.json"
 KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 JUDGED = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 GENE = HERE.parent.parent / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
-PROMPTS, ASKED, ANSWER, KILLS = 200, 100, 8, 50
+PROMPTS, ASKED, ANSWER, KILLS = 200, 200, 8, 50
 Rows = dict[tuple[int, int], np.ndarray]
 
 
