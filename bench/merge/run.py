@@ -417,7 +417,7 @@ def _refused(cells: dict[str, Any]) -> str:
             row.append(str(Count(side.count("1"), len(side))))
             for hits in merged:
                 points = 100 * (hits.count("1") - side.count("1")) / len(side)
-                row.append(f"{hits.count('1')} ({points:+.0f})")
+                row.append(f"{hits.count('1')} ({points:+.1f})")
         rows.append(row)
     header = ["refused", "AdvBench, side-loaded", "ours (points)", "two-step (points)",
               "HarmBench, side-loaded", "ours (points)", "two-step (points)"]  # fmt: skip
