@@ -26,7 +26,8 @@ def shelf(tiny, tiny_adapter, tmp_path):
     for model in models:
         shutil.copy(source, model)
     gene = tmp_path / "gene.gguf"
-    SafetyGene(**vars(convert(tiny_adapter("llama"), base=source))).save(gene)
+    whole = SafetyGene(**vars(convert(tiny_adapter("llama"), base=source)))
+    whole.scaled(0.5).save(gene)  # of which twice is looked at for the labels' order
     suite = tmp_path / "suite.jsonl"
     rows = [(HARMFUL, "harmful"), (HARMLESS, "harmless")]
     suite.write_text(
