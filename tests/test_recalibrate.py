@@ -106,17 +106,23 @@ def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
 
 def test_there_is_room_up_to_three_points_above_the_aligned_models_over_refusal(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
-    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    facts = vars(convert(tiny_adapter("llama"), base=model))
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
-        handle, prompts = llama.attach(gene, 0.0), Examples(("a b", "c"), ("d", "e f"))
-        objective = _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
-        refused = 1 - refusal_loss(objective.margins(objective.harmless, {handle: 0.5}))
+        handle, prompts = (
+            llama.attach(SafetyGene(**facts), 0.0),
+            Examples(("a b", "c"), ("d", "e f")),
+        )
+
+        def objective(aligned: float) -> _Objective:
+            gene = SafetyGene(**facts, aligned_over_refusal=aligned)
+            return _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
+
+        first = objective(0.0)
+        refused = 1 - refusal_loss(first.margins(first.harmless, {handle: 0.5}))
         assert 0.04 < refused < 1
-        rooms = []
-        for beyond in (-0.01, 0.0, 0.01, 0.04):
-            objective.over_refusal = refused - beyond
-            rooms.append(objective.at(np.array([0.5])).room)
-    assert rooms == pytest.approx([1, 1, 2 / 3, 0])
+        cases = [1.0, refused + 0.01, refused, refused - 0.01, refused - 0.04, 0.0]
+        rooms = [objective(aligned).at(np.array([0.5])).room for aligned in cases]
+    assert rooms == pytest.approx([1, 1, 1, 2 / 3, 0, 0])
 
 
 def test_openers_that_part_early_share_their_first_rows():
