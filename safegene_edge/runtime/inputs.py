@@ -70,13 +70,16 @@ class _Watch:
         self.seen: dict[str, list[Floats]] = {}
         self.shares: dict[str, str] = {}
         self.fault = ""
+        self._weight = np.float32(1)
         self._checked = False  # that the fields above are where this ggml has them
         self._known: dict[int, str] = {}  # the input's address in this graph
         self._ggml = _library()
         self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
 
-    def next_prompt(self) -> None:
+    def expect(self, count: int = 1) -> None:
+        """The next tokens that are decoded stand for `count` times as many."""
         self._known.clear()
+        self._weight = np.float32(count**0.5)
 
     def _called(self, address: Any, ask: bool, _: Any) -> bool:
         node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
@@ -105,7 +108,7 @@ class _Watch:
         values = np.empty((rows, width), np.float32)
         address = values.ctypes.data_as(ctypes.c_void_p)
         self._ggml.ggml_backend_tensor_get(source, address, 0, values.nbytes)
-        self.seen.setdefault(name, []).append(values)
+        self.seen.setdefault(name, []).append(values * self._weight)
 
 
 def directions(
@@ -152,13 +155,15 @@ def inputs_of(
 ) -> dict[str, Floats]:
     """The inputs (tokens×in) of tensors, while the model reads prompts, without adapters.
 
-    Projections of one input get the same array.
+    Tokens that all prompts begin with, such as a template's system prompt, are read once; their
+    rows are multiplied by the root of the number of prompts, which leaves the second moments as
+    they are. Projections of one input get the same array.
 
     Raises:
         LlamaCppError: a prompt could not be decoded, or a tensor is never read as a plain matrix.
     """
     watch = _Watch(tensors)
-    longest = max(map(len, prompts))
+    longest, shared = max(map(len, prompts)), shared_prefix(prompts)
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = params.n_batch = params.n_ubatch = longest
     params.n_threads = params.n_threads_batch = llama.n_threads
@@ -167,12 +172,15 @@ def inputs_of(
     if not context:
         raise LlamaCppError(f"llama.cpp could not make a context of {longest} cells")
     try:
+        memory = llama_cpp.llama_get_memory(context)
+        if shared:
+            watch.expect(len(prompts))
+            _decode(context, prompts[0][:shared], logits=False)
         for prompt in prompts:
-            watch.next_prompt()
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-            tokens = (llama_cpp.llama_token * len(prompt))(*prompt)
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(tokens, len(prompt))):
-                raise LlamaCppError("llama.cpp could not decode a prompt")
+            watch.expect()
+            if not llama_cpp.llama_memory_seq_rm(memory, 0, shared, -1):
+                raise LlamaCppError("llama.cpp cannot forget a prompt", "Merge with --plain")
+            _decode(context, prompt[shared:])
     finally:
         llama_cpp.llama_free(context)
     missing = [n for n in watch.wanted if watch.shares.get(n) not in watch.seen or n == watch.fault]
@@ -182,3 +190,25 @@ def inputs_of(
         )
     whole = {name: np.concatenate(watch.seen.pop(name)) for name in list(watch.seen)}
     return {name: whole[watch.shares[name]] for name in watch.wanted}
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; at least one of each is behind them."""
+    most = min(map(len, prompts)) - 1
+    alike = (len(set(column)) == 1 for column in zip(*prompts, strict=False))
+    return min(most, next((n for n, same in enumerate(alike) if not same), most))
+
+
+def _decode(context: Any, tokens: Sequence[int], logits: bool = True) -> None:
+    """Decode tokens behind those that the context holds; the last one's logits, or none.
+
+    The last block reads only the tokens whose logits are asked for.
+    """
+    count = len(tokens)
+    held = (llama_cpp.llama_token * count)(*tokens)  # the batch only points at it
+    batch = llama_cpp.llama_batch_get_one(held, count)
+    asked = (ctypes.c_int8 * count)()
+    asked[-1] = logits
+    batch.logits = asked
+    if llama_cpp.llama_decode(context, batch):
+        raise LlamaCppError("llama.cpp could not decode a prompt")
