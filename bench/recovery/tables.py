@@ -29,9 +29,9 @@ def write_tables() -> None:
         "fine-tuned), over AdvBench and HarmBench together, with a 95 % bootstrap interval; "
         "means are over the benign fine-tunes that lost at least 10 points. More than 100 % is "
         "refused more than the aligned model does, and is no gain. Identity is an adversarial "
-        "fine-tune, outside of the means. All layers: the gene before the selection. Trained for "
-        "this model: the gene's lessons and steps on this one fine-tune, all layers. Both of Qwen, "
-        "and its AG News, SST-2 and identity fine-tunes, were learnt on a GPU.\n",
+        "fine-tune, outside of the means. All layers: the gene before the selection, by the same "
+        "recipe. Trained for this model: the gene's lessons and steps on this one fine-tune, all "
+        "layers. Both, and Qwen's AG News, SST-2 and identity fine-tunes, were learnt on a GPU.\n",
     ]
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"
