@@ -12,6 +12,7 @@ Every part's results are kept; without a name all parts that can run are run.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -261,11 +262,13 @@ def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
 
 
 def code() -> str:
+    """A hash of what decides a merged file's bytes; comments do not."""
     folder = HERE.parent.parent / "converters"
     names = ("rounding", "codes", "kernels", "merging", "merge_inputs", "merge_work", "rewrite")
-    files = [folder / f"{name}.py" for name in names]
-    files.append(folder.parent / "safegene_edge" / "data" / "calibration.jsonl")
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    texts = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in names]
+    parts = [ast.dump(ast.parse(text)) for text in texts]
+    parts.append(sha256(folder.parent / "safegene_edge" / "data" / "calibration.jsonl"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def large(results: dict[str, Any]) -> None:
