@@ -263,11 +263,12 @@ def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
 
 def code() -> str:
     """A hash of what decides a merged file's bytes; comments do not."""
-    folder = HERE.parent.parent / "converters"
+    root = HERE.parent.parent
     names = ("rounding", "codes", "kernels", "merging", "merge_inputs", "merge_work", "rewrite")
-    texts = [(folder / f"{name}.py").read_text(encoding="utf-8") for name in names]
-    parts = [ast.dump(ast.parse(text)) for text in texts]
-    parts.append(sha256(folder.parent / "safegene_edge" / "data" / "calibration.jsonl"))
+    files = [root / "converters" / f"{name}.py" for name in names]
+    files += [root / "safegene_edge" / name for name in ("measuring.py", "runtime/inputs.py")]
+    parts = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
+    parts.append(sha256(root / "safegene_edge" / "data" / "calibration.jsonl"))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
