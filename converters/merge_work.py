@@ -28,7 +28,7 @@ from .rewrite import Place
 from .rounding import Update
 
 Progress: TypeAlias = Callable[[int, int], None] | None
-WORKER_MEMORY = 72 << 20  # bytes that a worker takes with SmolLM2; 45 MiB with --plain
+WORKER_MEMORY = 81 << 20  # bytes that a worker takes with SmolLM2; 45 MiB with --plain
 _ROWS, _BYTES = 1024, 1 << 20  # of a tensor that are worked on at a time
 _WORTH = 8_000_000  # weights below which a worker takes longer to start than to help
 _FLOAT_TYPES = ("F32", "F16", "BF16")

@@ -10,12 +10,7 @@ the rows of A and D the directions that the activations lie along
     sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
 
 An update B A acts on what Q sees of the activations, so Q e = 0 keeps the effect whole, however
-few codes change. A grid that is fine enough to hold most of the update needs less of that: the
-strength is multiplied by the square of the share of |update|^2 that rounding to the nearest code
-would lose (1 at 4 bits, a hundredth at Q8_0). A code moves only where that lowers the objective,
-so what is left of the error leans against the update: with SmolLM2's gene in Q4_K_M it took back
-a tenth of what some layers' `ffn_down` adds where an answer begins, and the margin of refusals fell
-by a quarter of a nat. So the search aims beyond the update, by OVERSHOOT times that share.
+few codes change.
 
 Types without a uniform grid, and rows whose update leaves the range of their codes, are quantised
 afresh by ggml; of the two ways a row takes the one with the smaller objective. Columns are worked
@@ -34,8 +29,7 @@ from .codes import Codes, Layout, layouts
 from .kernels import Kind
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 800.0  # how much more of the activations lies along Q than along another direction
-OVERSHOOT = 0.08  # of an update that the grid would lose: what the search gives up is about that
+STRENGTH = 400.0  # how much more of the activations lies along Q than along another direction
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _PASSES = 256  # moves of a row's codes in a group, at most: with twice as many nothing changed
 
@@ -89,8 +83,7 @@ def merged(
         kinds: the tensor's type, before and after.
         update: with the b of these rows.
         importance: weight of each column (columns), from an importance matrix.
-        strength: where the grid loses the whole update; 0 rounds to the nearest code, None
-            quantises afresh.
+        strength: 0 rounds to the nearest code, None quantises afresh.
 
     Returns:
         The new bytes, and |update|^2, |error|^2, <update, error> with the error being what the
@@ -100,19 +93,15 @@ def merged(
         FloatingPointError: the update is not finite.
     """
     rows = _Rows(raw, kinds, update, importance, strength is not None)
-    after, aim, pull = kinds[1], 1.0, None
-    residual, sums = np.zeros((len(raw), len(update.seen)), np.float32), np.zeros(3)
+    pull, residual = None, np.zeros((len(raw), len(update.seen)), np.float32)
     if rows.layout is not None and strength:
-        _, share = rows.nearest(aim)
-        aim, pull = 1 + OVERSHOOT * share, update.pull(strength * share**2)
-        residual, _ = rows.nearest(aim)
-    new = np.empty((len(raw), after.width(update.a.shape[1])), np.uint8)
+        pull, residual = update.pull(strength), rows.nearest()
+    new, sums = np.empty((len(raw), kinds[1].width(update.a.shape[1])), np.uint8), np.zeros(3)
     for some in rows.pieces:
-        done, delta, error = rows.rounded(some, aim, pull, residual)
-        new[:, after.width(some.start) : after.width(some.stop)] = done
-        flat = delta.reshape(-1) / np.float32(aim)
-        wrong = error.reshape(-1) + np.float32(aim - 1) * flat
-        sums += flat @ flat, wrong @ wrong, flat @ wrong
+        done, delta, error = rows.rounded(some, pull, residual)
+        new[:, kinds[1].width(some.start) : kinds[1].width(some.stop)] = done
+        delta, error = delta.reshape(-1), error.reshape(-1)
+        sums += delta @ delta, error @ error, delta @ error
     return new, sums
 
 
@@ -140,12 +129,12 @@ class _Rows:
         columns = self.update.a.shape[1]
         return [slice(n, min(columns, n + _GROUP)) for n in range(0, columns, _GROUP)]
 
-    def part(self, some: slice, aim: float) -> tuple[kernels.Bytes, Floats]:
-        """The bytes of some columns, and `aim` times their update."""
+    def part(self, some: slice) -> tuple[kernels.Bytes, Floats]:
+        """The bytes of some columns, and their update."""
         before = self.kinds[0]
         part = np.ascontiguousarray(self.raw[:, before.width(some.start) : before.width(some.stop)])
         with np.errstate(over="ignore", invalid="ignore"):
-            delta = (self.update.b * np.float32(aim)) @ self.update.a[:, some]
+            delta = self.update.b @ self.update.a[:, some]
         if not np.isfinite(delta).all():
             raise FloatingPointError
         return part, delta
@@ -154,24 +143,21 @@ class _Rows:
         seen, weights = self.update.seen[:, some], _weights(self.importance, some)
         return _Group(layout, self.kinds[0].number, delta, seen, weights, pull)
 
-    def nearest(self, aim: float) -> tuple[Floats, float]:
-        """Q e and D e with every code the nearest one, and the share of |update|^2 then lost."""
+    def nearest(self) -> Floats:
+        """Q e and D e with every code the nearest one."""
         assert self.layout is not None
         residual = np.zeros((len(self.raw), len(self.update.seen)), np.float32)
-        lost = whole = 0.0
         for some in self.pieces:
-            part, delta = self.part(some, aim)
+            part, delta = self.part(some)
             made = self.group(self.layout, some, delta, None)
-            error = made.nearest(part)
-            residual += error @ made.seen.T
-            lost, whole = lost + float((error**2).sum()), whole + float((delta**2).sum())
-        return residual, min(1.0, lost / whole) if whole else 1.0
+            residual += made.nearest(part) @ made.seen.T
+        return residual
 
     def rounded(
-        self, some: slice, aim: float, pull: Floats | None, residual: Floats
+        self, some: slice, pull: Floats | None, residual: Floats
     ) -> tuple[kernels.Bytes, Floats, Floats]:
-        """New bytes of some columns, what was aimed at and its error; `residual` is kept."""
-        part, delta = self.part(some, aim)
+        """New bytes of some columns, their update and its error; `residual` is kept."""
+        part, delta = self.part(some)
         diagonal = self.importance[some] if self.importance is not None else None
         if self.layout is None:
             before, after = self.kinds

@@ -99,7 +99,7 @@ class Adapter:
         keep a factor of 1.
 
         Raises:
-            SettingError: a factor is not finite, or nothing is left.
+            SettingError: a factor is not finite or too large, or nothing is left.
         """
         pairs = {}
         for name, pair in self.pairs.items():
@@ -107,7 +107,14 @@ class Adapter:
             if not math.isfinite(factor):
                 raise SettingError(f"the factor of '{name}' is {factor}", "Give a finite number")
             if factor:
-                pairs[name] = Pair(pair.a, (pair.b * np.float32(factor)).astype(pair.b.dtype))
+                with np.errstate(over="ignore"):
+                    b = (pair.b * np.float32(factor)).astype(pair.b.dtype)
+                if not np.isfinite(b).all():
+                    raise SettingError(
+                        f"the factor of '{name}' is {factor}: too large for its {b.dtype}",
+                        "Give a smaller one",
+                    )
+                pairs[name] = Pair(pair.a, b)
         if not pairs:
             raise SettingError("every layer has the factor 0: no adapter is left")
         return replace(self, pairs=pairs)

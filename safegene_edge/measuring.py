@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from .converters.codes import layouts
-from .converters.merge_inputs import Given
+from .converters.merge_inputs import Given, combined
 from .converters.merge_work import Progress
 from .converters.merging import MergeReport, MergeSettings, Plan
 from .converters.merging import merge as merge_with
@@ -45,11 +45,13 @@ def measured(
 ) -> MergeSettings:
     """The settings with the directions that the inputs of the touched tensors lie along.
 
-    The model reads the shipped calibration examples, in the memory that running it takes; it is
-    not run where no touched tensor has a grid that errors could be shifted on.
+    The model, with the adapters side-loaded, reads the shipped calibration examples and begins to
+    answer, in the memory that running it takes; it is not run where no touched tensor has a grid
+    that errors could be shifted on.
 
     Raises:
         LlamaCppError: the model cannot be run.
+        NoEffectError: the adapters leave its logits as they were.
     """
     settings = settings or MergeSettings()
     plan = Plan.of(model, adapters, settings)
@@ -59,6 +61,7 @@ def measured(
         return replace(settings, directions={})
     examples = Examples.shipped()
     with SafeLlama(model, n_ctx=512) as llama:
+        llama.attach(combined(plan.folded), name=", ".join(one.name for one in plan.folded))
         prompts = [
             llama.render([{"role": "user", "content": text}])
             for text in [*examples.harmful, *examples.harmless]

@@ -71,6 +71,11 @@ def test_delta_has_llama_cpps_scale():
     )
 
 
+def test_a_factor_that_overflows_is_refused():
+    with pytest.raises(SettingError, match="too large for its float16"):
+        random_gene(dtype=np.float16).scaled(1e6)
+
+
 def test_an_expression_scales_each_layers_delta_and_drops_zeros():
     gene = random_gene()
     expressed = gene.express(Expression({0: 2.0, 1: 0.0}))

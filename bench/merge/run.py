@@ -47,6 +47,7 @@ KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 JUDGED = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 GENE = HERE.parent.parent / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
 PROMPTS, ASKED, ANSWER, KILLS = 200, 200, 8, 50
+WAYS = ("ours", "two-step", "plain")
 Rows = dict[tuple[int, int], np.ndarray]
 
 
@@ -232,6 +233,7 @@ def family(name: str, results: dict[str, Any]) -> None:
         cell["plain"] = ours(model, adapter, plain, "--plain")
         truth = Sequences(model, adapter)
         cell["ours"], cell["two-step"] = truth.against(mine), truth.against(theirs)
+        cell["plain"] |= truth.against(plain)
         if name == "smollm2":
             cell["without"] = truth.against(model)
         if judged:
@@ -372,13 +374,13 @@ def _truth(cells: dict[str, Any]) -> str:
     rows = [
         [kind, "yes" if c["types"] and not c["data_bytes"] else "NO",
          f"{c['identical']}/{c['untouched']}", f"{c['header_bytes']:+}",
-         *(f"{c[way]['kl']:.5f}" for way in ("ours", "two-step")),
+         *(f"{c[way]['kl']:.5f}" for way in WAYS),
          f"{c['without']['kl']:.4f}" if "without" in c else "",
          f"{c['ours']['largest']:.4f}"]
         for kind, c in cells.items()
     ]  # fmt: skip
     if rows:
-        means = [np.mean([c[w]["kl"] for c in cells.values()]) for w in ("ours", "two-step")]
+        means = [np.mean([c[w]["kl"] for c in cells.values()]) for w in WAYS]
         rows.append(["mean", "", "", "", *(f"{m:.5f}" for m in means), "", ""])
     header = [
         "type",
@@ -387,6 +389,7 @@ def _truth(cells: dict[str, Any]) -> str:
         "header, bytes",
         "KL, ours",
         "KL, two-step",
+        "KL, --plain",
         "KL, without",
         "largest difference of a log-probability",
     ]

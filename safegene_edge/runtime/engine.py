@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import llama_cpp
 import numpy as np
@@ -28,6 +28,19 @@ Scales = Mapping[AttachedAdapter, float]
 Finish = Literal["stop", "length", "context", "cancelled"]
 _PREFIX = 0  # the sequence that holds the shared prefix; slots are 1, 2, ...
 _MIN_PREFIX = 4  # below this a copy saves nothing
+
+
+class Watch(Protocol):
+    """Looks on while an engine decodes.
+
+    Attributes:
+        call: a `ggml_backend_sched_eval_callback`, which sees each node of llama.cpp's graph.
+    """
+
+    call: Any
+
+    def expect(self, count: int) -> None:
+        """Called before each decode; its tokens stand for `count` times as many."""
 
 
 @dataclass(slots=True)
@@ -75,6 +88,7 @@ class Engine:
             little more than one (a quarter of the time of a run of 16 on a small model); it
             sums in lower precision. None takes the model's own setting, which keeps scores
             those of its own context.
+        watch: sees every decode.
     """
 
     def __init__(
@@ -87,6 +101,7 @@ class Engine:
         max_outputs: int = 64,
         n_threads: int | None = None,
         flash_attn: bool | None = None,
+        watch: Watch | None = None,
     ) -> None:
         limit = int(llama_cpp.llama_max_parallel_sequences()) - 1
         if not 1 <= n_parallel <= limit:
@@ -97,6 +112,7 @@ class Engine:
         self.n_vocab: int = llama.n_vocab()
         self._lock = threading.Lock()
         self._batch = Batch(self.n_batch)
+        self._watch = watch
         self._context = self._open(n_ctx, n_threads or llama.n_threads, flash_attn)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
@@ -121,6 +137,8 @@ class Engine:
         params.n_seq_max = self.n_parallel + 1
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads
+        if self._watch is not None:
+            params.cb_eval = self._watch.call
         context = llama_cpp.llama_init_from_model(self.llama.model, params)
         if not context:
             raise LlamaCppError(
@@ -370,7 +388,7 @@ class Engine:
             self._batch.clear()
             for position in range(start, min(start + self.n_batch, shared)):
                 self._batch.add(first[position], position, _PREFIX, False)
-            self._decode()
+            self._decode(len(jobs))
         return shared
 
     def _seat(self, job: _Job, slot: int, shared: int) -> None:
@@ -422,7 +440,9 @@ class Engine:
                 visit(job.index, position, row)
         return [job for job in active if job.fed == len(job.tokens)]
 
-    def _decode(self) -> None:
+    def _decode(self, stands_for: int = 1) -> None:
+        if self._watch is not None:
+            self._watch.expect(stands_for)
         code = llama_cpp.llama_decode(self._context, self._batch.struct())
         if code:
             raise LlamaCppError(

@@ -3,7 +3,9 @@
 Rounding errors that are spread evenly over a weight's columns are harmless only if activations
 are, too. They are not: on SmolLM2 one direction holds two thirds of what attention reads, and the
 first token, on which attention rests, nearly all of what one layer's `ffn_down` does. An error
-that leans on these shifts every answer alike, so `merge` keeps errors off them.
+that leans on these shifts every answer alike, so `merge` keeps errors off them. What counts is what
+is read with the adapters on, and in the answers: from prompts alone, without adapters, errors
+leaned against SmolLM2's gene where an answer begins.
 
 llama.cpp calls back before and after each node of its graph (`cb_eval`); of a product with one
 of the wanted weights, the other factor is the input (llama-imatrix looks in the same place).
@@ -20,10 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import LlamaCppError
+from .engine import Engine
 from .llama import SafeLlama
 
 Floats = npt.NDArray[np.float32]
-COUNT = 192  # directions a tensor
+COUNT = 256  # directions a tensor
+ANSWER = 8  # tokens of its own that a model reads behind each prompt
+_BATCH = 128  # tokens a decode: memory is taken for each
 _F32 = 0
 
 
@@ -76,7 +81,7 @@ class _Watch:
         self._ggml = _library()
         self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
 
-    def expect(self, count: int = 1) -> None:
+    def expect(self, count: int) -> None:
         """The next tokens that are decoded stand for `count` times as many."""
         self._known.clear()
         self._weight = np.float32(count**0.5)
@@ -114,7 +119,7 @@ class _Watch:
 def directions(
     llama: SafeLlama, tensors: Iterable[str], prompts: Sequence[Sequence[int]], count: int = COUNT
 ) -> dict[str, Floats]:
-    """The directions (k×in) of tensors' inputs, while the model reads prompts without adapters.
+    """The directions (k×in) of tensors' inputs; see `inputs_of`.
 
     With C = E[x x^T] over all tokens, l_i and v_i its largest eigenvalues and their vectors, and
     r the mean of the other eigenvalues, a direction is the row sqrt(l_i / r) v_i: for an error e
@@ -153,36 +158,24 @@ def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
 def inputs_of(
     llama: SafeLlama, tensors: Iterable[str], prompts: Sequence[Sequence[int]]
 ) -> dict[str, Floats]:
-    """The inputs (tokens×in) of tensors, while the model reads prompts, without adapters.
+    """The inputs (tokens×in) of tensors, while the model reads prompts and begins its answers.
 
-    Tokens that all prompts begin with, such as a template's system prompt, are read once; their
-    rows are multiplied by the root of the number of prompts, which leaves the second moments as
-    they are. Projections of one input get the same array.
+    Its adapters are on, at the scales that are set. Tokens that all prompts begin with, such as a
+    template's system prompt, are read once; their rows are multiplied by the root of the number of
+    prompts, which leaves the second moments as they are. The model's last layer may read only
+    tokens that another follows. Projections of one input get the same array.
 
     Raises:
         LlamaCppError: a prompt could not be decoded, or a tensor is never read as a plain matrix.
     """
     watch = _Watch(tensors)
-    longest, shared = max(map(len, prompts)), shared_prefix(prompts)
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = longest
-    params.n_threads = params.n_threads_batch = llama.n_threads
-    params.cb_eval = watch.call
-    context = llama_cpp.llama_init_from_model(llama.model, params)
-    if not context:
-        raise LlamaCppError(f"llama.cpp could not make a context of {longest} cells")
-    try:
-        memory = llama_cpp.llama_get_memory(context)
-        if shared:
-            watch.expect(len(prompts))
-            _decode(context, prompts[0][:shared], logits=False)
-        for prompt in prompts:
-            watch.expect()
-            if not llama_cpp.llama_memory_seq_rm(memory, 0, shared, -1):
-                raise LlamaCppError("llama.cpp cannot forget a prompt", "Merge with --plain")
-            _decode(context, prompt[shared:])
-    finally:
-        llama_cpp.llama_free(context)
+    tokens = ANSWER + 1  # an answer's last token is not read
+    cells = sum(len(prompt) + tokens for prompt in prompts)
+    # All at once: one that took another's slot over would not read what both begin with.
+    with Engine(
+        llama, n_parallel=len(prompts), n_ctx=cells, n_batch=_BATCH, flash_attn=True, watch=watch
+    ) as engine:
+        engine.generate(prompts, max_tokens=tokens)
     missing = [n for n in watch.wanted if watch.shares.get(n) not in watch.seen or n == watch.fault]
     if missing:
         raise LlamaCppError(
@@ -190,25 +183,3 @@ def inputs_of(
         )
     whole = {name: np.concatenate(watch.seen.pop(name)) for name in list(watch.seen)}
     return {name: whole[watch.shares[name]] for name in watch.wanted}
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; at least one of each is behind them."""
-    most = min(map(len, prompts)) - 1
-    alike = (len(set(column)) == 1 for column in zip(*prompts, strict=False))
-    return min(most, next((n for n, same in enumerate(alike) if not same), most))
-
-
-def _decode(context: Any, tokens: Sequence[int], logits: bool = True) -> None:
-    """Decode tokens behind those that the context holds; the last one's logits, or none.
-
-    The last block reads only the tokens whose logits are asked for.
-    """
-    count = len(tokens)
-    held = (llama_cpp.llama_token * count)(*tokens)  # the batch only points at it
-    batch = llama_cpp.llama_batch_get_one(held, count)
-    asked = (ctypes.c_int8 * count)()
-    asked[-1] = logits
-    batch.logits = asked
-    if llama_cpp.llama_decode(context, batch):
-        raise LlamaCppError("llama.cpp could not decode a prompt")

@@ -116,7 +116,12 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         return tuple(self._attached)
 
     def attach(
-        self, adapter: AdapterLike, scale: float = 1.0, *, prove: bool = True
+        self,
+        adapter: AdapterLike,
+        scale: float = 1.0,
+        *,
+        prove: bool = True,
+        name: str | None = None,
     ) -> AttachedAdapter:
         """Side-load an adapter onto the live model.
 
@@ -125,6 +130,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             scale: multiplies alpha / r; 0 attaches it switched off.
             prove: compare logits without and with it (at scale 1 if `scale` is 0). Costs
                 two passes over a dozen tokens.
+            name: for messages; default: the file's.
 
         Raises:
             FileFormatError, MismatchError: before llama.cpp sees the file.
@@ -134,7 +140,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         if not isinstance(adapter, Adapter):
             adapter = resolve(adapter)
         content = adapter if isinstance(adapter, Adapter) else SafetyGene.load(adapter)
-        name = "an adapter in memory" if isinstance(adapter, Adapter) else str(adapter)
+        name = name or ("an adapter in memory" if content is adapter else str(adapter))
         require_fit(content, self._file, name)
         handle = AttachedAdapter(name, scale, content)
         before = self._probe() if prove else None
