@@ -29,7 +29,7 @@ from .codes import Codes, Layout, layouts
 from .kernels import Kind
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 400.0  # how much more of the activations lies along Q than along another direction
+STRENGTH = 400.0  # chosen by what a merged SmolLM2 does, see docs/merge.md
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _PASSES = 256  # moves of a row's codes in a group, at most: with twice as many nothing changed
 

@@ -10,9 +10,10 @@ from .converters.merge_inputs import Given, combined
 from .converters.merge_work import Progress
 from .converters.merging import MergeReport, MergeSettings, Plan
 from .converters.merging import merge as merge_with
+from .errors import LlamaCppError
 from .gguf_file import PathLike
 from .recalibration import Examples
-from .runtime.inputs import directions
+from .runtime.inputs import Floats, directions
 from .runtime.llama import SafeLlama
 
 
@@ -59,6 +60,13 @@ def measured(
     tensors = [name for name, kind in kinds.items() if kind in layouts()]
     if not tensors:
         return replace(settings, directions={})
+    try:
+        return replace(settings, directions=_directions(model, plan, tensors))
+    except LlamaCppError as error:
+        raise LlamaCppError(error.message, "Merge with --plain, which does not run it") from error
+
+
+def _directions(model: PathLike, plan: Plan, tensors: list[str]) -> dict[str, Floats]:
     examples = Examples.shipped()
     with SafeLlama(model, n_ctx=512) as llama:
         llama.attach(combined(plan.folded), name=", ".join(one.name for one in plan.folded))
@@ -66,4 +74,4 @@ def measured(
             llama.render([{"role": "user", "content": text}])
             for text in [*examples.harmful, *examples.harmless]
         ]
-        return replace(settings, directions=directions(llama, tensors, prompts))
+        return directions(llama, tensors, prompts)

@@ -162,8 +162,9 @@ def inputs_of(
 
     Its adapters are on, at the scales that are set. Tokens that all prompts begin with, such as a
     template's system prompt, are read once; their rows are multiplied by the root of the number of
-    prompts, which leaves the second moments as they are. The model's last layer may read only
-    tokens that another follows. Projections of one input get the same array.
+    prompts, which leaves the second moments as they are. Where the model's last layer reads only
+    tokens whose logits are asked for, so do the samples: a prompt's last one, and the answer's.
+    Projections of one input get the same array.
 
     Raises:
         LlamaCppError: a prompt could not be decoded, or a tensor is never read as a plain matrix.
@@ -178,8 +179,6 @@ def inputs_of(
         engine.generate(prompts, max_tokens=tokens)
     missing = [n for n in watch.wanted if watch.shares.get(n) not in watch.seen or n == watch.fault]
     if missing:
-        raise LlamaCppError(
-            f"the inputs of '{min(missing)}' cannot be watched", "Merge with --plain"
-        )
+        raise LlamaCppError(f"the inputs of '{min(missing)}' cannot be watched")
     whole = {name: np.concatenate(watch.seen.pop(name)) for name in list(watch.seen)}
     return {name: whole[watch.shares[name]] for name in watch.wanted}
