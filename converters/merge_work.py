@@ -41,7 +41,9 @@ class TensorReport:
     Attributes:
         shape: out×in; before, after: type names; n_bytes: in the output.
         update: Frobenius norm of the update; error: of what is wrong with it after rounding.
-        survived: share of the update that is there, by projection: <kept, update> / |update|^2.
+        survived: share of the update's effect that is there, by projection: E[(kept x)(u x)] /
+            E[(u x)^2] for an update u and inputs x, evenly spread ones where the model's were not
+            looked at.
         changed: bytes that differ from the input; -1 where the type changed.
     """
 
@@ -82,7 +84,7 @@ class Job:
         kinds = Kind.of(info.ggml_type), Kind.of(self.place.ggml_type)
         widths = [kind.width(columns) for kind in kinds]
         block = max(64, min(_ROWS, _BYTES // widths[0]))
-        sums, changed = np.zeros(3), 0
+        sums, changed = np.zeros(4), 0
         with open(info.path, "rb", buffering=0) as source:
             for start in range(0, rows, block):
                 count = min(block, rows - start)
@@ -93,10 +95,10 @@ class Job:
                 changed += int((raw != new).sum()) if kinds[0] == kinds[1] else 0
                 if handle is not None:
                     os.pwrite(handle, new.data, self.place.offset + start * widths[1])
-        size = float(sums[0])
+        update, error, effect, lost = map(float, sums)
         return TensorReport(
-            info.name, info.shape, kinds[0].name, kinds[1].name, self.place.n_bytes, size**0.5,
-            float(sums[1]) ** 0.5, 1 + float(sums[2]) / size if size else 1.0,
+            info.name, info.shape, kinds[0].name, kinds[1].name, self.place.n_bytes, update**0.5,
+            error**0.5, 1 + lost / effect if effect else 1.0,
             changed if kinds[0] == kinds[1] else -1,
         )  # fmt: skip
 

@@ -71,7 +71,7 @@ class MergeReport:
         untouched: how many others there are.
         before, after: bytes of the model's files.
         rms_error: |error| / |update| over all touched tensors.
-        survived: share of the whole update that is there, by projection.
+        survived: mean of the tensors' shares, weighted by |update|^2.
         warnings: one line each.
     """
 

@@ -29,7 +29,7 @@ from .codes import Codes, Layout, layouts
 from .kernels import Kind
 
 Floats = npt.NDArray[np.float32]
-STRENGTH = 400.0  # chosen by what a merged SmolLM2 does, see docs/merge.md
+STRENGTH = 100.0  # see docs/merge.md for what others do
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _PASSES = 256  # moves of a row's codes in a group, at most: with twice as many nothing changed
 
@@ -86,8 +86,9 @@ def merged(
         strength: 0 rounds to the nearest code, None quantises afresh.
 
     Returns:
-        The new bytes, and |update|^2, |error|^2, <update, error> with the error being what the
-        new bytes changed minus the update.
+        The new bytes, and |u|^2, |e|^2, u C u and u C e (summed over the rows) of the update u and
+        its error e, what the new bytes changed minus u. C is the second moment of what the tensor
+        reads, I + D^T D, where codes are moved, else I.
 
     Raises:
         FloatingPointError: the update is not finite.
@@ -96,12 +97,16 @@ def merged(
     pull, residual = None, np.zeros((len(raw), len(update.seen)), np.float32)
     if rows.layout is not None and strength:
         pull, residual = update.pull(strength), rows.nearest()
-    new, sums = np.empty((len(raw), kinds[1].width(update.a.shape[1])), np.uint8), np.zeros(3)
+    new, sums = np.empty((len(raw), kinds[1].width(update.a.shape[1])), np.uint8), np.zeros(4)
     for some in rows.pieces:
         done, delta, error = rows.rounded(some, pull, residual)
         new[:, kinds[1].width(some.start) : kinds[1].width(some.stop)] = done
         delta, error = delta.reshape(-1), error.reshape(-1)
-        sums += delta @ delta, error @ error, delta @ error
+        whole, product = delta @ delta, delta @ error
+        sums += whole, error @ error, whole, product
+    if pull is not None:
+        wanted = (update.b @ (update.a @ update.seen[update.spanned :].T)).reshape(-1)  # D u
+        sums[2:] += wanted @ wanted, wanted @ residual[:, update.spanned :].reshape(-1)
     return new, sums
 
 

@@ -89,7 +89,7 @@ def test_merging_leaves_less_error_along_them(kind):
 
     def error(directions):
         update = rounding.Update.of(a, b, directions)
-        new, _ = rounding.merged(raw, (type_, type_), update)
+        new, _ = rounding.merged(raw, (type_, type_), update, strength=400.0)
         return kernels.dequantise(new, type_.number, values.shape) - before - b @ a
 
     with_, without = error(directions_of(inputs, 3)), error(None)
@@ -98,3 +98,21 @@ def test_merging_leaves_less_error_along_them(kind):
     assert along[0] < 0.6 * along[1]
     assert effect[0] < effect[1]
     assert np.linalg.norm(with_ @ rounding.basis_of(a).T) < 0.3 * np.linalg.norm(b @ a)
+
+
+def test_what_survives_is_counted_as_the_inputs_see_it():
+    """By projection of the kept update's effect on the whole one's, over all inputs."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(256, 3)))[0].T
+    inputs = np.float32(16 * (np.eye(256) + 9 * basis.T @ basis))  # as even as a sample can be
+    random = np.random.default_rng(3)
+    a = random.normal(0, 1 / 16, (4, 256)).astype(np.float32)
+    b = random.normal(0, 0.02, (64, 4)).astype(np.float32)
+    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_0))
+    raw = kernels.quantise(random.normal(size=(64, 256)).astype(np.float32), kind.number)
+    update = rounding.Update.of(a, b, directions_of(inputs, 3))
+    new, sums = rounding.merged(raw, (kind, kind), update)
+    before, after = (kernels.dequantise(bytes_, kind.number, (64, 256)) for bytes_ in (raw, new))
+    kept, wanted = inputs @ (after - before).T, inputs @ (b @ a).T
+    seen, plain = (kept * wanted).sum() / (wanted**2).sum(), ((after - before) * (b @ a)).sum()
+    assert 1 + sums[3] / sums[2] == pytest.approx(seen, abs=1e-3)
+    assert abs(plain / sums[0] - seen) > 0.02
