@@ -89,6 +89,7 @@ def test_merging_leaves_less_error_along_them(kind):
 
     def error(directions):
         update = rounding.Update.of(a, b, directions)
+        # The default gives up more of an update as small as this one.
         new, _ = rounding.merged(raw, (type_, type_), update, strength=400.0)
         return kernels.dequantise(new, type_.number, values.shape) - before - b @ a
 
