@@ -87,18 +87,23 @@ def test_merging_leaves_less_error_along_them(kind):
     raw = kernels.quantise(values, type_.number)
     before = kernels.dequantise(raw, type_.number, values.shape)
 
-    def error(directions):
-        update = rounding.Update.of(a, b, directions)
-        # The default gives up more of an update as small as this one.
-        new, _ = rounding.merged(raw, (type_, type_), update, strength=400.0)
-        return kernels.dequantise(new, type_.number, values.shape) - before - b @ a
+    def error(directions, times=1, strength=rounding.STRENGTH):
+        update = rounding.Update.of(a, times * b, directions)
+        new, _ = rounding.merged(raw, (type_, type_), update, strength=strength)
+        return kernels.dequantise(new, type_.number, values.shape) - before - times * b @ a
 
-    with_, without = error(directions_of(inputs, 3)), error(None)
+    def lost(error, times=1):
+        return np.linalg.norm(error @ rounding.basis_of(a).T) / np.linalg.norm(times * b @ a)
+
+    leaning = directions_of(inputs, 3)
+    with_, without = error(leaning), error(None)
     along = [np.linalg.norm(e @ basis.T) for e in (with_, without)]
     effect = [np.linalg.norm(inputs @ e.T) for e in (with_, without)]
     assert along[0] < 0.6 * along[1]
     assert effect[0] < effect[1]
-    assert np.linalg.norm(with_ @ rounding.basis_of(a).T) < 0.3 * np.linalg.norm(b @ a)
+    # The default gives up more of an update as small as this one than of a larger one.
+    assert lost(error(leaning, strength=400.0)) < 0.3
+    assert lost(error(leaning, times=3), times=3) < 0.3
 
 
 def test_what_survives_is_counted_as_the_inputs_see_it():
