@@ -41,7 +41,7 @@ def degrade(
     base: PathLike | None = None,
     kinds: Sequence[str] = tuple(KINDS),
     recipe: Recipe | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     report: Report = lambda line: None,
 ) -> list[Source]:
     """Degraded models as PEFT folders under `folder`, on top of the aligned model.
@@ -82,7 +82,7 @@ def fine_tune(
     recipe: Recipe,
     *,
     base: PathLike | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "auto",
     report: Report = lambda line: None,
 ) -> Source:
     """Fine-tune a LoRA on rows, in the plain way, into a PEFT folder on top of the model.

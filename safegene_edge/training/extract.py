@@ -62,7 +62,7 @@ class Settings(Recipe):
         contrast: prompts of each kind that the layers are scored with.
         tune_steps: steps of learning after the selection, at a third of the learning rate.
         checkpoint: steps from one checkpoint to the next.
-        dtype: of the base weights while learning; gene_dtype: of the gene.
+        dtype: of the base weights while learning, see `learning_dtype`; gene_dtype: of the gene.
     """
 
     rank: int = 4
@@ -76,7 +76,7 @@ class Settings(Recipe):
     contrast: int = 24
     tune_steps: int = 40
     checkpoint: int = 20
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     gene_dtype: str = "float16"
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Settings(Recipe):
             if getattr(self, name) <= 0:
                 raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
         for name, known in (
-            ("dtype", ("bfloat16", "float16", "float32")),
+            ("dtype", ("auto", "bfloat16", "float16", "float32")),
             ("gene_dtype", ("float16", "float32")),
         ):
             if getattr(self, name) not in known:

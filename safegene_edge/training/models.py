@@ -29,7 +29,7 @@ from ..gene import Adapter
 from ..gguf_file import PathLike, atomic_output, sha256
 from ..hub import resolve
 from .processes import Processes
-from .recipe import Recipe, load_base
+from .recipe import Recipe, learning_dtype, load_base
 
 GENE = "gene"  # the name of the adapter that learns
 _HF_CONFIG = "config.json"
@@ -201,10 +201,9 @@ def load_model(path: Path, dtype: str) -> Any:
     """The transformers model of a GGUF file or an HF folder, in eval mode."""
     if not path.is_dir():
         return load_base(path, dtype)
-    import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    return AutoModelForCausalLM.from_pretrained(path, dtype=learning_dtype(dtype)).eval()
 
 
 class LiveModel:
@@ -214,7 +213,7 @@ class LiveModel:
         sources: models of one family.
         recipe: rank, alpha, targets and seed of the gene's LoRA pairs.
         folder: where base weights are kept to be switched, if there is more than one base.
-        dtype: of the base weights; adapters are float32.
+        dtype: of the base weights, see `learning_dtype`; adapters are float32.
     """
 
     def __init__(
@@ -222,7 +221,7 @@ class LiveModel:
         sources: Sequence[Source],
         recipe: Recipe,
         folder: Path,
-        dtype: str = "bfloat16",
+        dtype: str = "auto",
     ) -> None:
         import torch
         from peft import LoraConfig, get_peft_model

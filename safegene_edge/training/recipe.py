@@ -118,7 +118,21 @@ def default_base() -> Path:
     return files[0]
 
 
-def load_base(path: PathLike, dtype: str = "bfloat16") -> Any:
+def learning_dtype(name: str = "auto") -> Any:
+    """The torch dtype of base weights while learning: the one named, or for "auto" a fast one.
+
+    That is bfloat16 on GPUs and on CPUs with AVX-512. Where torch has no kernels for it, bfloat16
+    is hundreds of times slower than float32, which takes twice the memory.
+    """
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    fast = torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_base(path: PathLike, dtype: str = "auto") -> Any:
     """The transformers model of a GGUF file, dequantised.
 
     Raises:
@@ -126,11 +140,10 @@ def load_base(path: PathLike, dtype: str = "bfloat16") -> Any:
         MissingExtraError: training is not installed.
     """
     require_extra()
-    import torch
     from transformers import AutoModelForCausalLM
 
     file = open_model(path).path
-    loading: dict[str, Any] = {"gguf_file": file.name, "dtype": getattr(torch, dtype)}
+    loading: dict[str, Any] = {"gguf_file": file.name, "dtype": learning_dtype(dtype)}
     model = AutoModelForCausalLM.from_pretrained(file.parent, **loading, **_dequantised())
     return model.to(loading["dtype"]).eval()
 
