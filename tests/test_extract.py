@@ -47,7 +47,7 @@ def run(module: Any, tiny: tiny_models.ModelFactory, tmp_path: Path) -> Callable
     def call(aligned: Any = None, degraded: Any = None, **given: Any) -> SafetyGene:
         settings = module.Settings(
             rank=4, targets=TARGETS, epochs=4, batch=8, learning_rate=1e-2, refusal_tokens=6,
-            kept_tokens=5, top_k=48, contrast=4, tune_steps=4, checkpoint=2, dtype="float32",
+            kept_tokens=5, top_k=48, contrast=4, checkpoint=2, dtype="float32",
             budget=10_000, held_out=2,
         )  # fmt: skip
         changes = given.pop("settings", {})
@@ -113,7 +113,7 @@ class Killed(Exception):  # noqa: N818 - it stands for a kill, not for an error
     pass
 
 
-@pytest.mark.parametrize("at", ["degraded 1: answered", "step 4/", "scoring", "kept"])
+@pytest.mark.parametrize("at", ["degraded 1: answered", "step 4/", "measuring", "kept"])
 def test_a_killed_extraction_goes_on_to_the_same_gene(run, tmp_path: Path, at: str) -> None:
     def kill(line: str) -> None:
         if line.startswith(at):
@@ -271,6 +271,68 @@ def test_selection_finds_the_layer_in_which_the_difference_lies(run, planted: Pa
     assert gene.layers == (1,)
     assert gene.n_parameters <= 600
     assert max(gene.scores, key=lambda layer: gene.scores[layer]) == 1
+
+
+def test_gains_are_the_slopes_of_the_share_refused(
+    tiny: tiny_models.ModelFactory, tmp_path: Path
+) -> None:
+    """Against differences of the share, with each layer of a random gene stronger and weaker."""
+    torch = pytest.importorskip("torch", reason="needs the train extra")
+    from safegene_edge.openers import Openers
+    from safegene_edge.training.models import LiveModel, Source
+    from safegene_edge.training.recipe import Recipe
+    from safegene_edge.training.refusals import margins
+    from safegene_edge.training.select import layer_gains, strengths
+
+    recipe, source = Recipe(rank=4, targets=TARGETS, batch=3), Source(tiny("llama").gguf_path)
+    live = LiveModel([source], recipe, tmp_path, "float32")
+    choice = np.random.default_rng(3)
+    with torch.no_grad():
+        for name, weight in live.gene_weights().items():
+            weight.normal_(0, 0.3 if "lora_B" in name else 0.1)
+    kinds = [[tuple(choice.integers(5, 250, n + 3).tolist()) for n in range(5)] for _ in range(2)]
+    openers = Openers([(7, 9), (7, 11), (20,)])
+    gains = layer_gains(live, [source, source], *kinds, openers, recipe)
+
+    def share(prompts: list[tuple[int, ...]], *values: float) -> float:
+        scaled = strengths(live, torch.tensor(values))
+        with live.as_source(source, gene=True) as model, torch.no_grad(), scaled:
+            return float(margins(model, prompts, openers, recipe).sigmoid().mean())
+
+    for prompts, slopes in zip(kinds, (gains.harmful, gains.harmless), strict=True):
+        for layer in range(3):
+            both = [share(prompts, *(0.5 + step * (n == layer) for n in range(3)))
+                    for step in (0.002, -0.002)]  # fmt: skip
+            assert slopes[layer] == pytest.approx((both[0] - both[1]) / 0.004, rel=0.02, abs=1e-4)
+        assert max(map(abs, slopes.values())) > 1e-3
+    assert share(kinds[0], 1, 1, 1) != share(kinds[0], 0, 0, 0)  # and none was left behind:
+    with live.as_source(source, gene=True) as model, torch.no_grad():
+        own = float(margins(model, kinds[0], openers, recipe).sigmoid().mean())
+    assert own == share(kinds[0], 1, 1, 1)
+
+
+def test_a_layer_that_refuses_everything_ranks_below_one_that_knows_harm(module) -> None:
+    from safegene_edge.training.select import Gains
+
+    gains = Gains({0: 0.4, 1: 0.2, 2: 0.01, 3: -0.1}, {0: 0.4, 1: 0.0, 2: 0.0, 3: -0.2})
+    scores = gains.scores()
+    assert sorted(scores, key=lambda layer: -scores[layer]) == [1, 0, 2, 3]
+    assert gains.makes_up((0, 1)) == 1.0  # the others took away
+    assert gains.makes_up((1,)) == pytest.approx(0.51 / 0.2)
+    assert gains.makes_up((2,)) == 3.0
+    assert gains.makes_up((3,)) == 1.0
+
+
+def test_the_kept_layers_are_strengthened_for_those_left_out(run, tmp_path: Path) -> None:
+    settings = {"epochs": 2, "budget": 3_000, "gene_dtype": "float32"}
+    few = run(folder=tmp_path / "few", settings=settings)
+    whole = run(folder=tmp_path / "whole", settings={**settings, "select": False})
+    assert 0 < len(few.layers) < len(whole.layers) == 3
+    gains = json.loads((tmp_path / "few" / "gains.json").read_text())["harmful"]
+    kept = sum(gains[str(layer)] for layer in few.layers)
+    factor = min(3.0, max(1.0, sum(gains.values()) / kept)) if kept > 0 else 1.0
+    for tensor in few.pairs:
+        assert tiny_models.relative_error(few.delta(tensor), factor * whole.delta(tensor)) < 1e-4
 
 
 def test_the_best_layers_are_kept_under_the_budget(module) -> None:

@@ -104,8 +104,7 @@ class Bench:
             before, folder = self.work / "gene", self.work / "whole"
             if (before / "train.pt").exists() and not folder.exists():
                 shutil.copytree(before, folder)
-                for name in ("run.json", "tune.pt", "scores.json"):
-                    (folder / name).unlink(missing_ok=True)
+                (folder / "run.json").unlink()
             self._extract(folder, self._unselected()).save(path)
         return path
 

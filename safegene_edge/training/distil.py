@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,24 +231,19 @@ class Trainer:
     report: Report = lambda line: None
     losses: list[float] = field(default_factory=list)
 
-    def run(
-        self, plan: Sequence[tuple[int, list[Lesson]]], trained: Callable[[str], bool]
-    ) -> list[float]:
+    def run(self, plan: Sequence[tuple[int, list[Lesson]]]) -> list[float]:
         """Take all steps of the plan; returns every step's loss.
 
         Args:
             plan: (number of the degraded model, lessons) a step.
-            trained: whether a parameter of the gene learns, by its name.
 
         Raises:
             SafeGeneError: the loss is no longer finite.
         """
         import torch
 
-        weights = {n: w for n, w in self.live.gene_weights().items() if trained(n)}
-        optimiser = torch.optim.AdamW(
-            list(weights.values()), lr=self.recipe.learning_rate, weight_decay=0.0
-        )
+        weights = list(self.live.gene_weights().values())
+        optimiser = torch.optim.AdamW(weights, lr=self.recipe.learning_rate, weight_decay=0.0)
         begin = self._resume(optimiser)
         started = time.monotonic()
         for step in range(begin, len(plan)):
@@ -256,11 +251,10 @@ class Trainer:
                 group["lr"] = self.recipe.learning_rate * schedule(step, len(plan))
             number, lessons = plan[step]
             with self.live.as_source(self.degraded[number], gene=True) as model:
-                self._backward(model, lessons, step, list(weights.values()))
-            torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0)
+                self._backward(model, lessons, step, weights)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
-            for weight in self.live.gene_weights().values():
-                weight.grad = None
+            optimiser.zero_grad()
             if (step + 1) % self.every == 0 or step + 1 == len(plan):
                 if Processes.current().is_first:
                     self._keep(optimiser)

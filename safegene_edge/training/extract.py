@@ -1,8 +1,8 @@
 """Extract a safety gene from an aligned model and degraded ones, once a family.
 
 `extract` computes the teachers' answers, learns the gene (or takes the weights' difference),
-keeps the layers that matter under a budget, and learns a little more with those. Each part is
-kept in a folder: what was done before a kill is not done again.
+and keeps the layers that matter under a budget, as strong as all were together. Each part is kept
+in a folder: what was done before a kill is not done again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..converters.names import BaseNames
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
+from ..openers import Openers, Tokens
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
@@ -39,11 +40,11 @@ from .distil import (
     taught,
 )
 from .loss import Example
-from .models import GENE, LiveModel, Source, block_of, require_family
+from .models import GENE, LiveModel, Source, require_family
 from .processes import Processes
 from .recipe import Recipe, Report, rendered, require_extra
 from .refusals import Refusals
-from .select import layer_scores, select
+from .select import Gains, layer_gains, select
 
 METHODS = ("distil", "delta")
 REFUSALS = "refusals.json"  # in the work folder: `Refusals`
@@ -60,7 +61,6 @@ class Settings(Recipe):
         select: whether to keep only the layers that matter.
         budget: parameters that the gene may have; None for min(600,000, 1 % of the model).
         contrast: prompts of each kind that the layers are scored with.
-        tune_steps: steps of learning after the selection, at a third of the learning rate.
         checkpoint: steps from one checkpoint to the next.
         dtype: of the base weights while learning, see `learning_dtype`; gene_dtype: of the gene.
     """
@@ -73,8 +73,7 @@ class Settings(Recipe):
     top_k: int = 64
     select: bool = True
     budget: int | None = None
-    contrast: int = 24
-    tune_steps: int = 40
+    contrast: int = 96
     checkpoint: int = 20
     dtype: str = "auto"
     gene_dtype: str = "float16"
@@ -252,14 +251,14 @@ class _Work:
             for epoch in range(self.settings.epochs)
             for step in rotation(harmful, learnt, self.settings, epoch)
         ]
-        self._trainer("train.pt", self.settings).run(plan, lambda name: True)
-        kept, scores = self._select()
-        tuned = replace(self.settings, learning_rate=self.settings.learning_rate / 3)
-        more = list(rotation(harmful, learnt, self.settings, self.settings.epochs))
-        if self.settings.select and self.settings.tune_steps > 0:
-            self._tune(tuned, more[: self.settings.tune_steps], kept)
+        Trainer(
+            self.live(), self.degraded, self.settings, self.folder / "train.pt",
+            self.settings.checkpoint, self.report,
+        ).run(plan)  # fmt: skip
         self._watch("after", watched_h, watched_s, gene=True)
-        return self._converted().only(kept), scores, Refusals(**stored)
+        refusals = Refusals(**stored)
+        adapter, scores = self._selected(self._converted(), refusals)
+        return adapter, scores, refusals
 
     def delta(self) -> tuple[Adapter, dict[int, float], Refusals]:
         """Adapter and scores, from the weights alone; of refusals nothing is known."""
@@ -267,11 +266,9 @@ class _Work:
         adapter = delta_adapter(
             self.aligned, self.degraded, self.model, settings.targets, settings.rank, self.report
         )
-        if not settings.select:
-            return adapter, {}, Refusals()
-        self.live().load_gene(adapter, BaseNames(self.model))
-        kept, scores = self._select(sizes_of(adapter))
-        return adapter.only(kept), scores, Refusals()
+        if settings.select:
+            self.live().load_gene(adapter, BaseNames(self.model))
+        return *self._selected(adapter, Refusals()), Refusals()
 
     def live(self) -> LiveModel:
         """The one model in memory, made when first needed."""
@@ -354,12 +351,6 @@ class _Work:
 
     # -- learning and selecting -------------------------------------------
 
-    def _trainer(self, file: str, settings: Settings) -> Trainer:
-        return Trainer(
-            self.live(), self.degraded, settings, self.folder / file, settings.checkpoint,
-            self.report,
-        )  # fmt: skip
-
     def _watch(
         self, when: str, harmful: list[Lesson], harmless: list[list[Lesson]], *, gene: bool
     ) -> None:
@@ -374,60 +365,50 @@ class _Work:
                 f"harmful prompts, {values[1]:.3f} from itself on harmless ones"
             )
 
-    def _select(
-        self, sizes: dict[int, int] | None = None
-    ) -> tuple[tuple[int, ...], dict[int, float]]:
-        """The layers kept, and every layer's score."""
-        sizes = sizes or self.live().gene_sizes()
+    def _selected(self, adapter: Adapter, refusals: Refusals) -> tuple[Adapter, dict[int, float]]:
+        """The gene in the layers kept, strengthened for those left out, and every layer's score."""
         if not self.settings.select:
-            return tuple(sizes), {}
+            return adapter, {}
         self.live()
         with Processes.current().first():
-            scores = self._scores()
-        budget = self.settings.budget or default_budget(self.model)
-        kept = select({layer: scores[layer] for layer in sizes}, sizes, budget)
-        self.report(f"kept {len(kept)} of {len(sizes)} layers, "
-                    f"{sum(sizes[layer] for layer in kept):,} parameters")  # fmt: skip
-        return kept, scores
+            gains = self._gains(refusals)
+        sizes, scores = sizes_of(adapter), gains.scores()
+        kept = select(scores, sizes, self.settings.budget or default_budget(self.model))
+        factor = gains.makes_up(kept)
+        self.report(
+            f"kept {len(kept)} of {len(sizes)} layers, {sum(sizes[layer] for layer in kept):,} "
+            f"parameters, {factor:.2f} times as strong"
+        )
+        return strengthened(adapter.only(kept), factor), scores
 
-    def _scores(self) -> dict[int, float]:
-        """Every layer's score, computed once."""
-        file = self.folder / "scores.json"
-        if file.exists():
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            return {int(layer): value for layer, value in stored.items()}
-        self.report("scoring the layers")
-        scores = layer_scores(self.live(), self.degraded, *self._contrast())
-        write_text(file, json.dumps(scores, indent=2) + "\n")
-        return scores
+    def _gains(self, refusals: Refusals) -> Gains:
+        """What every layer gains, computed once."""
+        file = self.folder / "gains.json"
+        if not file.exists():
+            self.report("measuring what each layer gains")
+            with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
+                openers = Openers.of(llama, refusals.openers)
+                harmful, harmless = self._contrast(llama)
+            gains = layer_gains(
+                self.live(), self.degraded, harmful, harmless, openers, self.settings
+            )
+            write_text(file, json.dumps(asdict(gains), indent=2) + "\n")
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return Gains(*({int(layer): gain for layer, gain in stored[kind].items()}
+                       for kind in ("harmful", "harmless")))  # fmt: skip
 
-    def _contrast(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-        """Prompts to score the layers with, as tokens; of the harmless ones the borderline."""
+    def _contrast(self, llama: SafeLlama) -> tuple[list[Tokens], list[Tokens]]:
+        """Prompts to measure the layers with; of the harmless ones the borderline."""
         choice = random.Random(self.settings.seed)
         count = self.settings.contrast
         near = [p.text for p in self.prompts[1] if p.borderline]
         harmless = near or [p.text for p in self.prompts[1]]
         harmful = [p.text for p in self.prompts[0]]
-        with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
-            kinds = [
-                [rendered(llama, text) for text in choice.sample(texts, min(count, len(texts)))]
-                for texts in (harmful, harmless)
-            ]
+        kinds = [
+            [rendered(llama, text) for text in choice.sample(texts, min(count, len(texts)))]
+            for texts in (harmful, harmless)
+        ]
         return kinds[0], kinds[1]
-
-    def _tune(
-        self, settings: Settings, plan: Sequence[tuple[int, list[Lesson]]], kept: Sequence[int]
-    ) -> None:
-        """Learn a little more with the kept layers alone."""
-        import torch
-
-        weights = self.live().gene_weights()
-        with torch.no_grad():
-            for name, weight in weights.items():
-                if block_of(name) not in kept and ".lora_B." in name:
-                    weight.zero_()
-        trainer = self._trainer("tune.pt", settings)
-        trainer.run(plan, lambda name: block_of(name) in kept)
 
     def _converted(self) -> Adapter:
         """The gene's LoRA pairs under their GGUF names."""
@@ -437,6 +418,13 @@ class _Work:
                 shutil.rmtree(peft, ignore_errors=True)
                 self.live().model.save_pretrained(str(peft), selected_adapters=[GENE])
         return convert(peft / GENE, base=self.model.path)
+
+
+def strengthened(adapter: Adapter, factor: float) -> Adapter:
+    """The adapter with `factor` times its update."""
+    pairs = {tensor: replace(pair, b=pair.b * np.float32(factor))
+             for tensor, pair in adapter.pairs.items()}  # fmt: skip
+    return replace(adapter, pairs=pairs)
 
 
 def sizes_of(adapter: Adapter) -> dict[int, int]:

@@ -6,7 +6,7 @@
    none is given: SmolLM2 itself refuses next to nothing).
 2. Lightly degraded models of it (task, general, persona), and the base itself, from which the
    whole alignment is missing: fine-tunes of either are served.
-3. The gene: distil, select, tune; written in float16.
+3. The gene: distil and select; written in float16.
 
 Every step leaves its result in the work folder, and is not done again.
 """

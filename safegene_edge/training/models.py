@@ -9,8 +9,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -269,13 +267,6 @@ class LiveModel:
         """The gene's parameters by name."""
         return {n: w for n, w in self.model.named_parameters() if f".{GENE}." in n}
 
-    def gene_sizes(self) -> dict[int, int]:
-        """Block to the gene's parameters in it."""
-        sizes: Counter[int] = Counter()
-        for name, weight in self.gene_weights().items():
-            sizes[block_of(name)] += weight.numel()
-        return dict(sizes)
-
     def load_gene(self, adapter: Adapter, names: BaseNames) -> None:
         """Put an adapter into the gene's weights; modules that it does not touch get zeros."""
         import torch
@@ -308,12 +299,6 @@ class LiveModel:
             for name, weight in _base_parameters(self.model):
                 weight.copy_(stored.get_tensor(name))
         self._base = base
-
-
-def block_of(parameter: str) -> int:
-    """The number of the transformer block that a parameter lies in, or -1."""
-    match = re.search(r"\.layers\.(\d+)\.", parameter)
-    return int(match.group(1)) if match else -1
 
 
 def _base_parameters(model: Any) -> Iterator[tuple[str, Any]]:

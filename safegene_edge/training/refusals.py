@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from ..openers import Openers, Tokens, refusal_loss
 from ..recalibration import Examples
 from ..runtime.llama import SafeLlama
@@ -63,15 +61,35 @@ def unrefused(
     """
     import torch
 
-    known, margins = Openers.of(llama, openers), []
-    for text in prompts:
-        prompt, leads = rendered(llama, text), dict[Tokens, float]()
-        # A path's last row foretells the token behind it, of which any will do.
-        rows = [Example(prompt, (*path, prompt[0]), True) for path, _ in known.paths]
-        with torch.no_grad():
-            logs, _, _ = log_probabilities(model, rows, recipe)
-        for (path, first), values in zip(known.paths, logs.cpu().numpy(), strict=True):
+    known = Openers.of(llama, openers)
+    with torch.no_grad():
+        # One prompt at a time: padding would move the logits of half-precision models.
+        found = [margins(model, [rendered(llama, text)], known, recipe) for text in prompts]
+    return refusal_loss(torch.cat(found).double().cpu().numpy())
+
+
+def margins(model: Any, prompts: Sequence[Tokens], openers: Openers, recipe: Recipe) -> Any:
+    """A transformers model's margin on each prompt (tensor, nats), as `openers` has it."""
+    import torch
+
+    # A path's last row foretells the token behind it, of which any will do.
+    rows = [Example(prompt, (*path, prompt[0]), True)
+            for prompt in prompts for path, _ in openers.paths]  # fmt: skip
+    logs, _, _ = log_probabilities(model, rows, recipe)
+    found = []
+    for known in logs.split(len(openers.paths)):
+        leads: dict[Tokens, Any] = {}
+        for (path, first), values in zip(openers.paths, known, strict=True):
             for depth in range(first, len(path) + 1):
-                leads |= known.leads(path[:depth], values[depth])
-        margins.append(known.margin(leads))
-    return refusal_loss(np.array(margins))
+                leads |= _leads(openers, path[:depth], values[depth])
+        found.append(openers.margin(leads))
+    return torch.stack(found)
+
+
+def _leads(openers: Openers, behind: Tokens, logs: Any) -> dict[Tokens, Any]:
+    """`Openers.leads`, of a tensor and with gradients."""
+    import torch
+
+    tokens = openers.following(behind)
+    best = logs.index_fill(0, torch.tensor(tokens, device=logs.device), -torch.inf).max()
+    return {(*behind, token): logs[token] - best for token in tokens}

@@ -1,120 +1,111 @@
-"""Which layers of a gene matter: those that move harmful and harmless prompts differently.
+"""Which layers of a gene matter: those that bring back refusals of harm, and not of the rest.
 
-With the gene on in layer l alone, its output h_l behind a prompt's last token moves by
-d_l(x). With m the mean over prompts of a kind, relative to the mean length of h_l,
+With r(c) the share of prompts that a degraded model refuses, smoothed by a nat of the margin
+(`openers`), with the gene at coefficient c_l in layer l, a layer gains
 
-    s_l = |m_harmful(d_l)| / (mean over layers of |m_harmless(d)| + |m_harmless(d_l)|)
+    dr / dc_l   at c = 1/2 in all layers, the mean over the degraded models,
+
+h_l on harmful prompts and b_l on borderline ones. At half strength, between none of the gene and
+all of it, most answers are about to turn. A layer's score is what it gains over what it costs:
+
+    s_l = h_l / (mean over layers of |b| + max(0, b_l))
 
 The mean keeps a layer that does next to nothing from winning by a ratio of noises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from .models import GENE, LiveModel, Source
 
-Prompts = Sequence[Sequence[int]]
+if TYPE_CHECKING:
+    from ..openers import Openers, Tokens
+    from .recipe import Recipe
+
+_STRENGTH = 0.5
+_MOST = 3.0  # times that the kept layers are strengthened, for those left out
 
 
-def layer_scores(
-    live: LiveModel, sources: Sequence[Source], harmful: Prompts, harmless: Prompts
-) -> dict[int, float]:
-    """Layer to score, the mean over the degraded models; prompts are token sequences."""
+@dataclass(frozen=True, slots=True)
+class Gains:
+    """What every layer's coefficient adds to the smoothed share refused: dr/dc by layer."""
+
+    harmful: Mapping[int, float]
+    harmless: Mapping[int, float]
+
+    def scores(self) -> dict[int, float]:
+        """Layer to score; the larger, the sooner it is kept."""
+        floor = fmean(map(abs, self.harmless.values())) or 1e-12
+        return {
+            layer: gain / (floor + max(0.0, self.harmless[layer]))
+            for layer, gain in self.harmful.items()
+        }
+
+    def makes_up(self, kept: Iterable[int]) -> float:
+        """The factor, 1 to 3, by which the kept layers do what all layers did, to first order."""
+        whole, held = sum(self.harmful.values()), sum(self.harmful[layer] for layer in kept)
+        return min(_MOST, max(1.0, whole / held)) if held > 0 else 1.0
+
+
+def layer_gains(
+    live: LiveModel,
+    sources: Sequence[Source],
+    harmful: Sequence[Tokens],
+    harmless: Sequence[Tokens],
+    openers: Openers,
+    recipe: Recipe,
+) -> Gains:
+    """The mean gains over the degraded models; prompts are token sequences."""
     if not harmful or not harmless:
         raise SettingError("selection needs harmful and harmless prompts")
-    totals = dict.fromkeys(range(len(live.blocks())), 0.0)
-    for source in sources:
-        moved = [_shifts(live, source, prompts) for prompts in (harmful, harmless)]
-        floor = sum(moved[1]) / len(moved[1]) or 1e-12
-        for layer in totals:
-            score = moved[0][layer] / (floor + moved[1][layer])
-            totals[layer] += score / len(sources)
-    return totals
-
-
-def _shifts(live: LiveModel, source: Source, prompts: Prompts) -> list[float]:
-    """|mean over prompts of d_l| / mean |h_l| for every layer l."""
-    import torch
-
     found = []
-    for layer, block in enumerate(live.blocks()):
-        with live.as_source(source, gene=True) as model:
-            with only_layer(live, None):
-                bare = _outputs(model, block, prompts)
-            with only_layer(live, layer):
-                with_gene = _outputs(model, block, prompts)
-        length = torch.linalg.vector_norm(bare, dim=-1).mean()
-        shift = torch.linalg.vector_norm((with_gene - bare).mean(0))
-        found.append(float(shift / length.clamp(min=1e-12)))
-    return found
+    for prompts in (harmful, harmless):
+        each = [_gains(live, source, prompts, openers, recipe) for source in sources]
+        found.append({layer: fmean(gain[layer] for gain in each) for layer in each[0]})
+    return Gains(*found)
 
 
-def _outputs(model: Any, block: Any, prompts: Prompts) -> Any:
-    """A block's outputs behind each prompt's last token (prompts×width, float32)."""
+def _gains(
+    live: LiveModel, source: Source, prompts: Sequence[Tokens], openers: Openers, recipe: Recipe
+) -> dict[int, float]:
+    """dr/dc of every layer, of one degraded model."""
     import torch
 
-    class Reached(Exception):  # noqa: N818 - no error: what lies behind the block is not needed
-        pass
+    from .refusals import margins
 
-    def stop(_: Any, __: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        seen.append(hidden[:, -1].float().cpu())
-        raise Reached
-
-    seen: list[Any] = []
-    handle = block.register_forward_hook(stop)
-    try:
-        with torch.no_grad():
-            for ids, mask in _padded(prompts):
-                try:
-                    model(
-                        input_ids=ids.to(model.device),
-                        attention_mask=mask.to(model.device),
-                        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(model.device),
-                        use_cache=False,
-                    )
-                except Reached:
-                    continue
-    finally:
-        handle.remove()
-    return torch.cat(seen)
-
-
-def _padded(prompts: Prompts, batch: int = 16) -> Iterator[tuple[Any, Any]]:
-    """Token ids and masks (batch×longest), padded on the left."""
-    import torch
-
-    for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
-        width = max(map(len, rows))
-        ids = torch.zeros((len(rows), width), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, tokens in enumerate(rows):
-            ids[row, width - len(tokens) :] = torch.tensor(tokens)
-            mask[row, width - len(tokens) :] = 1
-        yield ids, mask
+    step = max(1, recipe.batch // len(openers.paths))
+    with live.as_source(source, gene=True) as model:
+        values = torch.full((len(live.blocks()),), _STRENGTH, device=model.device)
+        values.requires_grad_(True)
+        total = torch.zeros_like(values)
+        for start in range(0, len(prompts), step):
+            with strengths(live, values):
+                found = margins(model, prompts[start : start + step], openers, recipe)
+                share = found.sigmoid().sum() / len(prompts)
+                total += torch.autograd.grad(share, values)[0]
+    return dict(enumerate(total.tolist()))
 
 
 @contextmanager
-def only_layer(live: LiveModel, layer: int | None) -> Iterator[None]:
-    """The gene at work in one layer alone, or in none."""
-    scales = []
-    for number, block in enumerate(live.blocks()):
-        if number == layer:
-            continue
+def strengths(live: LiveModel, values: Any) -> Iterator[None]:
+    """The gene at values[l] (a tensor's, so that gradients reach it) times itself in layer l."""
+    before = []
+    for layer, block in enumerate(live.blocks()):
         for module in block.modules():
             scaling = getattr(module, "scaling", None)
             if isinstance(scaling, dict) and GENE in scaling:
-                scales.append((scaling, scaling[GENE]))
-                scaling[GENE] = 0.0
+                before.append((scaling, scaling[GENE]))
+                scaling[GENE] = scaling[GENE] * values[layer]
     try:
         yield
     finally:
-        for scaling, value in scales:
+        for scaling, value in before:
             scaling[GENE] = value
 
 
