@@ -101,7 +101,7 @@ def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
     assert refusal_loss(np.array([0.0])) == 0.5
     assert refusal_loss(np.array([1e4, 50.0, -50.0, -1e4])) == pytest.approx(0.5)
     near = np.array([1.0, -0.5, -3.0])
-    assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(near))).mean())
+    assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(2 * near))).mean())
 
 
 def test_there_is_room_up_to_three_points_above_the_aligned_models_over_refusal(tiny, tiny_adapter):
@@ -113,8 +113,12 @@ def test_there_is_room_up_to_three_points_above_the_aligned_models_over_refusal(
             Examples(("a b", "c"), ("d", "e f")),
         )
 
+        asked = [llama.render([{"role": "user", "content": text}]) for text in prompts.harmless]
+        said = engine.generate(asked, max_tokens=1, adapters={handle: 0.5})
+        openers = tuple(llama.text(answer.tokens) for answer in said)  # so that some are refused
+
         def objective(aligned: float) -> _Objective:
-            gene = SafetyGene(**facts, aligned_over_refusal=aligned)
+            gene = SafetyGene(**facts, aligned_over_refusal=aligned, refusal_openers=openers)
             return _Objective(engine, {}, [handle], gene, prompts, Settings(tokens=2))
 
         first = objective(0.0)
