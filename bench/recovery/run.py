@@ -98,8 +98,11 @@ class Bench:
         return path
 
     def whole_gene(self) -> Path:
-        """The gene as it was before layers were selected, from the same lessons and steps."""
-        path = self.work / "whole.gene.gguf"
+        """The gene as it was before layers were selected, from the same lessons and steps.
+
+        Kept beside the bench, for it takes an hour to learn.
+        """
+        path = HERE / f"{self.family.name}-whole.gene.gguf"
         if not path.exists():
             before, folder = self.work / "gene", self.work / "whole"
             if (before / "train.pt").exists() and not folder.exists():
