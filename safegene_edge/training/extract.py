@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -379,7 +379,7 @@ class _Work:
             f"kept {len(kept)} of {len(sizes)} layers, {sum(sizes[layer] for layer in kept):,} "
             f"parameters, {factor:.2f} times as strong"
         )
-        return strengthened(adapter.only(kept), factor), scores
+        return adapter.only(kept).scaled(factor), scores
 
     def _gains(self, refusals: Refusals) -> Gains:
         """What every layer gains, computed once."""
@@ -418,13 +418,6 @@ class _Work:
                 shutil.rmtree(peft, ignore_errors=True)
                 self.live().model.save_pretrained(str(peft), selected_adapters=[GENE])
         return convert(peft / GENE, base=self.model.path)
-
-
-def strengthened(adapter: Adapter, factor: float) -> Adapter:
-    """The adapter with `factor` times its update."""
-    pairs = {tensor: replace(pair, b=pair.b * np.float32(factor))
-             for tensor, pair in adapter.pairs.items()}  # fmt: skip
-    return replace(adapter, pairs=pairs)
 
 
 def sizes_of(adapter: Adapter) -> dict[int, int]:
