@@ -122,7 +122,7 @@ def learning_dtype(name: str = "auto") -> Any:
     """The torch dtype of base weights while learning: the one named, or for "auto" a fast one.
 
     That is bfloat16 on GPUs and on CPUs with AVX-512. Where torch has no kernels for it, bfloat16
-    is hundreds of times slower than float32, which takes twice the memory.
+    is more than a hundred times slower than float32, which takes twice the memory.
     """
     import torch
 

@@ -63,7 +63,7 @@ def unrefused(
 
     known = Openers.of(llama, openers)
     with torch.no_grad():
-        # One prompt at a time: padding would move the logits of half-precision models.
+        # One prompt at a time, so that nothing is padded.
         found = [margins(model, [rendered(llama, text)], known, recipe) for text in prompts]
     return refusal_loss(torch.cat(found).double().cpu().numpy())
 

@@ -5,8 +5,8 @@ With r(c) the share of prompts that a degraded model refuses, smoothed by a nat 
 
     dr / dc_l   at c = 1/2 in all layers, the mean over the degraded models,
 
-h_l on harmful prompts and b_l on borderline ones. At half strength, between none of the gene and
-all of it, most answers are about to turn. A layer's score is what it gains over what it costs:
+h_l on harmful prompts and b_l on borderline ones: halfway from none of the gene to all of it. A
+layer's score is what it gains over what it costs:
 
     s_l = h_l / (mean over layers of |b| + max(0, b_l))
 
