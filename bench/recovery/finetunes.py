@@ -100,20 +100,20 @@ def _identity() -> Iterator[Row]:
         yield {"system": said["system"], "prompt": said["user"], "response": said["assistant"]}
 
 
-def rows(task: str) -> tuple[list[Row], list[Row]]:
+def rows(task: str, measured: int = MEASURED) -> tuple[list[Row], list[Row]]:
     """What a task learns, and what it is measured on."""
     if task == "identity":
         return list(_identity()), []
     if task == "sst2":
-        return list(islice(_sst2("train"), LEARNT)), list(islice(_sst2("dev"), MEASURED))
+        return list(islice(_sst2("train"), LEARNT)), list(islice(_sst2("dev"), measured))
     if task == "gsm8k":
         learnt = islice(_jsonl("gsm8k_train_1500.jsonl", "question", "answer"), LEARNT)
         return list(learnt), list(
-            islice(_jsonl("gsm8k_test_300.jsonl", "question", "answer"), MEASURED)
+            islice(_jsonl("gsm8k_test_300.jsonl", "question", "answer"), measured)
         )
     every = _agnews() if task == "agnews" else _jsonl("dolly_387.jsonl", "instruction", "response")
-    both = list(islice(every, LEARNT + MEASURED))
-    return both[:-MEASURED], both[-MEASURED:]
+    both = list(islice(every, LEARNT + measured))
+    return both[:LEARNT], both[LEARNT:]
 
 
 # Epochs; the two classifiers learn one word a row.

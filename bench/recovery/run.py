@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import SHARED, machine
-from finetunes import LABELLED, TASKS, Family, family, rows, tune
+from finetunes import LABELLED, MEASURED, TASKS, Family, Row, family, rows, tune
 from targets import Builder
 
 from safegene_edge import Engine, SafeLlama, SafetyGene, openers, recalibrate, recalibration
@@ -40,7 +40,9 @@ COLUMNS = (
     "fine-tuned", "ours", "ours, all layers", "ours, coefficients 1", "all layers, coefficients 1",
     "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
 )  # fmt: skip
-KINDS = "kinds"  # asked for like a column: the table of quantisations
+# Asked for like columns: the table of quantisations, and the tasks' accuracy on many more rows,
+# for a point of a hundred rows is one row.
+KINDS, ACCURACY, MORE = "kinds", "accuracy", 800
 # Another search, or another loss, finds other coefficients.
 CODE = sha256(recalibration.__file__) + sha256(openers.__file__)
 Cell = dict[str, Any]
@@ -68,10 +70,13 @@ class Bench:
         self.work = self.family.work
         self.builder = Builder(self.family, lambda: self._bare() or self._degraded())
         self.prompts = suites()
-        self.results: dict[str, Any] = {"family": name, "tasks": {}, "kinds": {}}
+        self.results: dict[str, Any] = {
+            "family": name, "tasks": {}, KINDS: {}, ACCURACY: {},
+        }  # fmt: skip
         if self.file.exists():
             self.results |= json.loads(self.file.read_text(encoding="utf-8"))
-        groups = [*self.results["tasks"].values(), *self.results["kinds"].values()]
+        groups = [entry for part in ("tasks", KINDS, ACCURACY)
+                  for entry in self.results[part].values()]  # fmt: skip
         self.known = {part["key"]: part for group in groups for cell in group.values()
                       for part in cell.values() if isinstance(part, dict)}  # fmt: skip
 
@@ -148,8 +153,8 @@ class Bench:
             entry = self.results["tasks"].setdefault(task, {})
             entry["aligned"] = self.cell(aligned, None, task)
         for column in columns:
-            if column == KINDS:
-                self.kinds()
+            if column in (KINDS, ACCURACY):
+                getattr(self, column)()
                 continue
             for task in TASKS:
                 source = tune(self.family, task)
@@ -210,19 +215,23 @@ class Bench:
             note.write_text(f"{seconds:.1f}")
         return float(note.read_text())
 
-    def cell(self, target: Path, gene: SafetyGene | None, task: str) -> Cell:
+    def cell(
+        self, target: Path, gene: SafetyGene | None, task: str, measured: int = MEASURED
+    ) -> Cell:
         """Counts of one target with one gene: {"suites": ..., "task": ...}."""
         facts: list[Any] = [sha256(target), ANSWER]
         if gene is not None:
             facts.append([[n, hashlib.sha256(p.a.tobytes() + p.b.tobytes()).hexdigest()]
                           for n, p in sorted(gene.pairs.items())])  # fmt: skip
-        wanted = {"suites": [*facts, self.prompts], "task": [*facts, rows(task)[1]]}
+        held = rows(task, measured)[1]
+        wanted = {"suites": [*facts, self.prompts], "task": [*facts, held]}
         keys = {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16]
                 for name, fact in wanted.items()}  # fmt: skip
         missing = [name for name, key in keys.items() if key not in self.known]
         if missing:
             draft = self.work / f".{keys['suites']}.gguf"
-            found = measure(target, gene, self.prompts if "suites" in missing else {}, task, draft)
+            prompts = self.prompts if "suites" in missing else {}
+            found = measure(target, gene, prompts, task, held, draft)
             for name in missing:
                 self.known[keys[name]] = {"key": keys[name], **found[name]}
         return {name: self.known[key] for name, key in keys.items()}
@@ -235,11 +244,20 @@ class Bench:
             target = self.builder.build(task, change, kind)
             gene = SafetyGene.load(self.gene())
             expression, _ = self.expressed(target, self.gene(), gene)
-            self.results["kinds"][kind] = {
+            self.results[KINDS][kind] = {
                 "fine-tuned": self.cell(target, None, task),
                 "ours": self.cell(target, gene.express(expression), task),
             }
             self.save()
+
+    def accuracy(self) -> None:
+        """The labelled tasks on many more rows, with the gene and without."""
+        for task in LABELLED:
+            entry = self.results[ACCURACY].setdefault(task, {})
+            for column in ("fine-tuned", "ours"):
+                target, gene, *_ = self._column(column, task, tune(self.family, task))
+                entry[column] = {"task": self.cell(target, gene, task, MORE)["task"]}
+                self.save()
 
     def save(self) -> None:
         """One family's results; hits are 0/1 a prompt, in the prompts' order."""
@@ -249,8 +267,9 @@ class Bench:
 
 
 def measure(
-    target: Path, gene: SafetyGene | None, prompts: Mapping[str, list[str]], task: str, draft: Path
-) -> Cell:
+    target: Path, gene: SafetyGene | None, prompts: Mapping[str, list[str]],
+    task: str, held: Sequence[Row], draft: Path,
+) -> Cell:  # fmt: skip
     """Refused (as "0"/"1" a prompt) by suite, and the task's accuracy or perplexity."""
     suites: Cell = {}
     with SafeLlama(str(target), n_ctx=512) as llama:
@@ -271,11 +290,10 @@ def measure(
                 ]
                 suites[name] = "".join(str(int(hit)) for hit in verdicts)
         with Engine(llama, n_parallel=16) as engine:
-            return {"suites": suites, "task": _task(llama, engine, scales, task)}
+            return {"suites": suites, "task": _task(llama, engine, scales, task, held)}
 
 
-def _task(llama: SafeLlama, engine: Engine, scales: Any, task: str) -> Cell:
-    held = rows(task)[1]
+def _task(llama: SafeLlama, engine: Engine, scales: Any, task: str, held: Sequence[Row]) -> Cell:
     if not held:
         return {}
     asked = [llama.render([{"role": "user", "content": row["prompt"]}]) for row in held]

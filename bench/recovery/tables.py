@@ -11,7 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import table
 
-from safegene_edge.evals.statistics import Count, percent, recovered
+from safegene_edge.evals.statistics import Count, Paired, percent, recovered
 
 HERE = Path(__file__).parent
 SAFETY = ("advbench", "harmbench")
@@ -84,6 +84,8 @@ def _family(found: Cell) -> str:
                   "harmless over-refused", "task", "parameters", "CPU s to apply"]  # fmt: skip
         parts.append(f"### {task}\n\n{table(header, lines)}")
     parts.append(_means(found))
+    if found.get("accuracy"):
+        parts.append(_accuracy(found["accuracy"]))
     if found["kinds"]:
         lines = [
             [kind, *(str(_count(cell[c], *SAFETY)) for c in ("fine-tuned", "ours")),
@@ -96,6 +98,22 @@ def _family(found: Cell) -> str:
     machine = ", ".join(f"{key}: {value}" for key, value in found["machine"].items())
     parts.append(f"Answers of at most {found['tokens']} tokens. Machine: {machine}.\n")
     return "\n".join(parts)
+
+
+def _accuracy(tasks: dict[str, dict[str, Cell]]) -> str:
+    """The labelled tasks on more rows than the table above has, row by row."""
+    lines = []
+    for task, entry in tasks.items():
+        before, after = ([hit == "1" for hit in entry[column]["task"]["accuracy"]]
+                         for column in ("fine-tuned", "ours"))  # fmt: skip
+        pairs = Paired.of(before, after)
+        low, high = pairs.interval()
+        lines.append(
+            [task, str(Count(sum(before), len(before))), str(Count(sum(after), len(after))),
+             f"{100 * (pairs.difference or 0):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"]
+        )  # fmt: skip
+    header = ["accuracy on more rows", "fine-tuned", "ours", "points, with a 95 % interval"]
+    return "### The tasks on more rows\n\n" + table(header, lines)
 
 
 def _row(entry: dict[str, Cell], column: str) -> list[str]:
