@@ -390,7 +390,7 @@ class _Work:
                 openers = Openers.of(llama, refusals.openers)
                 harmful, harmless = self._contrast(llama)
             gains = layer_gains(
-                self.live(), self.degraded, harmful, harmless, openers, self.settings
+                self.live(), self.degraded, harmful, harmless, openers, self.settings, self.report
             )
             write_text(file, json.dumps(asdict(gains), indent=2) + "\n")
         stored = json.loads(file.read_text(encoding="utf-8"))

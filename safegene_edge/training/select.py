@@ -15,6 +15,7 @@ The mean keeps a layer that does next to nothing from winning by a ratio of nois
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingError
 from .models import GENE, LiveModel, Source
+from .recipe import remaining
 
 if TYPE_CHECKING:
     from ..openers import Openers, Tokens
-    from .recipe import Recipe
+    from .recipe import Recipe, Report
 
 _STRENGTH = 0.5
 _MOST = 3.0  # times that the kept layers are strengthened, for those left out
@@ -60,15 +62,19 @@ def layer_gains(
     harmless: Sequence[Tokens],
     openers: Openers,
     recipe: Recipe,
+    report: Report = lambda line: None,
 ) -> Gains:
     """The mean gains over the degraded models; prompts are token sequences."""
     if not harmful or not harmless:
         raise SettingError("selection needs harmful and harmless prompts")
-    found = []
-    for prompts in (harmful, harmless):
-        each = [_gains(live, source, prompts, openers, recipe) for source in sources]
-        found.append({layer: fmean(gain[layer] for gain in each) for layer in each[0]})
-    return Gains(*found)
+    parts = [(source, prompts) for prompts in (harmful, harmless) for source in sources]
+    started, each = time.monotonic(), []
+    for number, (source, prompts) in enumerate(parts, 1):
+        each.append(_gains(live, source, prompts, openers, recipe))
+        report(f"measured {number}/{len(parts)}  {remaining(started, number, len(parts))}")
+    kinds = each[: len(sources)], each[len(sources) :]
+    return Gains(*({layer: fmean(gain[layer] for gain in kind) for layer in kind[0]}
+                   for kind in kinds))  # fmt: skip
 
 
 def _gains(
