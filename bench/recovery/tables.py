@@ -32,11 +32,11 @@ def write_tables() -> None:
         "fine-tune, outside of the means. All layers: the gene before the selection, by the same "
         "recipe. Trained for this model: the gene's lessons and steps on this one fine-tune, all "
         "layers. That, Qwen's all layers, identity's all layers, and Qwen's AG News, SST-2 and "
-        "identity fine-tunes were learnt on a GPU. As extraction and recalibration are now: ours, SmolLM2's coefficients of 1 and all "
-        "layers (but for identity's). SmolLM2's other quantisations, Qwen's coefficients of 1 and "
-        "all layers, and what was trained for one model are of those before: layers chosen by how "
-        "far their outputs move, 40 more steps with these, refusals smoothed by a nat, other "
-        "calibration prompts.\n",
+        "identity fine-tunes were learnt on a GPU. As extraction and recalibration are now: ours, "
+        "SmolLM2's coefficients of 1 and all layers (but for identity's). SmolLM2's other "
+        "quantisations, Qwen's coefficients of 1 and all layers, and what was trained for one "
+        "model are of those before: layers chosen by how far their outputs move, 40 more steps "
+        "with these, refusals smoothed by a nat, other calibration prompts.\n",
     ]
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"
