@@ -152,9 +152,10 @@ class Bench:
         for task in TASKS:
             entry = self.results["tasks"].setdefault(task, {})
             entry["aligned"] = self.cell(aligned, None, task)
+        others = {KINDS: self.kinds, ACCURACY: self.accuracy}
         for column in columns:
-            if column in (KINDS, ACCURACY):
-                getattr(self, column)()
+            if column in others:
+                others[column]()
                 continue
             for task in TASKS:
                 source = tune(self.family, task)
@@ -321,7 +322,7 @@ def main() -> None:
         sys.exit("skipped: the benchmark files are not beside this checkout")
     name, *columns = sys.argv[1:] or ["tables"]
     if name != "tables":
-        Bench(name).run(tuple(columns) or (*COLUMNS, KINDS))
+        Bench(name).run(tuple(columns) or (*COLUMNS, KINDS, ACCURACY))
     from tables import write_tables
 
     write_tables()
