@@ -282,7 +282,7 @@ def test_gains_are_the_slopes_of_the_share_refused(
     from safegene_edge.training.models import LiveModel, Source
     from safegene_edge.training.recipe import Recipe
     from safegene_edge.training.refusals import margins
-    from safegene_edge.training.select import layer_gains, strengths
+    from safegene_edge.training.select import Gains, layer_gains, strengths
 
     recipe, source = Recipe(rank=4, targets=TARGETS, batch=3), Source(tiny("llama").gguf_path)
     live = LiveModel([source], recipe, tmp_path, "float32")
@@ -292,7 +292,9 @@ def test_gains_are_the_slopes_of_the_share_refused(
             weight.normal_(0, 0.3 if "lora_B" in name else 0.1)
     kinds = [[tuple(choice.integers(5, 250, n + 3).tolist()) for n in range(5)] for _ in range(2)]
     openers = Openers([(7, 9), (7, 11), (20,)])
-    gains = layer_gains(live, [source, source], *kinds, openers, recipe)
+    parts = list(layer_gains(live, [source, source], *kinds, openers, recipe))
+    assert parts[0] == parts[1] != parts[2] == parts[3]
+    gains = Gains.mean(parts)
 
     def share(prompts: list[tuple[int, ...]], *values: float) -> float:
         scaled = strengths(live, torch.tensor(values))
@@ -328,11 +330,29 @@ def test_the_kept_layers_are_strengthened_for_those_left_out(run, tmp_path: Path
     few = run(folder=tmp_path / "few", settings=settings)
     whole = run(folder=tmp_path / "whole", settings={**settings, "select": False})
     assert 0 < len(few.layers) < len(whole.layers) == 3
-    gains = json.loads((tmp_path / "few" / "gains.json").read_text())["harmful"]
+    parts = json.loads((tmp_path / "few" / "gains.json").read_text())
+    count = len(parts) // 2
+    gains = {layer: sum(part[layer] for part in parts[:count]) / count for layer in parts[0]}
     kept = sum(gains[str(layer)] for layer in few.layers)
     factor = min(3.0, max(1.0, sum(gains.values()) / kept)) if kept > 0 else 1.0
     for tensor in few.pairs:
         assert tiny_models.relative_error(few.delta(tensor), factor * whole.delta(tensor)) < 1e-4
+
+
+def test_layers_measured_before_a_kill_are_not_measured_again(run, tmp_path: Path) -> None:
+    settings, said = {"epochs": 1, "budget": 3_000}, list[str]()
+    whole = run(settings=settings)
+    file = tmp_path / "work" / "gains.json"
+    parts = json.loads(file.read_text())
+    assert len(parts) == 4  # two degraded models, two kinds of prompts
+    file.write_text(json.dumps(parts[:3]))
+    again = run(settings=settings, report=said.append)
+    assert [line.split()[1] for line in said if line.startswith("measured")] == ["4/4"]
+    assert (again.layers, again.scores) == (whole.layers, whole.scores)
+    for text in ("{", "[1]", '[{"a": 1}]'):
+        file.write_text(text)
+        with pytest.raises(FileFormatError, match=r"gains\.json: no layers' gains"):
+            run(settings=settings)
 
 
 def test_the_best_layers_are_kept_under_the_budget(module) -> None:

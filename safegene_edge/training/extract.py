@@ -22,7 +22,7 @@ import numpy as np
 from ..compat import open_model
 from ..converters import convert
 from ..converters.names import BaseNames
-from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
+from ..errors import FileFormatError, MissingExtraError, OutputError, SafeGeneError, SettingError
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile, PathLike, write_text
 from ..openers import Openers, Tokens
@@ -44,10 +44,11 @@ from .models import GENE, LiveModel, Source, require_family
 from .processes import Processes
 from .recipe import Recipe, Report, rendered, require_extra
 from .refusals import Refusals
-from .select import Gains, layer_gains, select
+from .select import Gain, Gains, layer_gains, select
 
 METHODS = ("distil", "delta")
 REFUSALS = "refusals.json"  # in the work folder: `Refusals`
+GAINS = "gains.json"  # likewise: what each layer gains in each degraded model
 MAX_PARAMETERS, MAX_SHARE = 600_000, 0.01  # of the model; the smaller of both is the budget
 Refuses = Callable[[str, str], bool]
 
@@ -382,20 +383,21 @@ class _Work:
         return adapter.only(kept).scaled(factor), scores
 
     def _gains(self, refusals: Refusals) -> Gains:
-        """What every layer gains, computed once."""
-        file = self.folder / "gains.json"
-        if not file.exists():
+        """What every layer gains; kept after each degraded model, for each takes minutes."""
+        file = self.folder / GAINS
+        found = _known_gains(file)
+        if len(found) < 2 * len(self.degraded):
             self.report("measuring what each layer gains")
             with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
                 openers = Openers.of(llama, refusals.openers)
                 harmful, harmless = self._contrast(llama)
-            gains = layer_gains(
-                self.live(), self.degraded, harmful, harmless, openers, self.settings, self.report
-            )
-            write_text(file, json.dumps(asdict(gains), indent=2) + "\n")
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return Gains(*({int(layer): gain for layer, gain in stored[kind].items()}
-                       for kind in ("harmful", "harmless")))  # fmt: skip
+            for gain in layer_gains(
+                self.live(), self.degraded, harmful, harmless, openers, self.settings,
+                self.report, tuple(found),
+            ):  # fmt: skip
+                found.append(gain)
+                write_text(file, json.dumps(found, indent=2) + "\n")
+        return Gains.mean(found)
 
     def _contrast(self, llama: SafeLlama) -> tuple[list[Tokens], list[Tokens]]:
         """Prompts to measure the layers with; of the harmless ones the borderline."""
@@ -418,6 +420,17 @@ class _Work:
                 shutil.rmtree(peft, ignore_errors=True)
                 self.live().model.save_pretrained(str(peft), selected_adapters=[GENE])
         return convert(peft / GENE, base=self.model.path)
+
+
+def _known_gains(file: Path) -> list[Gain]:
+    """What was measured of the layers before, as far as it went."""
+    if not file.exists():
+        return []
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return [{int(layer): float(v) for layer, v in gain.items()} for gain in stored]
+    except (OSError, ValueError, AttributeError) as error:
+        raise FileFormatError(f"{file}: no layers' gains", "Delete it to start over") from error
 
 
 def sizes_of(adapter: Adapter) -> dict[int, int]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..errors import SettingError
 from .models import GENE, LiveModel, Source
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..openers import Openers, Tokens
     from .recipe import Recipe, Report
 
+Gain: TypeAlias = Mapping[int, float]  # a layer's, by layer
 _STRENGTH = 0.5
 _MOST = 3.0  # times that the kept layers are strengthened, for those left out
 
@@ -38,8 +39,15 @@ _MOST = 3.0  # times that the kept layers are strengthened, for those left out
 class Gains:
     """What every layer's coefficient adds to the smoothed share refused: dr/dc by layer."""
 
-    harmful: Mapping[int, float]
-    harmless: Mapping[int, float]
+    harmful: Gain
+    harmless: Gain
+
+    @classmethod
+    def mean(cls, parts: Sequence[Gain]) -> Gains:
+        """Over the degraded models: those on harmful prompts are first, then on harmless ones."""
+        kinds = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        return cls(*({layer: fmean(gain[layer] for gain in kind) for layer in kind[0]}
+                     for kind in kinds))  # fmt: skip
 
     def scores(self) -> dict[int, float]:
         """Layer to score; the larger, the sooner it is kept."""
@@ -63,23 +71,27 @@ def layer_gains(
     openers: Openers,
     recipe: Recipe,
     report: Report = lambda line: None,
-) -> Gains:
-    """The mean gains over the degraded models; prompts are token sequences."""
+    known: Sequence[Gain] = (),
+) -> Iterator[Gain]:
+    """What every layer gains, one degraded model after the other: on harmful prompts, then on
+    harmless ones, in the order that `Gains.mean` takes. Prompts are token sequences.
+
+    Args:
+        known: what an earlier run has already measured, in that order.
+    """
     if not harmful or not harmless:
         raise SettingError("selection needs harmful and harmless prompts")
     parts = [(source, prompts) for prompts in (harmful, harmless) for source in sources]
-    started, each = time.monotonic(), []
-    for number, (source, prompts) in enumerate(parts, 1):
-        each.append(_gains(live, source, prompts, openers, recipe))
-        report(f"measured {number}/{len(parts)}  {remaining(started, number, len(parts))}")
-    kinds = each[: len(sources)], each[len(sources) :]
-    return Gains(*({layer: fmean(gain[layer] for gain in kind) for layer in kind[0]}
-                   for kind in kinds))  # fmt: skip
+    started, left = time.monotonic(), len(parts) - len(known)
+    for number, (source, prompts) in enumerate(parts[len(known) :], 1):
+        yield _gains(live, source, prompts, openers, recipe)
+        done = f"measured {len(known) + number}/{len(parts)}"
+        report(f"{done}  {remaining(started, number, left)}")
 
 
 def _gains(
     live: LiveModel, source: Source, prompts: Sequence[Tokens], openers: Openers, recipe: Recipe
-) -> dict[int, float]:
+) -> Gain:
     """dr/dc of every layer, of one degraded model."""
     import torch
 
