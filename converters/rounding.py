@@ -10,7 +10,9 @@ the rows of A and D the directions that the activations lie along
     sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
 
 An update B A acts on what Q sees of the activations, so Q e = 0 keeps the effect whole, however
-few codes change.
+few codes change. A code moves only where that lowers the objective, so what is left of the error
+leans against the update, in what was not looked at more than in what was, and layer after layer. So
+the search aims beyond the update, by OVERSHOOT times the share of it that the nearest codes lose.
 
 Types without a uniform grid, and rows whose update leaves the range of their codes, are quantised
 afresh by ggml; of the two ways a row takes the one with the smaller objective. Columns are worked
@@ -19,7 +21,7 @@ on in groups; what couples them is Q e and D e alone, k numbers a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ from .kernels import Kind
 
 Floats = npt.NDArray[np.float32]
 STRENGTH = 100.0  # see docs/merge.md for what others do
+OVERSHOOT = 0.05  # of an update that the grid would lose whole, see there
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _PASSES = 256  # moves of a row's codes in a group, at most: with twice as many nothing changed
 
@@ -61,6 +64,10 @@ class Update:
         basis = basis_of(a)
         seen = basis if directions is None else np.concatenate([basis, directions])
         return cls(a, b, seen, len(basis))
+
+    def sees(self, first: int = 0, end: int | None = None) -> Floats:
+        """What the rows of `seen` from `first` to `end` see of the update (out×k)."""
+        return np.asarray(self.b @ (self.a @ self.seen[first:end].T), np.float32)
 
     def pull(self, strength: float) -> Floats:
         """The weight in the objective of what each row of `seen` sees (k)."""
@@ -94,19 +101,23 @@ def merged(
         FloatingPointError: the update is not finite.
     """
     rows = _Rows(raw, kinds, update, importance, strength is not None)
-    pull, residual = None, np.zeros((len(raw), len(update.seen)), np.float32)
+    pull, residual, over = None, np.zeros((len(raw), len(update.seen)), np.float32), np.float32(0)
     if rows.layout is not None and strength:
+        over = np.float32(OVERSHOOT * rows.lost())
+        rows = replace(rows, update=replace(update, b=update.b * (1 + over)))
         pull, residual = update.pull(strength), rows.nearest()
     new, sums = np.empty((len(raw), kinds[1].width(update.a.shape[1])), np.uint8), np.zeros(4)
     for some in rows.pieces:
-        done, delta, error = rows.rounded(some, pull, residual)
+        done, aim, error = rows.rounded(some, pull, residual)
         new[:, kinds[1].width(some.start) : kinds[1].width(some.stop)] = done
-        delta, error = delta.reshape(-1), error.reshape(-1)
+        delta = (aim / (1 + over)).reshape(-1)
+        error = error.reshape(-1) + over * delta
         whole, product = delta @ delta, delta @ error
         sums += whole, error @ error, whole, product
     if pull is not None:
-        wanted = (update.b @ (update.a @ update.seen[update.spanned :].T)).reshape(-1)  # D u
-        sums[2:] += wanted @ wanted, wanted @ residual[:, update.spanned :].reshape(-1)
+        wanted = update.sees(update.spanned)  # D u
+        error = residual[:, update.spanned :] + over * wanted
+        sums[2:] += (wanted**2).sum(), (wanted * error).sum()
     return new, sums
 
 
@@ -157,6 +168,13 @@ class _Rows:
             made = self.group(self.layout, some, delta, None)
             residual += made.nearest(part) @ made.seen.T
         return residual
+
+    def lost(self) -> float:
+        """The share of the update, 0 to 1, that is lost where every code is the nearest one."""
+        error = self.nearest()[:, : self.update.spanned]  # raises where the update is not finite
+        wanted = self.update.sees(0, self.update.spanned)
+        whole = float((wanted**2).sum())
+        return min(1.0, max(0.0, -float((wanted * error).sum()) / whole)) if whole else 0.0
 
     def rounded(
         self, some: slice, pull: Floats | None, residual: Floats

@@ -122,3 +122,29 @@ def test_what_survives_is_counted_as_the_inputs_see_it():
     seen, plain = (kept * wanted).sum() / (wanted**2).sum(), ((after - before) * (b @ a)).sum()
     assert 1 + sums[3] / sums[2] == pytest.approx(seen, abs=1e-3)
     assert abs(plain / sums[0] - seen) > 0.02
+
+
+def test_the_search_aims_beyond_what_the_grid_loses_and_no_further(monkeypatch):
+    """On inputs that it has not seen more of a small update is there; a large one is as it was."""
+    random = np.random.default_rng(7)
+    mixed = random.normal(size=(32, 512)) / np.arange(1, 33)[:, None]
+    inputs = random.normal(size=(600, 32)) @ mixed + random.normal(size=(600, 512))
+    seen, others = np.float32(inputs[:300]), np.float32(inputs[300:])
+    a = random.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
+    b = random.normal(0, 0.05, (64, 4)).astype(np.float32)
+    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_0))
+    raw = kernels.quantise(random.normal(size=(64, 512)).astype(np.float32), kind.number)
+    before = kernels.dequantise(raw, kind.number, (64, 512))
+
+    def kept(times):
+        update = rounding.Update.of(a, times * b, directions_of(seen, 64))
+        new, _ = rounding.merged(raw, (kind, kind), update)
+        got = others @ (kernels.dequantise(new, kind.number, (64, 512)) - before).T
+        wanted = others @ (times * b @ a).T
+        return float((got * wanted).sum() / (wanted**2).sum())
+
+    aimed = kept(1), kept(40)
+    monkeypatch.setattr(rounding, "OVERSHOOT", 0.0)
+    plain = kept(1), kept(40)
+    assert plain[0] < 0.96 < aimed[0] < 1.04
+    assert abs(aimed[1] - plain[1]) < 0.01
