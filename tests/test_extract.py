@@ -349,7 +349,7 @@ def test_layers_measured_before_a_kill_are_not_measured_again(run, tmp_path: Pat
     again = run(settings=settings, report=said.append)
     assert [line.split()[1] for line in said if line.startswith("measured")] == ["4/4"]
     assert (again.layers, again.scores) == (whole.layers, whole.scores)
-    for text in ("{", "[1]", '[{"a": 1}]'):
+    for text in ("{", "7", "[1]", '[{"a": 1}]', '[{"0": null}]'):
         file.write_text(text)
         with pytest.raises(FileFormatError, match=r"gains\.json: no layers' gains"):
             run(settings=settings)

@@ -31,13 +31,13 @@ def write_tables() -> None:
         "refused more than the aligned model does, and is no gain. Identity is an adversarial "
         "fine-tune, outside of the means. All layers: the gene before the selection, by the same "
         "recipe. Trained for this model: the gene's lessons and steps on this one fine-tune, all "
-        "layers. That, identity's all layers, and Qwen's AG News, SST-2 and identity fine-tunes "
-        "were learnt on a GPU; Qwen's coefficients with all layers were found on another machine "
-        "than the one below, where AG News' and SST-2's answers were measured, too. "
-        "As extraction and recalibration are now: ours, all layers (but for identity's), SmolLM2's "
-        "coefficients of 1 and other quantisations. Qwen's coefficients of 1, and what was trained "
-        "for one model, are of those before: layers chosen by how far their outputs move, 40 more "
-        "steps with these, refusals smoothed by a nat, other calibration prompts.\n",
+        "layers. That, and Qwen's AG News, SST-2 and identity fine-tunes, were learnt on a GPU; "
+        "Qwen's coefficients with all layers were found on another machine than the one below, "
+        "where AG News' and SST-2's answers were measured, too. As extraction and recalibration "
+        "are now: ours, all layers, SmolLM2's coefficients of 1 and other quantisations. Qwen's "
+        "coefficients of 1, and what was trained for one model, are of those before: layers chosen "
+        "by how far their outputs move, 40 more steps with these, refusals smoothed by a nat, "
+        "other calibration prompts.\n",
     ]
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"

@@ -429,7 +429,7 @@ def _known_gains(file: Path) -> list[Gain]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         return [{int(layer): float(v) for layer, v in gain.items()} for gain in stored]
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{file}: no layers' gains", "Delete it to start over") from error
 
 
