@@ -31,7 +31,6 @@ Progress: TypeAlias = Callable[[int, int], None] | None
 WORKER_MEMORY = 81 << 20  # bytes that a worker takes with SmolLM2; 45 MiB with --plain
 _ROWS, _BYTES = 1024, 1 << 20  # of a tensor that are worked on at a time
 _WORTH = 8_000_000  # weights below which a worker takes longer to start than to help
-_FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +63,13 @@ class Job:
 
     Attributes:
         model: for messages; place: where the tensor lies and goes.
-        importance: a weight for each column, or None; strength: see `rounding`.
+        importance: a weight for each column, or None.
     """
 
     model: Path
     place: Place
     update: Update
     importance: rounding.Floats | None
-    strength: float | None
 
     def run(self, handle: int | None) -> TensorReport:
         """Merge the tensor, rows by rows; written to an open file unless `handle` is None.
@@ -106,9 +104,8 @@ class Job:
         self, raw: Bytes, kinds: tuple[Kind, Kind], start: int
     ) -> tuple[Bytes, npt.NDArray[np.float64]]:
         piece = replace(self.update, b=self.update.b[start : start + len(raw)])
-        strength = None if kinds[0].name in _FLOAT_TYPES else self.strength
         try:
-            return rounding.merged(raw, kinds, piece, self.importance, strength)
+            return rounding.merged(raw, kinds, piece, self.importance)
         except FloatingPointError:
             raise SafeGeneError(
                 f"{self.model}: the update of '{self.place.info.name}' is not finite",

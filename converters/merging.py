@@ -44,9 +44,8 @@ class MergeSettings:
     Attributes:
         imatrix: file of an importance matrix; some types need one.
         promote: how many of the touched tensors that keep least of their update get a larger type.
-        directions: tensor to what its inputs lie along (k×in), see `measuring.measured`. Tensors
-            without them are quantised afresh: errors that may lean on a model's largest
-            activations do more harm than the error feedback of `rounding` does good.
+        directions: tensor to what its inputs lie along (k×in), see `measuring.measured`. Of tensors
+            without them `rounding` knows the update alone.
         threads: default: the processors that this process may use.
     """
 
@@ -260,12 +259,10 @@ class Plan:
 
     def jobs(self, places: Iterable[Place]) -> list[Job]:
         """The work on touched tensors, one by one."""
-        known = self.settings.directions or {}
         return [
-            Job(self.name, p, self.updates[p.info.name], self.importance.get(p.info.name),
-                rounding.STRENGTH if p.info.name in known else None)
+            Job(self.name, p, self.updates[p.info.name], self.importance.get(p.info.name))
             for p in places
-        ]  # fmt: skip
+        ]
 
     def estimate(self) -> Estimate:
         """Time and memory, from a sample of each type's rows and of the copying."""

@@ -5,23 +5,32 @@ it, and quantising the sum afresh drowns it in new rounding errors of every weig
 scales stay, and those codes change that carry the update where it acts. With e the error of a
 row (what the codes changed minus the update), w the columns' weights, Q an orthonormal basis of
 the rows of A and D the directions that the activations lie along
-(`safegene_edge.runtime.inputs`), minimised by coordinate descent is
+(`safegene_edge.runtime.inputs`), sought is the least
 
     sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
 
 An update B A acts on what Q sees of the activations, so Q e = 0 keeps the effect whole, however
-few codes change. A code moves only where that lowers the objective, so what is left of the error
-leans against the update, in what was not looked at more than in what was, and layer after layer. So
-the search aims beyond the update, by OVERSHOOT times the share of it that the nearest codes lose.
+few codes change.
 
-Types without a uniform grid, and rows whose update leaves the range of their codes, are quantised
-afresh by ggml; of the two ways a row takes the one with the smaller objective. Columns are worked
-on in groups; what couples them is Q e and D e alone, k numbers a row.
+With D it is found by coordinate descent, in groups of columns, which are coupled by Q e and D e
+alone, k numbers a row. A code moves only where that lowers the objective, so what is left of the
+error leans against the update, in what was not looked at more than in what was, and layer after
+layer. So this search aims beyond the update, by OVERSHOOT times the share of it that the nearest
+codes lose.
+
+Without D, and with Q e = 0 as a condition, e w = shift Q up to rounding (Lagrange), so all that is
+sought are the k numbers `shift` of a row, with which Q e vanishes: a few products of whole
+matrices. Codes would then move where a row of Q is large, and there alone, which the inputs may
+know nothing of; so they are dithered, by less than a whole step, for that costs more noise.
+
+Types without a uniform grid are quantised afresh by ggml, and so are rows whose update leaves the
+range of their codes, where that has the smaller objective.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +42,13 @@ from .kernels import Kind
 Floats = npt.NDArray[np.float32]
 STRENGTH = 100.0  # see docs/merge.md for what others do
 OVERSHOOT = 0.05  # of an update that the grid would lose whole, see there
+DITHER = 0.75  # of a step; see there, too
+_AIMS = 8  # times that a row's shift is corrected, at most: with twelve no more was there
+_GAIN = 0.7  # of what a correction would be without the grid, whose answer is the steeper one
+_FAR = 0.6  # of an update that is missing
+_NEAR = 0.001  # of |u|^2 may be left in |Q e|^2, over all rows
+_ROUGH = 0.05  # where more is left, in a row, single codes are looked at
+_CELLS = 1 << 17  # weights at a time in whole rows: their arrays fit a processor's cache
 _GROUP = 256  # columns at a time: a super-block of the K-quants, eight blocks of the others
 _PASSES = 256  # moves of a row's codes in a group, at most: with twice as many nothing changed
 
@@ -81,7 +97,7 @@ def merged(
     kinds: tuple[Kind, Kind],
     update: Update,
     importance: Floats | None = None,
-    strength: float | None = STRENGTH,
+    strength: float = STRENGTH,
 ) -> tuple[kernels.Bytes, npt.NDArray[np.float64]]:
     """Rows of a tensor plus an update.
 
@@ -90,18 +106,20 @@ def merged(
         kinds: the tensor's type, before and after.
         update: with the b of these rows.
         importance: weight of each column (columns), from an importance matrix.
-        strength: 0 rounds to the nearest code, None quantises afresh.
+        strength: 0 rounds to the nearest code.
 
     Returns:
         The new bytes, and |u|^2, |e|^2, u C u and u C e (summed over the rows) of the update u and
         its error e, what the new bytes changed minus u. C is the second moment of what the tensor
-        reads, I + D^T D, where codes are moved, else I.
+        reads, I + D^T D, where directions are known, else I.
 
     Raises:
         FloatingPointError: the update is not finite.
     """
-    rows = _Rows(raw, kinds, update, importance, strength is not None)
+    rows = _Rows(raw, kinds, update, importance)
     pull, residual, over = None, np.zeros((len(raw), len(update.seen)), np.float32), np.float32(0)
+    if rows.layout is not None and strength and update.spanned == len(update.seen):
+        return rows.aimed(strength)
     if rows.layout is not None and strength:
         over = np.float32(OVERSHOOT * rows.lost())
         rows = replace(rows, update=replace(update, b=update.b * (1 + over)))
@@ -123,22 +141,17 @@ def merged(
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """Rows of a tensor and their update, in groups of columns.
-
-    Attributes:
-        keep: whether codes are moved on the grid that is there, if there is one.
-    """
+    """Rows of a tensor and their update, in groups of columns."""
 
     raw: kernels.Bytes
     kinds: tuple[Kind, Kind]
     update: Update
     importance: Floats | None
-    keep: bool
 
     @property
     def layout(self) -> Layout | None:
         before, after = self.kinds
-        return layouts().get(before.name) if self.keep and before == after else None
+        return layouts().get(before.name) if before == after else None
 
     @property
     def pieces(self) -> list[slice]:
@@ -159,6 +172,23 @@ class _Rows:
         seen, weights = self.update.seen[:, some], _weights(self.importance, some)
         return _Group(layout, self.kinds[0].number, delta, seen, weights, pull)
 
+    def aimed(self, strength: float) -> tuple[kernels.Bytes, npt.NDArray[np.float64]]:
+        """New bytes and sums, as of `merged`, without directions: some whole rows at a time."""
+        columns = self.update.a.shape[1]
+        new, sums, pull = np.empty_like(self.raw), np.zeros(4), self.update.pull(strength)
+        count = max(1, _CELLS // columns)
+        for first in range(0, len(self.raw), count):
+            some = slice(first, first + count)
+            piece = replace(
+                self, raw=self.raw[some], update=replace(self.update, b=self.update.b[some])
+            )
+            residual = np.zeros((len(piece.raw), len(pull)), np.float32)
+            new[some], delta, error = piece.rounded(slice(0, columns), pull, residual, aim=True)
+            delta, error = delta.reshape(-1), error.reshape(-1)
+            whole, product = delta @ delta, delta @ error
+            sums += whole, error @ error, whole, product
+        return new, sums
+
     def nearest(self) -> Floats:
         """Q e and D e with every code the nearest one."""
         assert self.layout is not None
@@ -177,7 +207,7 @@ class _Rows:
         return min(1.0, max(0.0, -float((wanted * error).sum()) / whole)) if whole else 0.0
 
     def rounded(
-        self, some: slice, pull: Floats | None, residual: Floats
+        self, some: slice, pull: Floats | None, residual: Floats, aim: bool = False
     ) -> tuple[kernels.Bytes, Floats, Floats]:
         """New bytes of some columns, their update and its error; `residual` is kept."""
         part, delta = self.part(some)
@@ -186,9 +216,8 @@ class _Rows:
             before, after = self.kinds
             done, error = _afresh(part, before.number, after.number, delta, diagonal)
         else:
-            done, error = self.group(self.layout, some, delta, pull).rounded(
-                part, residual, diagonal
-            )
+            group = self.group(self.layout, some, delta, pull)
+            done, error = group.rounded(part, residual, diagonal, aim)
         return done, delta, error
 
 
@@ -221,19 +250,18 @@ class _Group:
     pull: Floats | None
 
     def rounded(
-        self, raw: kernels.Bytes, residual: Floats, importance: Floats | None
+        self, raw: kernels.Bytes, residual: Floats, importance: Floats | None, aim: bool
     ) -> tuple[kernels.Bytes, Floats]:
         """New bytes and error; `residual` (Q e and D e, rows×k) is kept up to date."""
-        before = residual.copy()
         codes = self.layout.unpack(raw)
-        moved, error, clipped = self._moved(codes, raw, residual)
+        moved, error, clipped = self._moved(codes, raw, residual, aim)
         new = self.layout.pack(raw, codes + moved)
         rows = np.flatnonzero(clipped)
         if rows.size:
             fresh, other = _afresh(
                 raw[rows], self.ggml_type, self.ggml_type, self.delta[rows], importance
             )
-            seen = before[rows] - self.nearest(raw, codes)[rows] @ self.seen.T
+            seen = residual[rows] - error[rows] @ self.seen.T  # of all other groups
             wins = self._objective(other, seen) < self._objective(error[rows], seen)
             chosen = rows[wins]
             new[chosen], error[chosen] = fresh[wins], other[wins]
@@ -260,34 +288,105 @@ class _Group:
         return moved
 
     def _moved(
-        self, codes: Codes, raw: kernels.Bytes, residual: Floats
+        self, codes: Codes, raw: kernels.Bytes, residual: Floats, aim: bool
     ) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
         """By how much each code changes, the error left, the rows that leave the codes' range."""
         steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])
         inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
-        down, up = self.layout.lowest - codes, self.layout.highest - codes
+        down = (self.layout.lowest - codes).astype(np.float32)
+        up = (self.layout.highest - codes).astype(np.float32)
+        grid = _Grid(steps, inverse, down, up)
         moved = self.delta * inverse
         clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
-        np.clip(np.rint(moved, out=moved), down, up, out=moved)
+        if aim:
+            moved, residual[:] = self._aimed(grid)
+        else:
+            np.clip(np.rint(moved, out=moved), down, up, out=moved)
         error = moved * steps - self.delta
-        if self.pull is None:
-            return moved.astype(np.int16), error, clipped
-        pulled = self.seen * self.pull[:, None]
-        gram = self.seen.T @ pulled
-        gram[np.diag_indices(len(gram))] += self.weights
+        if aim:
+            off, whole = ((x**2).sum(axis=1) for x in (residual, self.delta))
+            rows = np.flatnonzero(off > _ROUGH * whole)
+            pieces = range(0, codes.shape[1], _GROUP) if rows.size else []
+            for first in pieces:
+                self._improve(moved, error, residual, grid, rows, slice(first, first + _GROUP))
+        elif self.pull is not None:
+            rows = np.arange(len(moved))
+            self._improve(moved, error, residual, grid, rows, slice(None))
+        return moved.astype(np.int16), error, clipped
+
+    def _improve(
+        self, moved: Floats, error: Floats, residual: Floats, grid: _Grid,
+        rows: npt.NDArray[np.intp], some: slice,
+    ) -> None:  # fmt: skip
+        """Move single codes, of some columns of some rows, while the objective falls; in place."""
+        assert self.pull is not None
+        seen, weights = self.seen[:, some], self.weights[some]
+        pulled = seen * self.pull[:, None]
+        gram = seen.T @ pulled
+        gram[np.diag_indices(len(gram))] += weights
         curvature = gram.diagonal().copy()
         # The best change of each error, were it not for the grid: the derivative there is 0.
-        best = residual @ (pulled / -curvature)
-        best -= error * (self.weights / curvature)
-        rows = np.flatnonzero(np.rint(best * inverse).any(axis=1))
-        if rows.size:
-            room = down[rows] - moved[rows], up[rows] - moved[rows]
-            total = _descend(best[rows], steps[rows], inverse[rows], *room, gram, curvature)
-            moved[rows] += total
-            total *= steps[rows]
-            error[rows] += total
-            residual[rows] += total @ self.seen.T
-        return moved.astype(np.int16), error, clipped
+        best = residual[rows] @ (pulled / -curvature)
+        best -= error[rows, some] * (weights / curvature)
+        able = np.flatnonzero(np.rint(best * grid.inverse[rows, some]).any(axis=1))
+        if not able.size:
+            return
+        here = rows[able]
+        steps, before = grid.steps[here, some], moved[here, some]
+        room = grid.down[here, some] - before, grid.up[here, some] - before
+        total = _descend(best[able], steps, grid.inverse[here, some], *room, gram, curvature)
+        moved[here, some] += total
+        total *= steps
+        error[here, some] += total
+        residual[here] += total @ seen.T
+
+    def _aimed(self, grid: _Grid) -> tuple[Floats, Floats]:
+        """The moves of the codes with which Q e is near 0, and Q e."""
+        spread = self.seen / self.weights
+        take = np.linalg.inv(spread @ self.seen.T) * np.float32(_GAIN)
+        dither = _dither(grid.steps.shape, DITHER)
+        wanted = self.delta @ self.seen.T
+
+        def moves(shift: Floats) -> tuple[Floats, Floats]:
+            moved = shift @ spread
+            moved += self.delta
+            moved *= grid.inverse
+            moved += dither
+            np.rint(moved, out=moved)
+            np.clip(moved, grid.down, grid.up, out=moved)
+            return moved, wanted - (moved * grid.steps) @ self.seen.T
+
+        size = (wanted**2).sum(axis=1, keepdims=True)
+        shift = best = np.zeros_like(wanted)
+        least = np.full_like(size, np.inf)
+        for _ in range(_AIMS):
+            moved, missing = moves(shift)
+            off = (missing**2).sum(axis=1, keepdims=True)
+            if off.sum() <= _NEAR * size.sum():
+                return moved, -missing
+            best, least = np.where(off < least, shift, best), np.minimum(off, least)
+            # Where codes hardly move yet, what is missing says not how far it is: go on by leaps.
+            far = (missing * wanted).sum(axis=1, keepdims=True) > np.float32(_FAR) * size
+            shift = shift + missing @ take + far * np.float32(_GAIN) * shift
+        moved, missing = moves(best)
+        return moved, -missing
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The steps of some weights (rows×columns), their inverses, how far each code may move."""
+
+    steps: Floats
+    inverse: Floats
+    down: Floats
+    up: Floats
+
+
+@lru_cache(maxsize=4)
+def _dither(shape: tuple[int, int], size: float) -> Floats:
+    """Even between -size/2 and size/2; the same at every call, as a merge shall be."""
+    random = np.random.default_rng(0).random(shape, np.float32)
+    return np.asarray((random - np.float32(0.5)) * np.float32(size), np.float32)
 
 
 def _descend(

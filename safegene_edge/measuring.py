@@ -32,7 +32,7 @@ def merge(
     `converters.merging.merge`.
 
     Args:
-        plain: do not run it, and quantise touched tensors afresh, as others do.
+        plain: do not run it, and round with what the update alone tells.
     """
     given, settings = list(adapters), settings or MergeSettings()
     Plan.of(model, given, settings).check_outputs(output)  # nobody wants to learn that later

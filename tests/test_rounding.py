@@ -148,3 +148,68 @@ def test_the_search_aims_beyond_what_the_grid_loses_and_no_further(monkeypatch):
     plain = kept(1), kept(40)
     assert plain[0] < 0.96 < aimed[0] < 1.04
     assert abs(aimed[1] - plain[1]) < 0.01
+
+
+def of_random(kind, times, *, spread=1.0, width=1024):
+    """A quantised matrix, its type, a small update and the function that undoes quantisation."""
+    random = np.random.default_rng(8)
+    type_ = kernels.Kind.of(int(GGMLQuantizationType[kind]))
+    raw = kernels.quantise(random.normal(size=(48, width)).astype(np.float32), type_.number)
+    sizes = np.where(np.arange(width) < width // 2, spread, 1)
+    a = random.normal(0, width**-0.5, (4, width)) * sizes
+    b = times * random.normal(0, 1, (48, 4))
+    before = kernels.dequantise(raw, type_.number, (48, width))
+    update = rounding.Update.of(np.float32(a), np.float32(b))
+
+    def kept(**more):
+        new, sums = rounding.merged(raw, (type_, type_), update, **more)
+        return kernels.dequantise(new, type_.number, (48, width)) - before, sums
+
+    return update, kept
+
+
+@pytest.mark.parametrize("kind", layouts())
+def test_without_directions_the_updates_own_see_it_whole(kind):
+    """And no weight is quantised anew, so that most of them are as they were."""
+    update, kept = of_random(kind, 0.5)
+    wanted, (got, sums) = update.b @ update.a, kept()
+    basis = update.seen.T
+    assert np.linalg.norm((got - wanted) @ basis) < 0.15 * np.linalg.norm(wanted)
+    assert (got * wanted).sum() / (wanted**2).sum() == pytest.approx(1, abs=0.03)
+    assert sums[0] == pytest.approx((wanted**2).sum(), rel=1e-3)
+    assert sums[1] == pytest.approx(((got - wanted) ** 2).sum(), rel=1e-3)
+
+
+@pytest.mark.parametrize("times", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_of_an_update_far_below_the_grid_never_more_than_itself_is_there(times):
+    update, kept = of_random("Q4_0", times)
+    wanted, got = update.b @ update.a, kept()[0]
+    shares = (got * wanted).sum(axis=1) / (wanted**2).sum(axis=1)
+    assert shares.max() < 1.6 and shares.mean() < 1.01
+    off = np.linalg.norm((got - wanted) @ update.seen.T, axis=1)
+    assert (off <= 1.001 * np.linalg.norm(wanted, axis=1)).all()
+
+
+def test_dithered_codes_move_where_the_update_is_small_as_well(monkeypatch):
+    """Inputs may lie where a row of A has its small entries, and nowhere else."""
+    update, kept = of_random("Q4_0", 1.0, spread=0.5)
+    wanted = (update.b @ update.a)[:, :512]
+
+    def share():
+        return float((kept()[0][:, :512] * wanted).sum() / (wanted**2).sum())
+
+    dithered = share()
+    monkeypatch.setattr(rounding, "DITHER", 0.0)
+    assert share() < 0.6
+    assert dithered > share() + 0.2
+
+
+def test_columns_that_weigh_more_take_less_of_the_error():
+    update, kept = of_random("Q4_0", 0.5)
+    importance = np.where(np.arange(1024) % 8 == 0, 16.0, 1.0).astype(np.float32)
+    wanted = update.b @ update.a
+    errors = [kept()[0] - wanted, kept(importance=importance)[0] - wanted]
+    heavy = [np.linalg.norm(error[:, ::8]) for error in errors]
+    assert heavy[1] < 0.7 * heavy[0]
+    lost = np.linalg.norm(errors[1] @ update.seen.T)
+    assert lost < 0.15 * np.linalg.norm(wanted)

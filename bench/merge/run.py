@@ -47,7 +47,7 @@ KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 JUDGED = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 GENE = HERE.parent.parent / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
 PROMPTS, ASKED, ANSWER, KILLS = 200, 200, 8, 50
-WAYS = ("ours", "two-step", "plain")
+WAYS = ("ours", "plain", "two-step")
 Rows = dict[tuple[int, int], np.ndarray]
 
 
@@ -218,32 +218,52 @@ def family(name: str, results: dict[str, Any]) -> None:
     work.mkdir(exist_ok=True)
     for kind in KINDS:
         model, adapter = real_model(name, kind, work)
-        key = f"{sha256(model)}{sha256(adapter)}{code()}"
-        cell = results.setdefault(name, {}).get(kind, {})
-        judged = name == "smollm2" and kind in JUDGED
-        if cell.get("key") == key and ("refused" in cell or not judged):
+        inputs = f"{sha256(model)}{sha256(adapter)}"
+        before = results.setdefault(name, {}).get(kind, {})
+        if before.get("key") == inputs + code():
             continue
         print(f"{name} {kind}", file=sys.stderr, flush=True)
-        mine, theirs, plain = (work / f"{n}.gguf" for n in ("ours", "theirs", "plain"))
-        cell = {"key": key, "runs": []}
+        files = {way: work / f"{way}.gguf" for way in WAYS}
+        runs = []
         for _ in range(3 if name == "smollm2" else 1):
-            cell["runs"].append({"ours": ours(model, adapter, mine),
-                                 "two-step": two_steps(model, adapter, theirs, kind)})  # fmt: skip
-        cell |= compared(model, mine, adapter)
-        cell["plain"] = ours(model, adapter, plain, "--plain")
-        truth = Sequences(model, adapter)
-        cell["ours"], cell["two-step"] = truth.against(mine), truth.against(theirs)
-        cell["plain"] |= truth.against(plain)
-        if name == "smollm2":
-            cell["without"] = truth.against(model)
-        if judged:
-            cell["refused"] = {"side-loaded": refusals(model, [adapter]),
-                               "merged": refusals(mine, []),
-                               "two-step": refusals(theirs, [])}  # fmt: skip
-        results[name][kind] = cell
+            runs.append({
+                "ours": ours(model, adapter, files["ours"]),
+                "plain": ours(model, adapter, files["plain"], "--plain"),
+                "two-step": two_steps(model, adapter, files["two-step"], kind),
+            })  # fmt: skip
+        known = before.get("measured", {}) if before.get("inputs") == inputs else {}
+        made = {way: sha256(path) for way, path in files.items()}
+        judged = name == "smollm2" and kind in JUDGED
+        results[name][kind] = {
+            "key": inputs + code(), "inputs": inputs, "runs": runs, "made": made,
+            "compared": {way: compared(model, files[way], adapter) for way in ("ours", "plain")},
+            "measured": measured(model, adapter, {made[way]: files[way] for way in WAYS}, known,
+                                 judged),
+        }  # fmt: skip
         save(results)
-        for path in (mine, theirs, plain):
+        for path in files.values():
             path.unlink()
+
+
+def measured(
+    model: Path, adapter: Path, files: dict[str, Path], known: dict[str, Any], judged: bool
+) -> dict[str, Any]:
+    """Divergence and refusals by a file's hash; `known` ones are not measured again."""
+    found = {digest: known[digest] for digest in ("side-loaded", "without", *files)
+             if digest in known}  # fmt: skip
+    missing = {digest: path for digest, path in files.items() if digest not in found}
+    if missing:
+        truth = Sequences(model, adapter)
+        for digest, path in missing.items():
+            found[digest] = truth.against(path)
+        if judged and "without" not in found:
+            found["without"] = truth.against(model)
+    if judged:
+        for digest in missing:
+            found[digest]["refused"] = refusals(files[digest], [])
+        if "side-loaded" not in found:
+            found["side-loaded"] = {"refused": refusals(model, [adapter])}
+    return found
 
 
 def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
@@ -288,14 +308,14 @@ def large(results: dict[str, Any]) -> None:
         runs = []
         for _ in range(3):
             # No model of random weights is worth measuring, nor are minutes of it.
-            runs.append({"ours": ours(model, adapter, mine, "--plain"),
+            runs.append({"plain": ours(model, adapter, mine, "--plain"),
                          "two-step": two_steps(model, adapter, theirs, "Q4_K_M")})  # fmt: skip
             print(runs[-1], file=sys.stderr, flush=True)
         results["large"] = {
             "bytes": model.stat().st_size,
             "touched": len(open_adapter(adapter)) // 2,
             "runs": runs,
-            **compared(model, mine, adapter),
+            "compared": {"plain": compared(model, mine, adapter)},
         }
         save(results)
     finally:
@@ -352,17 +372,20 @@ def text(results: dict[str, Any]) -> str:
         "llama-cpp-python ships. KL: mean KL(side-loaded ‖ merged) in nats a token, over "
         f"{PROMPTS} harmless prompts (half of them borderline) and the first {ANSWER} tokens of "
         "the side-loaded model's answers; without: the model with no adapter at all. Seconds and "
-        "peak RSS are of whole commands, medians of runs that took turns.\n",
+        "peak RSS are of whole commands, medians of runs that took turns; ratios are of the "
+        "two-step way to --plain.\n",
     ]
     for name in ("smollm2", "qwen"):
-        if name in results:
-            parts.append(f"## {name}\n\n{_truth(results[name])}\n{_speed(results[name])}")
-            if judged := {k: c for k, c in results[name].items() if "refused" in c}:
+        if any("made" in cell for cell in results.get(name, {}).values()):
+            cells = {kind: cell for kind, cell in results[name].items() if "made" in cell}
+            parts.append(f"## {name}\n\n{_truth(cells)}\n{_speed(cells)}")
+            judged = {k: c for k, c in cells.items() if "side-loaded" in c["measured"]}
+            if judged:
                 parts.append(_refused(judged))
     if "large" in results:
         cell = results["large"]
         size = f"{cell['bytes'] / 1e9:.1f} GB, {cell['touched']} tensors touched"
-        parts.append(f"## A synthetic 7B, {size}, ours with --plain\n\n{_speed({'Q4_K_M': cell})}")
+        parts.append(f"## A synthetic 7B, {size}\n\n{_speed({'Q4_K_M': cell})}")
     if "kill" in results:
         facts = ", ".join(f"{key}: {value}" for key, value in results["kill"].items())
         parts.append(f"## SIGKILL at random moments\n\n{facts}\n")
@@ -371,28 +394,25 @@ def text(results: dict[str, Any]) -> str:
 
 
 def _truth(cells: dict[str, Any]) -> str:
-    rows = [
-        [kind, "yes" if c["types"] and not c["data_bytes"] else "NO",
-         f"{c['identical']}/{c['untouched']}", f"{c['header_bytes']:+}",
-         *(f"{c[way]['kl']:.5f}" for way in WAYS),
-         f"{c['without']['kl']:.4f}" if "without" in c else "",
-         f"{c['ours']['largest']:.4f}"]
-        for kind, c in cells.items()
-    ]  # fmt: skip
-    if rows:
-        means = [np.mean([c[w]["kl"] for c in cells.values()]) for w in WAYS]
-        rows.append(["mean", "", "", "", *(f"{m:.5f}" for m in means), "", ""])
+    rows = []
+    for kind, cell in cells.items():
+        kept = cell["compared"].values()
+        found = [cell["measured"][cell["made"][way]] for way in WAYS]
+        rows.append([
+            kind, "yes" if all(c["types"] and not c["data_bytes"] for c in kept) else "NO",
+            ", ".join(f"{c['identical']}/{c['untouched']}" for c in kept),
+            ", ".join(f"{c['header_bytes']:+}" for c in kept),
+            *(f"{way['kl']:.5f}" for way in found),
+            f"{cell['measured']['without']['kl']:.4f}" if "without" in cell["measured"] else "",
+            *(f"{way['largest']:.4f}" for way in found[:2]),
+        ])  # fmt: skip
+    means = [np.mean([c["measured"][c["made"][way]]["kl"] for c in cells.values()]) for way in WAYS]
+    rows.append(["mean", "", "", "", *(f"{mean:.5f}" for mean in means), "", "", ""])
     header = [
-        "type",
-        "types and size kept",
-        "untouched identical",
-        "header, bytes",
-        "KL, ours",
-        "KL, two-step",
-        "KL, --plain",
-        "KL, without",
-        "largest difference of a log-probability",
-    ]
+        "type", "types and size kept", "untouched identical (ours, --plain)", "header, bytes",
+        "KL, ours", "KL, --plain", "KL, two-step", "KL, without",
+        "largest difference of a log-probability, ours", "--plain",
+    ]  # fmt: skip
     return table(header, rows)
 
 
@@ -400,16 +420,17 @@ def _speed(cells: dict[str, Any]) -> str:
     rows = []
     for kind, cell in cells.items():
         runs = cell["runs"]
-        ratio = np.median([r["two-step"]["seconds"] / r["ours"]["seconds"] for r in runs])
-        rows.append(
-            [kind, *(f"{median(runs, w, 'seconds'):.1f}" for w in ("ours", "two-step")),
-             f"{ratio:.2f}", *(f"{median(runs, w, 'mib'):.0f}" for w in ("ours", "two-step")),
-             f"{median(runs, 'two-step', 'mib') / median(runs, 'ours', 'mib'):.1f}",
-             *(f"{cell['plain'][w]:.1f}" if "plain" in cell else ""
-               for w in ("seconds", "mib"))]
-        )  # fmt: skip
-    header = ["type", "s, ours", "s, two-step", "ratio", "MiB, ours", "MiB, two-step", "ratio",
-              "s with --plain", "MiB"]  # fmt: skip
+        ways = [way for way in WAYS if way in runs[0]]
+        medians = {what: {w: median(runs, w, what) for w in ways} for what in ("seconds", "mib")}
+        faster = np.median([r["two-step"]["seconds"] / r["plain"]["seconds"] for r in runs])
+        smaller = medians["mib"]["two-step"] / medians["mib"]["plain"]
+        row = [kind]
+        for what, form, ratio in (("seconds", ".1f", faster), ("mib", ".0f", smaller)):
+            row += [format(medians[what][w], form) if w in ways else "" for w in WAYS]
+            row.append(f"{ratio:.2f}")
+        rows.append(row)
+    header = ["type", "s, ours", "s, --plain", "s, two-step", "ratio", "MiB, ours",
+              "MiB, --plain", "MiB, two-step", "ratio"]  # fmt: skip
     return table(header, rows)
 
 
@@ -418,16 +439,15 @@ def _refused(cells: dict[str, Any]) -> str:
     for kind, cell in cells.items():
         row = [kind]
         for suite in ("advbench", "harmbench"):
-            side, *merged = (
-                cell["refused"][w][suite] for w in ("side-loaded", "merged", "two-step")
-            )
+            side = cell["measured"]["side-loaded"]["refused"][suite]
             row.append(str(Count(side.count("1"), len(side))))
-            for hits in merged:
+            for way in WAYS:
+                hits = cell["measured"][cell["made"][way]]["refused"][suite]
                 points = 100 * (hits.count("1") - side.count("1")) / len(side)
                 row.append(f"{hits.count('1')} ({points:+.1f})")
         rows.append(row)
-    header = ["refused", "AdvBench, side-loaded", "ours (points)", "two-step (points)",
-              "HarmBench, side-loaded", "ours (points)", "two-step (points)"]  # fmt: skip
+    ways = ["ours (points)", "--plain (points)", "two-step (points)"]
+    header = ["refused", "AdvBench, side-loaded", *ways, "HarmBench, side-loaded", *ways]
     return table(header, rows)
 
 

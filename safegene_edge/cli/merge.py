@@ -28,7 +28,7 @@ _TOOLS = ("ollama", "llama-server", "lm-studio")
 @click.option(
     "--plain",
     is_flag=True,
-    help="Do not run the model first; quantise touched tensors afresh, as others do.",
+    help="Do not run the model first: fast, in little memory, and less exact.",
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
@@ -148,8 +148,8 @@ def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:
     lines += [
         f"{len(report.tensors)} tensors to touch, {report.untouched} copied as they are",
         f"{report.before:,} bytes in, {report.after:,} bytes out",
-        f"about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB of memory; "
-        "before that, without --plain, the model is run on a few prompts",
+        f"with --plain about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB; "
+        "else the model is run on a few prompts first, and the search takes several times as long",
     ]
     return "\n".join(lines)
 
