@@ -28,7 +28,7 @@ from .rewrite import Place
 from .rounding import Update
 
 Progress: TypeAlias = Callable[[int, int], None] | None
-WORKER_MEMORY = 81 << 20  # bytes that a worker takes with SmolLM2; 45 MiB with --plain
+WORKER_MEMORY = 52 << 20  # bytes that a worker takes with --plain; 81 MiB else, with SmolLM2
 _ROWS, _BYTES = 1024, 1 << 20  # of a tensor that are worked on at a time
 _WORTH = 8_000_000  # weights below which a worker takes longer to start than to help
 
@@ -63,11 +63,13 @@ class Job:
 
     Attributes:
         model: for messages; place: where the tensor lies and goes.
+        kinds: its type, before and after; workers need not load gguf-py for it.
         importance: a weight for each column, or None.
     """
 
     model: Path
     place: Place
+    kinds: tuple[Kind, Kind]
     update: Update
     importance: rounding.Floats | None
 
@@ -79,7 +81,7 @@ class Job:
         """
         info = self.place.info
         rows, columns = info.shape
-        kinds = Kind.of(info.ggml_type), Kind.of(self.place.ggml_type)
+        kinds = self.kinds
         widths = [kind.width(columns) for kind in kinds]
         block = max(64, min(_ROWS, _BYTES // widths[0]))
         sums, changed = np.zeros(4), 0
@@ -88,7 +90,7 @@ class Job:
                 count = min(block, rows - start)
                 data = os.pread(source.fileno(), count * widths[0], info.offset + start * widths[0])
                 raw = np.frombuffer(data, np.uint8).reshape(count, widths[0])
-                new, found = self._merged(raw, kinds, start)
+                new, found = self._merged(raw, start)
                 sums += found
                 changed += int((raw != new).sum()) if kinds[0] == kinds[1] else 0
                 if handle is not None:
@@ -100,12 +102,10 @@ class Job:
             changed if kinds[0] == kinds[1] else -1,
         )  # fmt: skip
 
-    def _merged(
-        self, raw: Bytes, kinds: tuple[Kind, Kind], start: int
-    ) -> tuple[Bytes, npt.NDArray[np.float64]]:
+    def _merged(self, raw: Bytes, start: int) -> tuple[Bytes, npt.NDArray[np.float64]]:
         piece = replace(self.update, b=self.update.b[start : start + len(raw)])
         try:
-            return rounding.merged(raw, kinds, piece, self.importance)
+            return rounding.merged(raw, self.kinds, piece, self.importance)
         except FloatingPointError:
             raise SafeGeneError(
                 f"{self.model}: the update of '{self.place.info.name}' is not finite",

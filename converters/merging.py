@@ -85,7 +85,7 @@ class MergeReport:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a merge will take: seconds on this machine, and bytes of memory."""
+    """What a merge without directions will take: seconds on this machine, and bytes of memory."""
 
     seconds: float
     memory: int
@@ -260,9 +260,10 @@ class Plan:
     def jobs(self, places: Iterable[Place]) -> list[Job]:
         """The work on touched tensors, one by one."""
         return [
-            Job(self.name, p, self.updates[p.info.name], self.importance.get(p.info.name))
+            Job(self.name, p, (Kind.of(p.info.ggml_type), Kind.of(p.ggml_type)),
+                self.updates[p.info.name], self.importance.get(p.info.name))
             for p in places
-        ]
+        ]  # fmt: skip
 
     def estimate(self) -> Estimate:
         """Time and memory, from a sample of each type's rows and of the copying."""

@@ -148,8 +148,8 @@ def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:
     lines += [
         f"{len(report.tensors)} tensors to touch, {report.untouched} copied as they are",
         f"{report.before:,} bytes in, {report.after:,} bytes out",
-        f"with --plain about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB; "
-        "else the model is run on a few prompts first, and the search takes several times as long",
+        f"with --plain about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB "
+        "of memory; else the model is run on a few prompts first, and the search takes longer",
     ]
     return "\n".join(lines)
 
