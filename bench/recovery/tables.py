@@ -34,10 +34,10 @@ def write_tables() -> None:
         "layers. That, and Qwen's AG News, SST-2 and identity fine-tunes, were learnt on a GPU; "
         "Qwen's coefficients with all layers were found on another machine than the one below, "
         "where AG News' and SST-2's answers were measured, too. As extraction and recalibration "
-        "are now: ours, all layers, SmolLM2's coefficients of 1 and other quantisations. Qwen's "
-        "coefficients of 1, and what was trained for one model, are of those before: layers chosen "
-        "by how far their outputs move, 40 more steps with these, refusals smoothed by a nat, "
-        "other calibration prompts.\n",
+        "are now: ours, all layers, coefficients of 1 (SmolLM2's, and Qwen's AG News) and other "
+        "quantisations. Qwen's other coefficients of 1, and what was trained for one model, are of "
+        "those before: layers chosen by how far their outputs move, 40 more steps with these, "
+        "refusals smoothed by a nat, other calibration prompts.\n",
     ]
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"
