@@ -81,6 +81,11 @@ class Update:
         seen = basis if directions is None else np.concatenate([basis, directions])
         return cls(a, b, seen, len(basis))
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing is known of the inputs."""
+        return self.spanned == len(self.seen)
+
     def sees(self, first: int = 0, end: int | None = None) -> Floats:
         """What the rows of `seen` from `first` to `end` see of the update (out×k)."""
         return np.asarray(self.b @ (self.a @ self.seen[first:end].T), np.float32)
@@ -118,7 +123,7 @@ def merged(
     """
     rows = _Rows(raw, kinds, update, importance)
     pull, residual, over = None, np.zeros((len(raw), len(update.seen)), np.float32), np.float32(0)
-    if rows.layout is not None and strength and update.spanned == len(update.seen):
+    if rows.layout is not None and strength and update.alone:
         return rows.aimed(strength)
     if rows.layout is not None and strength:
         over = np.float32(OVERSHOOT * rows.lost())
@@ -128,10 +133,8 @@ def merged(
     for some in rows.pieces:
         done, aim, error = rows.rounded(some, pull, residual)
         new[:, kinds[1].width(some.start) : kinds[1].width(some.stop)] = done
-        delta = (aim / (1 + over)).reshape(-1)
-        error = error.reshape(-1) + over * delta
-        whole, product = delta @ delta, delta @ error
-        sums += whole, error @ error, whole, product
+        delta = aim / (1 + over)
+        sums += _sums(delta, error + over * delta)
     if pull is not None:
         wanted = update.sees(update.spanned)  # D u
         error = residual[:, update.spanned :] + over * wanted
@@ -170,7 +173,8 @@ class _Rows:
 
     def group(self, layout: Layout, some: slice, delta: Floats, pull: Floats | None) -> _Group:
         seen, weights = self.update.seen[:, some], _weights(self.importance, some)
-        return _Group(layout, self.kinds[0].number, delta, seen, weights, pull)
+        aim = self.update.alone and pull is not None
+        return _Group(layout, self.kinds[0].number, delta, seen, weights, pull, aim)
 
     def aimed(self, strength: float) -> tuple[kernels.Bytes, npt.NDArray[np.float64]]:
         """New bytes and sums, as of `merged`, without directions: some whole rows at a time."""
@@ -183,10 +187,8 @@ class _Rows:
                 self, raw=self.raw[some], update=replace(self.update, b=self.update.b[some])
             )
             residual = np.zeros((len(piece.raw), len(pull)), np.float32)
-            new[some], delta, error = piece.rounded(slice(0, columns), pull, residual, aim=True)
-            delta, error = delta.reshape(-1), error.reshape(-1)
-            whole, product = delta @ delta, delta @ error
-            sums += whole, error @ error, whole, product
+            new[some], delta, error = piece.rounded(slice(0, columns), pull, residual)
+            sums += _sums(delta, error)
         return new, sums
 
     def nearest(self) -> Floats:
@@ -207,7 +209,7 @@ class _Rows:
         return min(1.0, max(0.0, -float((wanted * error).sum()) / whole)) if whole else 0.0
 
     def rounded(
-        self, some: slice, pull: Floats | None, residual: Floats, aim: bool = False
+        self, some: slice, pull: Floats | None, residual: Floats
     ) -> tuple[kernels.Bytes, Floats, Floats]:
         """New bytes of some columns, their update and its error; `residual` is kept."""
         part, delta = self.part(some)
@@ -217,8 +219,15 @@ class _Rows:
             done, error = _afresh(part, before.number, after.number, delta, diagonal)
         else:
             group = self.group(self.layout, some, delta, pull)
-            done, error = group.rounded(part, residual, diagonal, aim)
+            done, error = group.rounded(part, residual, diagonal)
         return done, delta, error
+
+
+def _sums(delta: Floats, error: Floats) -> npt.NDArray[np.float64]:
+    """What `merged` counts, of some columns, with inputs that are spread evenly."""
+    delta, error = delta.reshape(-1), error.reshape(-1)
+    whole, product = delta @ delta, delta @ error
+    return np.array([whole, error @ error, whole, product], np.float64)
 
 
 def _weights(importance: Floats | None, some: slice) -> Floats:
@@ -240,7 +249,12 @@ def _afresh(
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Some columns of some rows, on their way back to their own quantisation."""
+    """Some columns of some rows, on their way back to their own quantisation.
+
+    Attributes:
+        pull: see `Update.pull`; without it every code is the nearest one.
+        aim: these are all columns, and nothing is known of the inputs.
+    """
 
     layout: Layout
     ggml_type: int
@@ -248,13 +262,14 @@ class _Group:
     seen: Floats
     weights: Floats
     pull: Floats | None
+    aim: bool
 
     def rounded(
-        self, raw: kernels.Bytes, residual: Floats, importance: Floats | None, aim: bool
+        self, raw: kernels.Bytes, residual: Floats, importance: Floats | None
     ) -> tuple[kernels.Bytes, Floats]:
         """New bytes and error; `residual` (Q e and D e, rows×k) is kept up to date."""
         codes = self.layout.unpack(raw)
-        moved, error, clipped = self._moved(codes, raw, residual, aim)
+        moved, error, clipped = self._moved(codes, raw, residual)
         new = self.layout.pack(raw, codes + moved)
         rows = np.flatnonzero(clipped)
         if rows.size:
@@ -276,9 +291,9 @@ class _Group:
         seen = others + error @ self.seen.T
         return np.asarray(own + seen**2 @ self.pull, np.float32)
 
-    def nearest(self, raw: kernels.Bytes, codes: Codes | None = None) -> Floats:
+    def nearest(self, raw: kernels.Bytes) -> Floats:
         """The error where every code is the nearest one (rows×columns)."""
-        codes = self.layout.unpack(raw) if codes is None else codes
+        codes = self.layout.unpack(raw)
         steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])
         moved = np.divide(self.delta, steps, out=np.zeros_like(steps), where=steps != 0)
         np.rint(moved, out=moved)
@@ -288,7 +303,7 @@ class _Group:
         return moved
 
     def _moved(
-        self, codes: Codes, raw: kernels.Bytes, residual: Floats, aim: bool
+        self, codes: Codes, raw: kernels.Bytes, residual: Floats
     ) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
         """By how much each code changes, the error left, the rows that leave the codes' range."""
         steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])
@@ -298,12 +313,12 @@ class _Group:
         grid = _Grid(steps, inverse, down, up)
         moved = self.delta * inverse
         clipped = np.any((moved < down - 1) | (moved > up + 1), axis=1)
-        if aim:
+        if self.aim:
             moved, residual[:] = self._aimed(grid)
         else:
             np.clip(np.rint(moved, out=moved), down, up, out=moved)
         error = moved * steps - self.delta
-        if aim:
+        if self.aim:
             off, whole = ((x**2).sum(axis=1) for x in (residual, self.delta))
             rows = np.flatnonzero(off > _ROUGH * whole)
             pieces = range(0, codes.shape[1], _GROUP) if rows.size else []

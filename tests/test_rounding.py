@@ -181,7 +181,7 @@ def test_without_directions_the_updates_own_see_it_whole(kind):
 
 
 @pytest.mark.parametrize("times", [1e-1, 1e-2, 1e-3, 1e-5])
-def test_of_an_update_far_below_the_grid_never_more_than_itself_is_there(times):
+def test_an_update_far_below_the_grid_never_does_more_harm_than_left_out(times):
     update, kept = of_random("Q4_0", times)
     wanted, got = update.b @ update.a, kept()[0]
     shares = (got * wanted).sum(axis=1) / (wanted**2).sum(axis=1)
