@@ -18,7 +18,7 @@ from adapters import adapter_for, random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters import merge_work
+from safegene_edge.converters import kernels, merge_work
 from safegene_edge.converters.merging import MergeSettings, Plan, merge
 from safegene_edge.errors import (
     MismatchError,
@@ -191,13 +191,22 @@ def test_an_error_in_a_worker_is_the_callers(quantised, tmp_path, monkeypatch):
 def test_more_survives_than_quantised_afresh_and_the_report_says_so(quantised, tmp_path):
     gene = adapter_for(quantised("Q4_0"), tmp_path, size=0.01)
     ours = merge(quantised("Q4_0"), [gene], tmp_path / "ours.gguf")
+    whole, content = open_model(quantised("Q4_0")), SafetyGene.load(gene)
+    there = wanted = 0.0
+    for tensor in ours.tensors:
+        weights, delta = whole.floats(tensor.name), content.delta(tensor.name)
+        kind = whole.tensors[tensor.name].ggml_type
+        made = kernels.dequantise(kernels.quantise(weights + delta, kind), kind, weights.shape)
+        there, wanted = there + ((made - weights) * delta).sum(), wanted + (delta**2).sum()
+    assert ours.survived > there / wanted + 0.3
+    assert there / wanted < 0.8
     source, output = quantised("IQ4_NL"), tmp_path / "out.gguf"  # has no uniform grid
     afresh = merge(source, [gene], output)
     assert ours.survived > afresh.survived + 0.3
     assert ours.warnings == ()
     assert afresh.survived < 0.8
     assert "side-load" in afresh.warnings[-1] and "--promote" in afresh.warnings[-1]
-    content, before, after = SafetyGene.load(gene), open_model(source), open_model(output)
+    before, after = open_model(source), open_model(output)
     tensor = afresh.tensors[0]
     delta = content.delta(tensor.name)
     kept = after.floats(tensor.name) - before.floats(tensor.name)
