@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -218,7 +219,7 @@ def family(name: str, results: dict[str, Any]) -> None:
     work.mkdir(exist_ok=True)
     for kind in KINDS:
         model, adapter = real_model(name, kind, work)
-        inputs = f"{sha256(model)}{sha256(adapter)}"
+        inputs = f"{sha256(model)}{sha256(adapter)}{llama_cpp.__version__}"
         before = results.setdefault(name, {}).get(kind, {})
         if before.get("key") == inputs + code():
             continue
@@ -256,11 +257,12 @@ def measured(
         truth = Sequences(model, adapter)
         for digest, path in missing.items():
             found[digest] = truth.against(path)
-        if judged and "without" not in found:
+        if "without" not in found:
             found["without"] = truth.against(model)
     if judged:
-        for digest in missing:
-            found[digest]["refused"] = refusals(files[digest], [])
+        for digest, path in files.items():
+            if "refused" not in found[digest]:
+                found[digest]["refused"] = refusals(path, [])
         if "side-loaded" not in found:
             found["side-loaded"] = {"refused": refusals(model, [adapter])}
     return found
