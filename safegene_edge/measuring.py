@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from .compat import open_model, other_parts
 from .converters.codes import layouts
 from .converters.merge_inputs import Given, combined
 from .converters.merge_work import Progress
@@ -16,6 +17,8 @@ from .recalibration import Examples
 from .runtime.inputs import Floats, directions
 from .runtime.llama import SafeLlama
 
+RUN_UP_TO = 160_000_000  # bytes of a model: running it and rounding stay within 400 MB
+
 
 def merge(
     model: PathLike,
@@ -23,22 +26,44 @@ def merge(
     output: PathLike,
     *,
     settings: MergeSettings | None = None,
-    plain: bool = False,
+    run: bool | None = None,
     progress: Progress = None,
 ) -> MergeReport:
     """Write the model with the adapters in its own tensors, each in the type that it had.
 
-    The model is run first, see `measured`. All other arguments and errors are those of
-    `converters.merging.merge`.
+    All other arguments and errors are those of `converters.merging.merge`.
 
     Args:
-        plain: do not run it, and round with what the update alone tells.
+        run: see `prepared`.
     """
     given, settings = list(adapters), settings or MergeSettings()
     Plan.of(model, given, settings).check_outputs(output)  # nobody wants to learn that later
-    if not plain and settings.directions is None:
-        settings = measured(model, given, settings)
+    settings = prepared(model, given, settings, run)
     return merge_with(model, given, output, settings=settings, progress=progress)
+
+
+def prepared(
+    model: PathLike,
+    adapters: Iterable[Given],
+    settings: MergeSettings | None = None,
+    run: bool | None = None,
+) -> MergeSettings:
+    """The settings of a merge, with directions where the model is run for them.
+
+    Args:
+        run: whether it is, see `measured`. False takes little memory whatever the model's size,
+            and rounds with what the update alone tells. None runs a model of up to 160 MB.
+    """
+    settings = settings or MergeSettings()
+    if settings.directions is not None or not (is_small(model) if run is None else run):
+        return settings
+    return measured(model, adapters, settings)
+
+
+def is_small(model: PathLike) -> bool:
+    """Whether a model is run if nothing else is asked for."""
+    whole = open_model(model)
+    return sum(part.n_bytes for part in (whole, *other_parts(whole))) <= RUN_UP_TO
 
 
 def measured(

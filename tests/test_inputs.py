@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 from adapters import random_adapter
 from click.testing import CliRunner
 
-from safegene_edge import merge
+from safegene_edge import measuring, merge
 from safegene_edge.cli import cli
 from safegene_edge.compat import open_model
 from safegene_edge.converters.merging import merge as merge_with
-from safegene_edge.errors import LlamaCppError, NoEffectError
+from safegene_edge.errors import LlamaCppError, NoEffectError, OutputError
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.measuring import measured
+from safegene_edge.runtime import inputs
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.inputs import ANSWER, directions, directions_of, inputs_of
 from safegene_edge.runtime.llama import SafeLlama
@@ -34,11 +36,16 @@ def leaning_inputs(tokens=400, width=256, count=3, seed=0):
     return sample.astype(np.float32), basis.astype(np.float32)
 
 
+def read_by(llama, *tensors):
+    """What each tensor reads (tokens×in)."""
+    return {name: x for names, x in inputs_of(llama, tensors, PROMPTS) for name in names}
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
 def test_the_first_layers_input_is_the_normed_embedding(arch, tiny):
     made = tiny(arch)
     with SafeLlama(str(made.gguf_path), n_ctx=64) as llama:
-        seen = inputs_of(llama, ["blk.0.attn_q.weight", "blk.1.ffn_down.weight"], PROMPTS)
+        seen = read_by(llama, "blk.0.attn_q.weight", "blk.1.ffn_down.weight")
         with Engine(llama, n_parallel=2, flash_attn=True) as engine:
             said = [answer.tokens for answer in engine.generate(PROMPTS, max_tokens=ANSWER)]
     file = GGUFFile(made.gguf_path)
@@ -60,11 +67,11 @@ def test_inputs_are_those_with_the_adapters_on(tiny, tmp_path):
     random_adapter(model, size=0.5).save(tmp_path / "a.gguf")
     name = "blk.1.ffn_down.weight"
     with SafeLlama(str(model), n_ctx=64) as llama:
-        without = inputs_of(llama, [name], PROMPTS)[name]
+        without = read_by(llama, name)[name]
         handle = llama.attach(tmp_path / "a.gguf")
-        with_ = inputs_of(llama, [name], PROMPTS)[name]
+        with_ = read_by(llama, name)[name]
         llama.set_scale(handle, 0.0)
-        off = inputs_of(llama, [name], PROMPTS)[name]
+        off = read_by(llama, name)[name]
     np.testing.assert_array_equal(off, without)
     length = sum(map(len, PROMPTS)) - SHARED * (len(PROMPTS) - 1)  # answers differ, too
     assert np.abs(with_[:length] - without[:length]).max() > 1e-3
@@ -96,23 +103,40 @@ def test_odd_samples_give_finite_directions(sample):
     assert np.isfinite(rows).all()
 
 
-def test_the_command_measures_unless_told_not_to(quantised, tmp_path):
+def test_small_models_are_run_and_any_on_request(quantised, tmp_path, monkeypatch):
     model, adapter = quantised("Q4_0"), tmp_path / "a.gguf"
     random_adapter(model, size=0.01).save(adapter)
-    files = []
-    for number, more in enumerate(([], ["--plain"])):
-        output = tmp_path / f"{number}.gguf"
-        done = CliRunner().invoke(
-            cli, ["merge", str(model), str(adapter), "-o", str(output), "--json", *more]
-        )
+
+    def merged(*more):
+        output = tmp_path / "out.gguf"
+        words = ["merge", str(model), str(adapter), "-o", str(output), "--json", *more]
+        done = CliRunner().invoke(cli, words)
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["survived"] > 0.8
-        files.append(output.read_bytes())
-    assert len(files[0]) == len(files[1])
-    assert files[0] != files[1]
-    for number, way in enumerate((merge, merge_with)):
-        way(model, [adapter], tmp_path / "api.gguf")
-        assert (tmp_path / "api.gguf").read_bytes() == files[number]
+        return output.read_bytes()
+
+    run, plain = merged("--run"), merged("--plain")
+    assert len(run) == len(plain)
+    assert run != plain
+    for limit, expected in ((model.stat().st_size, run), (model.stat().st_size - 1, plain)):
+        monkeypatch.setattr(measuring, "RUN_UP_TO", limit)
+        assert merged() == expected
+        merge(model, [adapter], tmp_path / "api.gguf")
+        assert (tmp_path / "api.gguf").read_bytes() == expected
+        words = ["merge", str(model), str(adapter), "--dry-run", "--json"]
+        planned = json.loads(CliRunner().invoke(cli, words).stdout)
+        assert planned["run"] == (expected == run)
+    merge_with(model, [adapter], tmp_path / "converters.gguf")
+    assert (tmp_path / "converters.gguf").read_bytes() == plain
+
+
+def test_a_full_disk_for_temporary_files_is_named(quantised, tmp_path, monkeypatch):
+    model, adapter = quantised("Q4_0"), tmp_path / "a.gguf"
+    random_adapter(model).save(adapter)
+    monkeypatch.setattr(inputs.tempfile, "TemporaryFile", partial(open, "/dev/full", "r+b"))
+    with pytest.raises(OutputError, match="No space left on device"):
+        merge(model, [adapter], tmp_path / "out.gguf")
+    assert list(tmp_path.iterdir()) == [adapter]
 
 
 def test_adapters_that_do_nothing_are_named(quantised, tmp_path):
@@ -131,7 +155,7 @@ def test_a_model_that_cannot_be_run_is_merged_plainly(quantised, tmp_path):
     with pytest.raises(LlamaCppError, match=r"m\.gguf: .*Merge with --plain"):
         merge(model, [adapter], tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
-    merge(model, [adapter], tmp_path / "out.gguf", plain=True)
+    merge(model, [adapter], tmp_path / "out.gguf", run=False)
 
 
 def test_a_model_of_floats_is_not_run(tiny, tmp_path):

@@ -39,6 +39,7 @@ from safegene_edge.evals.judge import judge
 from safegene_edge.evals.statistics import Count
 from safegene_edge.evals.suites import load_suite
 from safegene_edge.gguf_file import sha256, write_text
+from safegene_edge.measuring import RUN_UP_TO, is_small
 from safegene_edge.runtime.engine import kl_from_logits, log_softmax
 from safegene_edge.runtime.quantise import quantise
 
@@ -48,7 +49,7 @@ KINDS = ("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 JUDGED = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "F16")
 GENE = HERE.parent.parent / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
 PROMPTS, ASKED, ANSWER, KILLS = 200, 200, 8, 50
-WAYS = ("ours", "plain", "two-step")
+WAYS = ("run", "plain", "two-step")
 Rows = dict[tuple[int, int], np.ndarray]
 
 
@@ -228,7 +229,7 @@ def family(name: str, results: dict[str, Any]) -> None:
         runs = []
         for _ in range(3 if name == "smollm2" else 1):
             runs.append({
-                "ours": ours(model, adapter, files["ours"]),
+                "run": ours(model, adapter, files["run"], "--run"),
                 "plain": ours(model, adapter, files["plain"], "--plain"),
                 "two-step": two_steps(model, adapter, files["two-step"], kind),
             })  # fmt: skip
@@ -237,7 +238,8 @@ def family(name: str, results: dict[str, Any]) -> None:
         judged = name == "smollm2" and kind in JUDGED
         results[name][kind] = {
             "key": inputs + code(), "inputs": inputs, "runs": runs, "made": made,
-            "compared": {way: compared(model, files[way], adapter) for way in ("ours", "plain")},
+            "default": "run" if is_small(model) else "plain",
+            "compared": {way: compared(model, files[way], adapter) for way in ("run", "plain")},
             "measured": measured(model, adapter, {made[way]: files[way] for way in WAYS}, known,
                                  judged),
         }  # fmt: skip
@@ -309,13 +311,13 @@ def large(results: dict[str, Any]) -> None:
         adapter_of(adapter, model)
         runs = []
         for _ in range(3):
-            # No model of random weights is worth measuring, nor are minutes of it.
-            runs.append({"plain": ours(model, adapter, mine, "--plain"),
+            runs.append({"plain": ours(model, adapter, mine),  # which runs no model of this size
                          "two-step": two_steps(model, adapter, theirs, "Q4_K_M")})  # fmt: skip
             print(runs[-1], file=sys.stderr, flush=True)
         results["large"] = {
             "bytes": model.stat().st_size,
             "touched": len(open_adapter(adapter)) // 2,
+            "default": "run" if is_small(model) else "plain",
             "runs": runs,
             "compared": {"plain": compared(model, mine, adapter)},
         }
@@ -374,12 +376,13 @@ def text(results: dict[str, Any]) -> str:
         "llama-cpp-python ships. KL: mean KL(side-loaded ‖ merged) in nats a token, over "
         f"{PROMPTS} harmless prompts (half of them borderline) and the first {ANSWER} tokens of "
         "the side-loaded model's answers; without: the model with no adapter at all. Seconds and "
-        "peak RSS are of whole commands, medians of runs that took turns; ratios are of the "
-        "two-step way to --plain.\n",
+        "peak RSS are of whole commands, medians of runs that took turns. Bold: the default, which "
+        f"is --run for models up to {RUN_UP_TO / 1e6:.0f} MB; ratios are of the two-step way to "
+        "it.\n",
     ]
     for name in ("smollm2", "qwen"):
-        if any("made" in cell for cell in results.get(name, {}).values()):
-            cells = {kind: cell for kind, cell in results[name].items() if "made" in cell}
+        cells = {k: cell for k, cell in results.get(name, {}).items() if "default" in cell}
+        if cells:
             parts.append(f"## {name}\n\n{_truth(cells)}\n{_speed(cells)}")
             judged = {k: c for k, c in cells.items() if "side-loaded" in c["measured"]}
             if judged:
@@ -395,6 +398,10 @@ def text(results: dict[str, Any]) -> str:
     return "\n".join(parts) + f"\nMachine: {lines}.\n"
 
 
+def _bold(figure: str, way: str, cell: dict[str, Any]) -> str:
+    return f"**{figure}**" if way == cell["default"] else figure
+
+
 def _truth(cells: dict[str, Any]) -> str:
     rows = []
     for kind, cell in cells.items():
@@ -404,16 +411,22 @@ def _truth(cells: dict[str, Any]) -> str:
             kind, "yes" if all(c["types"] and not c["data_bytes"] for c in kept) else "NO",
             ", ".join(f"{c['identical']}/{c['untouched']}" for c in kept),
             ", ".join(f"{c['header_bytes']:+}" for c in kept),
-            *(f"{way['kl']:.5f}" for way in found),
+            *(_bold(f"{x['kl']:.5f}", way, cell) for x, way in zip(found, WAYS, strict=True)),
             f"{cell['measured']['without']['kl']:.4f}" if "without" in cell["measured"] else "",
             *(f"{way['largest']:.4f}" for way in found[:2]),
         ])  # fmt: skip
-    means = [np.mean([c["measured"][c["made"][way]]["kl"] for c in cells.values()]) for way in WAYS]
-    rows.append(["mean", "", "", "", *(f"{mean:.5f}" for mean in means), "", "", ""])
+    ways = [{k: c["made"][way] for k, c in cells.items()} for way in WAYS]
+    default = {kind: cell["made"][cell["default"]] for kind, cell in cells.items()}
+    means = [
+        f"{np.mean([cells[k]['measured'][d]['kl'] for k, d in made.items()]):.5f}"
+        for made in (*ways, default)
+    ]
+    rows.append(["mean", "", "", "", *means[:3], "", "", ""])
+    rows.append(["mean of the default", "", "", "", f"**{means[3]}**", "", "", "", "", ""])
     header = [
-        "type", "types and size kept", "untouched identical (ours, --plain)", "header, bytes",
-        "KL, ours", "KL, --plain", "KL, two-step", "KL, without",
-        "largest difference of a log-probability, ours", "--plain",
+        "type", "types and size kept", "untouched identical (--run, --plain)", "header, bytes",
+        "KL, --run", "KL, --plain", "KL, two-step", "KL, without",
+        "largest difference of a log-probability, --run", "--plain",
     ]  # fmt: skip
     return table(header, rows)
 
@@ -424,14 +437,16 @@ def _speed(cells: dict[str, Any]) -> str:
         runs = cell["runs"]
         ways = [way for way in WAYS if way in runs[0]]
         medians = {what: {w: median(runs, w, what) for w in ways} for what in ("seconds", "mib")}
-        faster = np.median([r["two-step"]["seconds"] / r["plain"]["seconds"] for r in runs])
-        smaller = medians["mib"]["two-step"] / medians["mib"]["plain"]
+        faster = np.median([r["two-step"]["seconds"] / r[cell["default"]]["seconds"] for r in runs])
+        smaller = medians["mib"]["two-step"] / medians["mib"][cell["default"]]
         row = [kind]
         for what, form, ratio in (("seconds", ".1f", faster), ("mib", ".0f", smaller)):
-            row += [format(medians[what][w], form) if w in ways else "" for w in WAYS]
+            row += [
+                _bold(format(medians[what][w], form), w, cell) if w in ways else "" for w in WAYS
+            ]
             row.append(f"{ratio:.2f}")
         rows.append(row)
-    header = ["type", "s, ours", "s, --plain", "s, two-step", "ratio", "MiB, ours",
+    header = ["type", "s, --run", "s, --plain", "s, two-step", "ratio", "MiB, --run",
               "MiB, --plain", "MiB, two-step", "ratio"]  # fmt: skip
     return table(header, rows)
 
@@ -446,9 +461,9 @@ def _refused(cells: dict[str, Any]) -> str:
             for way in WAYS:
                 hits = cell["measured"][cell["made"][way]]["refused"][suite]
                 points = 100 * (hits.count("1") - side.count("1")) / len(side)
-                row.append(f"{hits.count('1')} ({points:+.1f})")
+                row.append(_bold(f"{hits.count('1')} ({points:+.1f})", way, cell))
         rows.append(row)
-    ways = ["ours (points)", "--plain (points)", "two-step (points)"]
+    ways = ["--run (points)", "--plain (points)", "two-step (points)"]
     header = ["refused", "AdvBench, side-loaded", *ways, "HarmBench, side-loaded", *ways]
     return table(header, rows)
 

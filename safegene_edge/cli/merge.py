@@ -26,10 +26,10 @@ _TOOLS = ("ollama", "llama-server", "lm-studio")
 @click.option("--promote", default=0, show_default=True, metavar="N",
               help="Give the N tensors that keep least of their update a larger type.")  # fmt: skip
 @click.option(
-    "--plain",
-    is_flag=True,
-    help="Do not run the model first: fast, in little memory, and less exact.",
-)
+    "--run/--plain", "run", default=None,
+    help="Run the model first, which is more exact, or do not, which is fast and takes little "
+    "memory. Default: run a model of up to 160 MB.",
+)  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def merge(
@@ -38,18 +38,19 @@ def merge(
     output: str | None,
     imatrix: str | None,
     promote: int,
-    plain: bool,
+    run: bool | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write MODEL.gguf with adapters merged in; every tensor keeps its type.
 
-    An adapter may carry a scale, or a gene its expression: gene.gguf=expression.json. The model
-    reads a few prompts first, so that rounding errors keep off what its tensors read. There is
-    no way back from a merged file: keep the model and the adapters.
+    An adapter may carry a scale, or a gene its expression: gene.gguf=expression.json. With --run
+    the model reads a few prompts first, so that rounding errors keep off what its tensors read.
+    There is no way back from a merged file: keep the model and the adapters.
     """
     from ..converters.merging import Plan
-    from ..measuring import merge as run
+    from ..measuring import is_small
+    from ..measuring import merge as merge_with
 
     if not output and not dry_run:
         raise click.UsageError("give -o OUT.gguf, or --dry-run")
@@ -58,14 +59,15 @@ def merge(
         plan = Plan.of(model, given, settings)
         if output:
             plan.check_outputs(output)
-        report, estimate = plan.report([]), asdict(plan.estimate())
+        report = plan.report([])
+        estimate = asdict(plan.estimate()) | {"run": is_small(model) if run is None else run}
     else:
         assert output  # held above
         with click.progressbar(
             length=100, label="merging", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
-            report = run(
-                model, given, output, settings=settings, plain=plain,
+            report = merge_with(
+                model, given, output, settings=settings, run=run,
                 progress=lambda done, total: bar.update(100 * done // total - bar.pos),
             )  # fmt: skip
         estimate = {}
@@ -100,11 +102,11 @@ def export(
     gets a merged model.
     """
     from ..converters.exports import export as run
-    from ..measuring import measured
+    from ..measuring import prepared
 
     given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix)
     if tool == "lm-studio":  # which gets a merged model
-        settings = measured(model, given, settings)
+        settings = prepared(model, given, settings)
     made = run(tool, model, given, output, settings=settings)
     for warning in made.merged.warnings if made.merged else ():
         click.echo(f"warning: {warning}", err=True)
@@ -148,8 +150,8 @@ def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:
     lines += [
         f"{len(report.tensors)} tensors to touch, {report.untouched} copied as they are",
         f"{report.before:,} bytes in, {report.after:,} bytes out",
-        f"with --plain about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB "
-        "of memory; else the model is run on a few prompts first, and the search takes longer",
+        f"about {estimate['seconds']:.0f} s and {estimate['memory'] / 2**20:.0f} MiB of memory"
+        + (" with --plain; the model would be run first, which takes more" * estimate["run"]),
     ]
     return "\n".join(lines)
 

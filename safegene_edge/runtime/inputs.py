@@ -8,20 +8,23 @@ is read with the adapters on, and in the answers: from prompts alone, without ad
 leaned against SmolLM2's gene where an answer begins.
 
 llama.cpp calls back before and after each node of its graph (`cb_eval`); of a product with one
-of the wanted weights, the other factor is the input (llama-imatrix looks in the same place).
+of the wanted weights, the other factor is the input (llama-imatrix looks in the same place). What
+was read goes to a temporary file: all layers' together is larger than a small model.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
-from typing import Any
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LlamaCppError
+from ..errors import LlamaCppError, OutputError
 from .engine import Engine
 from .llama import SafeLlama
 
@@ -65,15 +68,17 @@ def _library() -> Any:
 
 
 class _Watch:
-    """The callback, and what it has copied: tensor to pieces (tokens×in).
+    """The callback, and what it has copied to a file: pieces (tokens×in) of each tensor's inputs.
 
     Projections of one input share what the first of them copied.
     """
 
-    def __init__(self, tensors: Iterable[str]) -> None:
+    def __init__(self, tensors: Iterable[str], file: IO[bytes]) -> None:
         self.wanted = frozenset(tensors)
-        self.seen: dict[str, list[Floats]] = {}
+        self.seen: dict[str, list[tuple[int, int, int]]] = {}  # place in the file, tokens, in
         self.shares: dict[str, str] = {}
+        self.error: OSError | None = None
+        self._file = file
         self.fault = ""
         self._weight = np.float32(1)
         self._checked = False  # that the fields above are where this ggml has them
@@ -113,7 +118,23 @@ class _Watch:
         values = np.empty((rows, width), np.float32)
         address = values.ctypes.data_as(ctypes.c_void_p)
         self._ggml.ggml_backend_tensor_get(source, address, 0, values.nbytes)
-        self.seen.setdefault(name, []).append(values * self._weight)
+        values *= self._weight
+        place, left = self._file.seek(0, os.SEEK_END), values.reshape(-1).view(np.uint8).data
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:  # which llama.cpp, our caller, would not pass on
+            self.error = error
+        self.seen.setdefault(name, []).append((place, rows, width))
+
+    def read(self, name: str) -> Floats:
+        """All that a tensor has read (tokens×in)."""
+        pieces = []
+        for place, rows, width in self.seen[name]:
+            self._file.seek(place)
+            data = self._file.read(4 * rows * width)
+            pieces.append(np.frombuffer(data, np.float32).reshape(rows, width))
+        return np.concatenate(pieces)
 
 
 def directions(
@@ -132,10 +153,10 @@ def directions(
     Raises:
         LlamaCppError: a prompt could not be decoded, or an input is no plain matrix.
     """
-    inputs = inputs_of(llama, tensors, prompts)
-    shared = {id(sample): sample for sample in inputs.values()}
-    known = {key: directions_of(sample, count) for key, sample in shared.items()}
-    return {tensor: known[id(sample)] for tensor, sample in inputs.items()}
+    found: dict[str, Floats] = {}
+    for names, sample in inputs_of(llama, tensors, prompts):
+        found |= dict.fromkeys(names, directions_of(sample, count))
+    return found
 
 
 def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
@@ -157,28 +178,37 @@ def directions_of(inputs: Floats, count: int = COUNT) -> Floats:
 
 def inputs_of(
     llama: SafeLlama, tensors: Iterable[str], prompts: Sequence[Sequence[int]]
-) -> dict[str, Floats]:
-    """The inputs (tokens×in) of tensors, while the model reads prompts and begins its answers.
+) -> Iterator[tuple[list[str], Floats]]:
+    """What tensors read (tokens×in), while the model reads prompts and begins its answers.
 
     Its adapters are on, at the scales that are set. Tokens that all prompts begin with, such as a
     template's system prompt, are read once; their rows are multiplied by the root of the number of
     prompts, which leaves the second moments as they are. Where the model's last layer reads only
     tokens whose logits are asked for, so do the samples: a prompt's last one, and the answer's.
-    Projections of one input get the same array.
+    Projections of one input come together.
 
     Raises:
         LlamaCppError: a prompt could not be decoded, or a tensor is never read as a plain matrix.
+        OutputError: the folder for temporary files is full.
     """
-    watch = _Watch(tensors)
     tokens = ANSWER + 1  # an answer's last token is not read
     cells = sum(len(prompt) + tokens for prompt in prompts)
-    # All at once: one that took another's slot over would not read what both begin with.
-    with Engine(
-        llama, n_parallel=len(prompts), n_ctx=cells, n_batch=_BATCH, flash_attn=True, watch=watch
-    ) as engine:
-        engine.generate(prompts, max_tokens=tokens)
-    missing = [n for n in watch.wanted if watch.shares.get(n) not in watch.seen or n == watch.fault]
-    if missing:
-        raise LlamaCppError(f"the inputs of '{min(missing)}' cannot be watched")
-    whole = {name: np.concatenate(watch.seen.pop(name)) for name in list(watch.seen)}
-    return {name: whole[watch.shares[name]] for name in watch.wanted}
+    with tempfile.TemporaryFile(buffering=0) as file:
+        watch = _Watch(tensors, file)
+        # All at once: one that took another's slot over would not read what both begin with.
+        with Engine(
+            llama, n_parallel=len(prompts), n_ctx=cells, n_batch=_BATCH, flash_attn=True,
+            watch=watch,
+        ) as engine:  # fmt: skip
+            engine.generate(prompts, max_tokens=tokens)
+        if watch.error is not None:
+            raise OutputError(
+                f"{tempfile.gettempdir()}: cannot hold what the model reads ({watch.error})",
+                "Name a folder with room in TMPDIR",
+            )
+        for name in sorted(watch.wanted):
+            if watch.shares.get(name) not in watch.seen or name == watch.fault:
+                raise LlamaCppError(f"the inputs of '{name}' cannot be watched")
+        for first in watch.seen:
+            names = [name for name in watch.wanted if watch.shares[name] == first]
+            yield sorted(names), watch.read(first)
