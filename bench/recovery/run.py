@@ -42,7 +42,7 @@ COLUMNS = (
 )  # fmt: skip
 # Asked for like columns: the table of quantisations, and the tasks' accuracy on many more rows,
 # for a point of a hundred rows is one row.
-KINDS, ACCURACY, MORE = "kinds", "accuracy", 800
+KINDS, ACCURACY, MORE = "kinds", "accuracy", 2000
 # Another search, or another loss, finds other coefficients.
 CODE = sha256(recalibration.__file__) + sha256(openers.__file__)
 Cell = dict[str, Any]
