@@ -15,7 +15,10 @@ from safegene_edge.evals.statistics import Count, Paired, percent, recovered
 
 HERE = Path(__file__).parent
 SAFETY = ("advbench", "harmbench")
-BASELINES = ("RESTA", "SafeLoRA", "SafeMERGE", "trained for this model")
+OTHERS = (
+    "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model", "ours, all layers",
+    "ours, coefficients 1",
+)  # fmt: skip
 LOST = 0.10  # fine-tunes that lost less are outside of the means
 Cell = dict[str, Any]
 
@@ -34,11 +37,11 @@ def write_tables() -> None:
         "layers. That, and Qwen's AG News, SST-2 and identity fine-tunes, were learnt on a GPU; "
         "Qwen's coefficients with all layers were found on another machine than the one below, "
         "where AG News' and SST-2's answers were measured, too. As extraction and recalibration "
-        "are now: ours, all layers, coefficients of 1 (SmolLM2's, and Qwen's AG News) and other "
-        "quantisations. Qwen's other coefficients of 1, and what was trained for one model, are of "
-        "those before: layers chosen by how far their outputs move, 40 more steps with these, "
-        "refusals smoothed by a nat, other calibration prompts.\n",
+        "are now: all but what was trained for one model, which is of those before: layers chosen "
+        "by how far their outputs move, 40 more steps with these, refusals smoothed by a nat, "
+        "other calibration prompts.\n",
     ]
+    both: dict[str, dict[str, Cell]] = {}
     for name in ("smollm2", "qwen"):
         path = HERE / f"{name}.json"
         if path.exists():
@@ -46,7 +49,9 @@ def write_tables() -> None:
             tasks = found["tasks"].items()
             found["tasks"] = {t: entry for t, entry in tasks if "fine-tuned" in entry}
             parts.append(_family(found))
+            both |= {f"{name} {task}": found["tasks"][task] for task in losers(found)}
             (HERE / f"{name}.svg").write_text(_plot(found), encoding="utf-8")
+    parts.append("## Both families\n\n" + _means({"tasks": both}))
     (HERE / "results.md").write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -180,9 +185,9 @@ def _over(entries: list[dict[str, Cell]], column: str) -> list[float]:
 
 
 def _beside(tasks: list[dict[str, Cell]]) -> str:
-    """Ours minus each baseline, over the tasks that have both, and what that comes to."""
+    """Ours minus each other column, over the tasks that have both, and what that comes to."""
     lines = []
-    for column in BASELINES:
+    for column in OTHERS:
         entries = [entry for entry in tasks if "ours" in entry and column in entry]
         if not entries:
             continue
