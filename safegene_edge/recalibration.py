@@ -3,7 +3,7 @@
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
     J(c) = max(goal * (1 - room), mean over harmful of L_refuse)
-           + w * mean over harmless of KL(p_T || p_{T+cG})
+           + w * (mean over harmless of KL(p_T || p_{T+cG}) + the same over task prompts, if any)
 
 The mean of L_refuse is the share of answers that open with none of the gene's refusal openers,
 smoothed over the margin by which they do or do not (`openers`); the KL is taken on the first
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from math import isfinite
 from pathlib import Path
@@ -37,6 +37,7 @@ from .openers import Openers, Tokens, refusal_loss
 if TYPE_CHECKING:
     from .runtime.engine import Engine
 
+_KINDS = ("harmful", "harmless", "task")
 _TOLERATED = 0.03  # over-refusal beyond the aligned model's: the most that the project promises
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
 # Of 16 × 16 pairs, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 % and
@@ -48,37 +49,46 @@ Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, 
 
 @dataclass(frozen=True)
 class Examples:
-    """Prompts to calibrate on; harmful and harmless must not share one."""
+    """Prompts to calibrate on; no two kinds share one.
+
+    Attributes:
+        task: prompts as the model's own job has them; optional. What it answers shall stay, but
+            whether it opens with a refusal is not asked.
+    """
 
     harmful: tuple[str, ...]
     harmless: tuple[str, ...]
+    task: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        both = []
-        for name in ("harmful", "harmless"):
-            plain = [" ".join(text.lower().split()) for text in getattr(self, name)]
-            if not plain or not all(plain):
-                raise SettingError(f"the {name} examples are empty", "Give some of both kinds")
+        seen: dict[str, set[str]] = {}
+        for kind in _KINDS:
+            plain = [" ".join(text.lower().split()) for text in getattr(self, kind)]
+            if not (plain or kind == "task") or not all(plain):
+                raise SettingError(f"the {kind} examples are empty", "Give some of both kinds")
             if len(set(plain)) < len(plain):
                 raise SettingError(
-                    f"{len(plain) - len(set(plain))} of {len(plain)} {name} examples are repeated",
+                    f"{len(plain) - len(set(plain))} of {len(plain)} {kind} examples are repeated",
                     "Give each once",
                 )
-            both.append(set(plain))
-        if shared := both[0] & both[1]:
-            raise SettingError(
-                f"{len(shared)} examples are both harmful and harmless", "Give each one label"
-            )
+            for other, known in seen.items():
+                if shared := known & set(plain):
+                    raise SettingError(
+                        f"{len(shared)} examples are both {other} and {kind}", "Give each one label"
+                    )
+            seen[kind] = set(plain)
 
     @classmethod
     def load(cls, path: PathLike) -> Examples:
-        """Read a JSONL of {"prompt", "kind": "harmful" or "harmless"}.
+        """Read a JSONL of {"prompt", "kind": "harmful", "harmless" or "task"}.
+
+        Task prompts alone are added to the shipped examples.
 
         Raises:
             FileFormatError: the file is missing, or a line is not such a row.
             SettingError: a kind is missing, or a prompt comes twice.
         """
-        found: dict[str, list[str]] = {"harmful": [], "harmless": []}
+        found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
         try:
             lines = require_file(path).read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
@@ -92,9 +102,11 @@ class Examples:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FileFormatError(
                     f"{path}: line {number} is no example",
-                    'A line is {"prompt": "…", "kind": "harmful"} or "harmless"',
+                    'A line is {"prompt": "…", "kind": "harmful"}, or "harmless", or "task"',
                 ) from error
-        return cls(tuple(found["harmful"]), tuple(found["harmless"]))
+        if found["task"] and not (found["harmful"] or found["harmless"]):
+            return replace(cls.shipped(), task=tuple(found["task"]))
+        return cls(*(tuple(found[kind]) for kind in _KINDS))
 
     @classmethod
     def shipped(cls) -> Examples:
@@ -141,16 +153,19 @@ class Point:
         kl: KL divergence on the harmless ones, in nats a token.
         room: whether refusals beyond the aligned model's are welcome, from 1 (no more of the
             harmless ones are refused than it refuses) to 0.
+        task_kl: KL divergence on the task's prompts, in nats a token; 0 without any.
     """
 
     coefficients: tuple[float, ...]
     refusal_loss: float
     kl: float
     room: float = 0.0
+    task_kl: float = 0.0
 
     def objective(self, weight: float, goal: float = 0.0) -> float:
         """J of this point."""
-        return max(goal * (1 - self.room), self.refusal_loss) + weight * self.kl
+        paid = weight * (self.kl + self.task_kl)
+        return max(goal * (1 - self.room), self.refusal_loss) + paid
 
 
 def recalibrate(
@@ -171,7 +186,7 @@ def recalibrate(
         target: the model as it will be run; nothing is written to it.
         examples: what to calibrate on; default: the shipped ones.
         adapters: GGUF LoRAs that the target is run with, such as its task's.
-        kl_budget: nats a token that the point may cost on harmless prompts.
+        kl_budget: nats a token that the point may cost on harmless prompts, and on the task's.
         gene_file: its hash goes into the expression.
         curve: gets every evaluated point, in order; the first is the target itself.
         progress: called with the passes done and their limit.
@@ -204,7 +219,7 @@ def recalibrate(
             points.append(point)
             if progress is not None:
                 progress(len(points), settings.passes)
-            over = max(0.0, point.kl - kl_budget)
+            over = max(0.0, point.kl - kl_budget, point.task_kl - kl_budget)
             return point.objective(settings.weight, gene.aligned_loss) + _OVER_BUDGET * over
 
         _search(look, len(handles), settings)
@@ -242,7 +257,8 @@ def _search(look: Callable[[Scaling], float], count: int, settings: Settings) ->
 
 def _choose(points: Sequence[Point], budget: float, weight: float, goal: float = 0.0) -> Point:
     own, others = points[0], points[1:]
-    fits = [p for p in others if p.kl <= budget and p.refusal_loss < own.refusal_loss]
+    within = [p for p in others if max(p.kl, p.task_kl) <= budget]
+    fits = [p for p in within if p.refusal_loss < own.refusal_loss]
     if not fits:
         least = min(others, key=lambda p: p.refusal_loss)
         raise NoEffectError(
@@ -259,6 +275,31 @@ def _share_in_order(harmful: Scaling, harmless: Scaling) -> float:
     return float((np.sign(harmful[:, None] - harmless) + 1).mean() / 2)
 
 
+class _Kept:
+    """Prompts, the target's own answers to them, and the log-probabilities of the rows there."""
+
+    def __init__(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
+        from .runtime.engine import kl_from_logits, log_softmax
+
+        self._softmax, self._kl = log_softmax, kl_from_logits
+        self.prompts, self.answers = prompts, answers
+        self._reference: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+
+    def keep(self, index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+        """Take a row of the target's own logits."""
+        self._reference[index, position] = self._softmax(row)
+
+    def compare(self) -> tuple[Visit, Callable[[], float]]:
+        """Takes rows with the gene; gives the mean KL divergence of a token, 0 of no prompts."""
+        sums = np.zeros(len(self.prompts))
+
+        def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            value = self._kl(self._reference[index, position], self._softmax(row))
+            sums[index] += value / (len(self.answers[index]) + 1)
+
+        return visit, lambda: float(sums.mean()) if sums.size else 0.0
+
+
 class _Objective:
     """Refusal loss and KL at given coefficients; what does not change is made once."""
 
@@ -271,10 +312,7 @@ class _Objective:
         examples: Examples,
         settings: Settings,
     ) -> None:
-        from .runtime.engine import kl_from_logits, log_softmax
-
         llama = engine.llama
-        self._softmax, self._kl = log_softmax, kl_from_logits
         self.engine, self.own, self.handles = engine, own, handles
         self.off = {**own, **dict.fromkeys(handles, 0.0)}
         self.over_refusal = gene.aligned_over_refusal
@@ -285,14 +323,14 @@ class _Objective:
         self.openers = Openers.of(llama, gene.refusal_openers)
         self.harmful = [render(text) for text in examples.harmful]
         self.harmless = [render(text) for text in examples.harmless]
-        answers = engine.generate(self.harmless, max_tokens=settings.tokens, adapters=self.off)
-        self.answers = [answer.tokens for answer in answers]
-        self.reference: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
+        self.kept = self._keep(self.harmless, settings.tokens)
+        self.task = self._keep([render(text) for text in examples.task], settings.tokens)
+        self._read_harmless(self.off, self.kept.keep)
+        self._read_task(self.off, self.task.keep)
 
-        def keep(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            self.reference[index, position] = self._softmax(row)
-
-        self._read_harmless(self.off, keep)
+    def _keep(self, prompts: list[list[int]], tokens: int) -> _Kept:
+        said = self.engine.generate(prompts, max_tokens=tokens, adapters=self.off)
+        return _Kept(prompts, [answer.tokens for answer in said])
 
     def margins(
         self,
@@ -332,20 +370,26 @@ class _Objective:
 
     def _read_harmless(self, scales: Any, visit: Visit) -> float:
         """The smoothed share of the harmless prompts that is refused; shows the answers' rows."""
-        return 1 - refusal_loss(self.margins(self.harmless, scales, self.answers, visit))
+        return 1 - refusal_loss(self.margins(self.harmless, scales, self.kept.answers, visit))
+
+    def _read_task(self, scales: Any, visit: Visit) -> None:
+        """Show the rows of the answers to the task's prompts."""
+        pairs = list(zip(self.task.prompts, self.task.answers, strict=True))
+        self.engine.visit_logits(
+            [prompt + answer for prompt, answer in pairs],
+            [range(len(prompt) - 1, len(prompt) + len(answer)) for prompt, answer in pairs],
+            visit, adapters=scales,
+        )  # fmt: skip
 
     def at(self, alpha: Scaling) -> Point:
         scales = {**self.own, **dict(zip(self.handles, alpha.tolist(), strict=True))}
         loss = refusal_loss(self.margins(self.harmful, scales))
-        sums = np.zeros(len(self.harmless))
-
-        def compare(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            value = self._kl(self.reference[index, position], self._softmax(row))
-            sums[index] += value / (len(self.answers[index]) + 1)
-
-        beyond = self._read_harmless(scales, compare) - self.over_refusal
+        visit, kl = self.kept.compare()
+        beyond = self._read_harmless(scales, visit) - self.over_refusal
         room = min(1.0, max(0.0, 1 - beyond / _TOLERATED))
-        return Point(tuple(alpha.tolist()), loss, float(sums.mean()), room)
+        visit, task_kl = self.task.compare()
+        self._read_task(scales, visit)
+        return Point(tuple(alpha.tolist()), loss, kl(), room, task_kl())
 
     def require_labels(self) -> None:
         """With twice the gene, harmful prompts must be refused more readily than harmless ones.

@@ -41,6 +41,23 @@ def test_examples_that_make_no_sense_are_refused(harmful, harmless):
         Examples(harmful, harmless)
 
 
+@pytest.mark.parametrize("task", [("c", "C "), ("a",), ("b",), (" ",)])
+def test_task_prompts_that_make_no_sense_are_refused(task):
+    with pytest.raises(SettingError, match="task"):
+        Examples(("a",), ("b",), task)
+
+
+def test_task_prompts_alone_are_added_to_the_shipped_examples(tmp_path):
+    file, shipped = tmp_path / "examples.jsonl", Examples.shipped()
+    lines = [json.dumps({"prompt": text, "kind": "task"}) for text in ("Label: a", "Label: b")]
+    file.write_text("\n".join(lines))
+    assert Examples.load(file) == replace(shipped, task=("Label: a", "Label: b"))
+    lines.append(json.dumps({"prompt": "mine", "kind": "harmful"}))
+    file.write_text("\n".join(lines))
+    with pytest.raises(SettingError, match="harmless examples are empty"):
+        Examples.load(file)
+
+
 def test_the_smallest_objective_within_the_budget_is_taken():
     points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 2.0, 0.05), Point((2.0,), 1.0, 0.5)]
     assert _choose(points, 0.1, 1.0) is points[1]
@@ -56,6 +73,15 @@ def test_what_lies_beyond_the_aligned_model_is_not_paid_for():
     roomy = replace(points[2], room=0.5)
     assert _choose([*points[:2], roomy], 0.1, 4.0, goal=1.0) is roomy
     assert roomy.objective(4.0, goal=1.0) == pytest.approx(0.86)  # half of the way to 0
+
+
+def test_the_task_is_paid_for_like_harmless_prompts():
+    own, first = Point((0.0,), 4.0, 0.0), Point((1.0,), 1.0, 0.02, task_kl=0.05)
+    second = Point((2.0,), 0.9, 0.04, task_kl=0.09)
+    assert first.objective(2.0) == pytest.approx(1.14)
+    assert _choose([own, first, second], 0.1, 1.0) is second
+    assert _choose([own, first, second], 0.1, 2.0) is first
+    assert _choose([own, first, second], 0.08, 1.0) is first
 
 
 def test_a_point_that_lowers_refusals_is_never_taken():
@@ -127,6 +153,24 @@ def test_there_is_room_up_to_three_points_above_the_aligned_models_over_refusal(
         cases = [1.0, refused + 0.01, refused, refused - 0.01, refused - 0.04, 0.0]
         rooms = [objective(aligned).at(np.array([0.5])).room for aligned in cases]
     assert rooms == pytest.approx([1, 1, 1, 2 / 3, 0, 0])
+
+
+def test_what_a_tasks_prompts_pay_is_what_they_would_pay_as_harmless_ones(tiny, tiny_adapter):
+    model = tiny("llama").gguf_path
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
+        handle, settings = llama.attach(gene, 0.0), Settings(tokens=3)
+
+        def look(scale: float, *kinds: tuple[str, ...]) -> Point:
+            objective = _Objective(engine, {}, [handle], gene, Examples(*kinds), settings)
+            return objective.at(np.array([scale]))
+
+        task = ("d e", "a longer one, of more tokens")
+        plain, asked = look(1.0, ("a b",), ("c",)), look(1.0, ("a b",), ("c",), task)
+        assert asked.task_kl == pytest.approx(look(1.0, ("a b",), task).kl, rel=0.02)
+        assert asked.task_kl > 1e-3
+        assert replace(asked, task_kl=0.0) == plain  # nothing else is moved by them
+        assert look(0.0, ("a b",), ("c",), task).task_kl == pytest.approx(0, abs=1e-6)
 
 
 def test_openers_that_part_early_share_their_first_rows():

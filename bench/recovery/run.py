@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from safegene_edge.evals.judge import judge
 from safegene_edge.evals.suites import load_suite
 from safegene_edge.gene import Expression
 from safegene_edge.gguf_file import sha256, write_text
+from safegene_edge.recalibration import Examples
 from safegene_edge.training.corpus import harmful_prompts, harmless_prompts
 from safegene_edge.training.degrade import degrade
 from safegene_edge.training.extract import REFUSALS, Settings, extract
@@ -36,9 +38,11 @@ from safegene_edge.training.models import Source
 
 HERE = Path(__file__).parent
 PROMPTS, ANSWER = 100, 32
+# The default, and with the prompts of a few rows that the fine-tune has learnt, without answers.
+TOLD, TOLD_ROWS = "ours, told the task", 16
 COLUMNS = (
-    "fine-tuned", "ours", "ours, all layers", "ours, coefficients 1", "all layers, coefficients 1",
-    "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
+    "fine-tuned", "ours", TOLD, "ours, all layers", "ours, coefficients 1",
+    "all layers, coefficients 1", "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
 )  # fmt: skip
 # Asked for like columns: the table of quantisations, and the tasks' accuracy on many more rows,
 # for a point of a hundred rows is one row.
@@ -158,6 +162,8 @@ class Bench:
                 others[column]()
                 continue
             for task in TASKS:
+                if column == TOLD and task == "identity":  # a task that nobody wants to keep
+                    continue
                 source = tune(self.family, task)
                 started = time.process_time()
                 found = self._column(column, task, source)
@@ -197,16 +203,22 @@ class Bench:
         gene = SafetyGene.load(path)
         if "coefficients 1" in column:
             return plain, gene, gene.n_parameters, 0.0
-        expression, seconds = self.expressed(plain, path, gene)
+        examples = Examples.shipped()
+        if column == TOLD:
+            learnt = rows(task)[0][:TOLD_ROWS]
+            examples = replace(examples, task=tuple(row["prompt"] for row in learnt))
+        expression, seconds = self.expressed(plain, path, gene, examples)
         return plain, gene.express(expression), gene.n_parameters, seconds
 
-    def expressed(self, target: Path, path: Path, gene: SafetyGene) -> tuple[Expression, float]:
+    def expressed(
+        self, target: Path, path: Path, gene: SafetyGene, examples: Examples
+    ) -> tuple[Expression, float]:
         """The expression for a target, found once."""
-        facts = f"{sha256(target)}{sha256(path)}{CODE}{gene.aligned_loss}"
+        facts = f"{sha256(target)}{sha256(path)}{CODE}{gene.aligned_loss}{examples}"
         file = self.work / f"expression-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
         started = time.process_time()
         if not file.exists():
-            recalibrate(target, gene, gene_file=path).save(file)
+            recalibrate(target, gene, examples, gene_file=path).save(file)
         return Expression.load(file), self._once(file, time.process_time() - started)
 
     def _once(self, path: Path, seconds: float) -> float:
@@ -244,7 +256,7 @@ class Bench:
         for kind in ("Q4_K_M", "Q5_K_M", "Q8_0", "F16"):
             target = self.builder.build(task, change, kind)
             gene = SafetyGene.load(self.gene())
-            expression, _ = self.expressed(target, self.gene(), gene)
+            expression, _ = self.expressed(target, self.gene(), gene, Examples.shipped())
             self.results[KINDS][kind] = {
                 "fine-tuned": self.cell(target, None, task),
                 "ours": self.cell(target, gene.express(expression), task),
@@ -255,7 +267,7 @@ class Bench:
         """The labelled tasks on many more rows, with the gene and without."""
         for task in LABELLED:
             entry = self.results[ACCURACY].setdefault(task, {})
-            for column in ("fine-tuned", "ours"):
+            for column in ("fine-tuned", "ours", TOLD):
                 target, gene, *_ = self._column(column, task, tune(self.family, task))
                 entry[column] = {"task": self.cell(target, gene, task, MORE)["task"]}
                 self.save()
