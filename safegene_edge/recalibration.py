@@ -105,17 +105,20 @@ class Examples:
                     'A line is {"prompt": "…", "kind": "harmful"}, or "harmless", or "task"',
                 ) from error
         if found["task"] and not (found["harmful"] or found["harmless"]):
-            return replace(cls.shipped(), task=tuple(found["task"]))
+            return cls.shipped(task=found["task"])
         return cls(*(tuple(found[kind]) for kind in _KINDS))
 
     @classmethod
-    def shipped(cls) -> Examples:
+    def shipped(cls, task: Iterable[str] = ()) -> Examples:
         """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline.
+
+        Args:
+            task: prompts of the model's own job, to go with them.
 
         None of them is a training prompt: a gene refuses what it has learnt from more readily.
         """
         with resources.as_file(resources.files("safegene_edge") / "data/calibration.jsonl") as file:
-            return cls.load(file)
+            return replace(cls.load(file), task=tuple(task))
 
 
 @dataclass(frozen=True)

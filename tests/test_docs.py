@@ -123,7 +123,7 @@ def few():
 
     with pytest.MonkeyPatch.context() as patch:
         less = Examples(shipped.harmful[:2], shipped.harmless[:2])
-        patch.setattr(Examples, "shipped", lambda: less)
+        patch.setattr(Examples, "shipped", lambda task=(): replace(less, task=tuple(task)))
         for module in (evaluate_module, record_module):
             patch.setattr(module, "load_suite", first)
         patch.setattr(portfolio_module, "_apart", express_one)  # in this process

@@ -51,7 +51,8 @@ def test_task_prompts_alone_are_added_to_the_shipped_examples(tmp_path):
     file, shipped = tmp_path / "examples.jsonl", Examples.shipped()
     lines = [json.dumps({"prompt": text, "kind": "task"}) for text in ("Label: a", "Label: b")]
     file.write_text("\n".join(lines))
-    assert Examples.load(file) == replace(shipped, task=("Label: a", "Label: b"))
+    assert Examples.load(file) == Examples.shipped(["Label: a", "Label: b"])
+    assert replace(Examples.load(file), task=()) == shipped
     lines.append(json.dumps({"prompt": "mine", "kind": "harmful"}))
     file.write_text("\n".join(lines))
     with pytest.raises(SettingError, match="harmless examples are empty"):

@@ -16,7 +16,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +202,8 @@ class Bench:
         gene = SafetyGene.load(path)
         if "coefficients 1" in column:
             return plain, gene, gene.n_parameters, 0.0
-        examples = Examples.shipped()
-        if column == TOLD:
-            learnt = rows(task)[0][:TOLD_ROWS]
-            examples = replace(examples, task=tuple(row["prompt"] for row in learnt))
+        learnt = rows(task)[0][:TOLD_ROWS] if column == TOLD else []
+        examples = Examples.shipped(task=[row["prompt"] for row in learnt])
         expression, seconds = self.expressed(plain, path, gene, examples)
         return plain, gene.express(expression), gene.n_parameters, seconds
 

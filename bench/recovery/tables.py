@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 SAFETY = ("advbench", "harmbench")
 OTHERS = (
     "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model", "ours, all layers",
-    "ours, coefficients 1",
+    "ours, coefficients 1", "ours, told the task",
 )  # fmt: skip
 LOST = 0.10  # fine-tunes that lost less are outside of the means
 Cell = dict[str, Any]
@@ -33,8 +33,9 @@ def write_tables() -> None:
         "means are over the benign fine-tunes that lost at least 10 points. More than 100 % is "
         "refused more than the aligned model does, and is no gain. Identity is an adversarial "
         "fine-tune, outside of the means. All layers: the gene before the selection, by the same "
-        "recipe. Trained for this model: the gene's lessons and steps on this one fine-tune, all "
-        "layers. That, and Qwen's AG News, SST-2 and identity fine-tunes, were learnt on a GPU; "
+        "recipe. Told the task: recalibrated with the prompts of 16 rows that the fine-tune has "
+        "learnt, without the answers. Trained for this model: the gene's lessons and steps on this "
+        "one fine-tune, all layers. That, and Qwen's AG News, SST-2 and identity fine-tunes, were learnt on a GPU; "
         "Qwen's coefficients with all layers were found on another machine than the one below, "
         "where AG News' and SST-2's answers were measured, too. As extraction and recalibration "
         "are now: all but what was trained for one model, which is of those before: layers chosen "
@@ -111,15 +112,15 @@ def _accuracy(tasks: dict[str, dict[str, Cell]]) -> str:
     """The labelled tasks on more rows than the table above has, row by row."""
     lines = []
     for task, entry in tasks.items():
-        before, after = ([hit == "1" for hit in entry[column]["task"]["accuracy"]]
-                         for column in ("fine-tuned", "ours"))  # fmt: skip
-        pairs = Paired.of(before, after)
-        low, high = pairs.interval()
-        lines.append(
-            [task, str(Count(sum(before), len(before))), str(Count(sum(after), len(after))),
-             f"{100 * (pairs.difference or 0):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"]
-        )  # fmt: skip
-    header = ["accuracy on more rows", "fine-tuned", "ours", "points, with a 95 % interval"]
+        hits = {name: [hit == "1" for hit in cell["task"]["accuracy"]]
+                for name, cell in entry.items()}  # fmt: skip
+        for name, right in hits.items():
+            pairs = Paired.of(hits["fine-tuned"], right)
+            low, high = pairs.interval()
+            points = f"{100 * (pairs.difference or 0):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            points = "" if name == "fine-tuned" else points
+            lines.append([task, name, str(Count(sum(right), len(right))), points])
+    header = ["", "", "accuracy on more rows", "against fine-tuned, points, with a 95 % interval"]
     return "### The tasks on more rows\n\n" + table(header, lines)
 
 

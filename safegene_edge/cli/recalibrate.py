@@ -13,7 +13,8 @@ import click
 @click.command()
 @click.argument("model", type=click.Path())
 @click.argument("gene", type=click.Path())
-@click.option("--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: ours.")
+@click.option("--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: ours. "
+              "With prompts of the model's own task, their answers are kept as well.")  # fmt: skip
 @click.option("-o", "--output", metavar="EXPRESSED.gguf", help="The gene, ready for this model.")
 @click.option("--expression", metavar="FILE.json", help="The coefficients alone.")
 @click.option(
@@ -72,9 +73,10 @@ def recalibrate(
                  "curve": [asdict(point) for point in curve]}  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
     goal = f" (aligned model {loaded.aligned_loss:.3f})" if loaded.aligned_loss else ""
+    told = f" and {point.task_kl:.4f} on the task" if given and given.task else ""
     click.echo(
         f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f}{goal}, "
-        f"KL {point.kl:.4f} nats a token, {len(curve)} points looked at",
+        f"KL {point.kl:.4f} nats a token{told}, {len(curve)} points looked at",
         err=True,
     )
     if curve[0].refusal_loss <= loaded.aligned_loss:
