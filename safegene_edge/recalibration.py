@@ -3,7 +3,7 @@
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
     J(c) = max(goal * (1 - room), mean over harmful of L_refuse)
-           + w * (mean over harmless of KL(p_T || p_{T+cG}) + the same over task prompts, if any)
+           + w * mean over harmless of KL(p_T || p_{T+cG})
 
 The mean of L_refuse is the share of answers that open with none of the gene's refusal openers,
 smoothed over the margin by which they do or do not (`openers`); the KL is taken on the first
@@ -156,19 +156,23 @@ class Point:
         kl: KL divergence on the harmless ones, in nats a token.
         room: whether refusals beyond the aligned model's are welcome, from 1 (no more of the
             harmless ones are refused than it refuses) to 0.
-        task_kl: KL divergence on the task's prompts, in nats a token; 0 without any.
+        task_kl: KL divergence on the task's prompts, in nats a token; None without any.
     """
 
     coefficients: tuple[float, ...]
     refusal_loss: float
     kl: float
     room: float = 0.0
-    task_kl: float = 0.0
+    task_kl: float | None = None
 
     def objective(self, weight: float, goal: float = 0.0) -> float:
         """J of this point."""
-        paid = weight * (self.kl + self.task_kl)
-        return max(goal * (1 - self.room), self.refusal_loss) + paid
+        paid = self.kl if self.task_kl is None else (self.kl + self.task_kl) / 2
+        return max(goal * (1 - self.room), self.refusal_loss) + weight * paid
+
+    def most(self) -> float:
+        """The larger of the KL divergences, which the budget bounds."""
+        return max(self.kl, self.task_kl or 0.0)
 
 
 def recalibrate(
@@ -222,7 +226,7 @@ def recalibrate(
             points.append(point)
             if progress is not None:
                 progress(len(points), settings.passes)
-            over = max(0.0, point.kl - kl_budget, point.task_kl - kl_budget)
+            over = max(0.0, point.most() - kl_budget)
             return point.objective(settings.weight, gene.aligned_loss) + _OVER_BUDGET * over
 
         _search(look, len(handles), settings)
@@ -260,8 +264,7 @@ def _search(look: Callable[[Scaling], float], count: int, settings: Settings) ->
 
 def _choose(points: Sequence[Point], budget: float, weight: float, goal: float = 0.0) -> Point:
     own, others = points[0], points[1:]
-    within = [p for p in others if max(p.kl, p.task_kl) <= budget]
-    fits = [p for p in within if p.refusal_loss < own.refusal_loss]
+    fits = [p for p in others if p.most() <= budget and p.refusal_loss < own.refusal_loss]
     if not fits:
         least = min(others, key=lambda p: p.refusal_loss)
         raise NoEffectError(
@@ -293,14 +296,14 @@ class _Kept:
         self._reference[index, position] = self._softmax(row)
 
     def compare(self) -> tuple[Visit, Callable[[], float]]:
-        """Takes rows with the gene; gives the mean KL divergence of a token, 0 of no prompts."""
+        """Takes rows with the gene; gives the mean KL divergence of a token."""
         sums = np.zeros(len(self.prompts))
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
             value = self._kl(self._reference[index, position], self._softmax(row))
             sums[index] += value / (len(self.answers[index]) + 1)
 
-        return visit, lambda: float(sums.mean()) if sums.size else 0.0
+        return visit, lambda: float(sums.mean())
 
 
 class _Objective:
@@ -390,6 +393,8 @@ class _Objective:
         visit, kl = self.kept.compare()
         beyond = self._read_harmless(scales, visit) - self.over_refusal
         room = min(1.0, max(0.0, 1 - beyond / _TOLERATED))
+        if not self.task.prompts:
+            return Point(tuple(alpha.tolist()), loss, kl(), room)
         visit, task_kl = self.task.compare()
         self._read_task(scales, visit)
         return Point(tuple(alpha.tolist()), loss, kl(), room, task_kl())

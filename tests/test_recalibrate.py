@@ -76,13 +76,14 @@ def test_what_lies_beyond_the_aligned_model_is_not_paid_for():
     assert roomy.objective(4.0, goal=1.0) == pytest.approx(0.86)  # half of the way to 0
 
 
-def test_the_task_is_paid_for_like_harmless_prompts():
-    own, first = Point((0.0,), 4.0, 0.0), Point((1.0,), 1.0, 0.02, task_kl=0.05)
-    second = Point((2.0,), 0.9, 0.04, task_kl=0.09)
-    assert first.objective(2.0) == pytest.approx(1.14)
-    assert _choose([own, first, second], 0.1, 1.0) is second
-    assert _choose([own, first, second], 0.1, 2.0) is first
-    assert _choose([own, first, second], 0.08, 1.0) is first
+def test_the_task_makes_up_half_of_what_is_paid():
+    own, first = Point((0.0,), 4.0, 0.0), Point((1.0,), 1.0, 0.02, task_kl=0.04)
+    second = Point((2.0,), 0.9, 0.04, task_kl=0.12)
+    assert first.objective(2.0) == pytest.approx(1.06)
+    assert replace(first, task_kl=None).objective(2.0) == pytest.approx(1.04)
+    assert _choose([own, first, second], 0.2, 1.0) is second
+    assert _choose([own, first, second], 0.2, 3.0) is first
+    assert _choose([own, first, second], 0.1, 1.0) is first  # the budget is the task's as well
 
 
 def test_a_point_that_lowers_refusals_is_never_taken():
@@ -170,7 +171,7 @@ def test_what_a_tasks_prompts_pay_is_what_they_would_pay_as_harmless_ones(tiny, 
         plain, asked = look(1.0, ("a b",), ("c",)), look(1.0, ("a b",), ("c",), task)
         assert asked.task_kl == pytest.approx(look(1.0, ("a b",), task).kl, rel=0.02)
         assert asked.task_kl > 1e-3
-        assert replace(asked, task_kl=0.0) == plain  # nothing else is moved by them
+        assert replace(asked, task_kl=None) == plain  # nothing else is moved by them
         assert look(0.0, ("a b",), ("c",), task).task_kl == pytest.approx(0, abs=1e-6)
 
 

@@ -73,7 +73,7 @@ def recalibrate(
                  "curve": [asdict(point) for point in curve]}  # fmt: skip
         click.echo(json.dumps(facts, indent=2))
     goal = f" (aligned model {loaded.aligned_loss:.3f})" if loaded.aligned_loss else ""
-    told = f" and {point.task_kl:.4f} on the task" if given and given.task else ""
+    told = "" if point.task_kl is None else f" and {point.task_kl:.4f} on the task"
     click.echo(
         f"{model}: refusal loss {curve[0].refusal_loss:.3f} → {point.refusal_loss:.3f}{goal}, "
         f"KL {point.kl:.4f} nats a token{told}, {len(curve)} points looked at",
