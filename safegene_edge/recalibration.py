@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine
 
 _KINDS = ("harmful", "harmless", "task")
+_MOST = 128  # of a kind: each is read in every pass, and up to nine rows of logits are kept of it
 _TOLERATED = 0.03  # over-refusal beyond the aligned model's: the most that the project promises
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
 # Of 16 × 16 pairs, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 % and
@@ -65,7 +66,13 @@ class Examples:
         for kind in _KINDS:
             plain = [" ".join(text.lower().split()) for text in getattr(self, kind)]
             if not (plain or kind == "task") or not all(plain):
-                raise SettingError(f"the {kind} examples are empty", "Give some of both kinds")
+                raise SettingError(
+                    f"the {kind} examples are empty", "Give harmful and harmless ones, none blank"
+                )
+            if len(plain) > _MOST:
+                raise SettingError(
+                    f"{len(plain)} {kind} examples are too many", f"Give at most {_MOST}"
+                )
             if len(set(plain)) < len(plain):
                 raise SettingError(
                     f"{len(plain) - len(set(plain))} of {len(plain)} {kind} examples are repeated",
@@ -112,10 +119,10 @@ class Examples:
     def shipped(cls, task: Iterable[str] = ()) -> Examples:
         """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline.
 
+        None of them is a training prompt: a gene refuses what it has learnt from more readily.
+
         Args:
             task: prompts of the model's own job, to go with them.
-
-        None of them is a training prompt: a gene refuses what it has learnt from more readily.
         """
         with resources.as_file(resources.files("safegene_edge") / "data/calibration.jsonl") as file:
             return replace(cls.load(file), task=tuple(task))

@@ -41,7 +41,9 @@ def test_examples_that_make_no_sense_are_refused(harmful, harmless):
         Examples(harmful, harmless)
 
 
-@pytest.mark.parametrize("task", [("c", "C "), ("a",), ("b",), (" ",)])
+@pytest.mark.parametrize(
+    "task", [("c", "C "), ("a",), ("b",), (" ",), tuple(f"row {number}" for number in range(129))]
+)
 def test_task_prompts_that_make_no_sense_are_refused(task):
     with pytest.raises(SettingError, match="task"):
         Examples(("a",), ("b",), task)
