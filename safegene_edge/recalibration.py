@@ -277,7 +277,7 @@ def _choose(points: Sequence[Point], budget: float, weight: float, goal: float =
         raise NoEffectError(
             f"no coefficients within a KL of {budget:g} nats raise refusals: the refusal loss is "
             f"{own.refusal_loss:.3f} without the gene and at best {least.refusal_loss:.3f} "
-            f"with it, at a KL of {least.kl:.3f}",
+            f"with it, at a KL of {least.most():.3f}",
             "Check that the gene is of the model's family and that the labels are right",
         )
     return min(fits, key=lambda p: p.objective(weight, goal))

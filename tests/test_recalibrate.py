@@ -86,6 +86,8 @@ def test_the_task_makes_up_half_of_what_is_paid():
     assert _choose([own, first, second], 0.2, 1.0) is second
     assert _choose([own, first, second], 0.2, 3.0) is first
     assert _choose([own, first, second], 0.1, 1.0) is first  # the budget is the task's as well
+    with pytest.raises(NoEffectError, match=r"at a KL of 0\.120"):
+        _choose([own, second], 0.1, 1.0)
 
 
 def test_a_point_that_lowers_refusals_is_never_taken():
