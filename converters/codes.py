@@ -14,10 +14,10 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
+from ..arrays import Bytes, Floats
+from ..gguf_file import kernels
 
 Codes = npt.NDArray[np.int16]
-Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Layout:
     highest: int
     flip: int = 0
 
-    def unpack(self, raw: kernels.Bytes) -> Codes:
+    def unpack(self, raw: Bytes) -> Codes:
         """Codes (rows×columns) of quantised rows (rows×bytes a row)."""
         blocks = raw.reshape(-1, self.n_bytes)
         codes = np.zeros((len(blocks), self.block), np.int16)
@@ -58,7 +58,7 @@ class Layout:
             codes[:, part.elements] |= bits.astype(np.int16) << part.low
         return (codes ^ self.flip).reshape(len(raw), -1)
 
-    def pack(self, raw: kernels.Bytes, codes: Codes) -> kernels.Bytes:
+    def pack(self, raw: Bytes, codes: Codes) -> Bytes:
         """The rows with other codes, and the scales that they had."""
         blocks = raw.reshape(-1, self.n_bytes).copy()
         stored = (codes ^ self.flip).reshape(-1, self.block)
@@ -67,10 +67,10 @@ class Layout:
             bits = ((stored[:, part.elements] >> part.low) & mask).astype(np.uint8) << part.shift
             kept = blocks[:, part.bytes_] & np.uint8(0xFF & ~(mask << part.shift))
             blocks[:, part.bytes_] = kept | bits
-        packed: kernels.Bytes = blocks.reshape(raw.shape)
+        packed: Bytes = blocks.reshape(raw.shape)
         return packed
 
-    def steps(self, raw: kernels.Bytes, ggml_type: int, columns: int) -> Floats:
+    def steps(self, raw: Bytes, ggml_type: int, columns: int) -> Floats:
         """By how much a weight grows with its code (rows×columns); may be negative or 0."""
         shape = len(raw), columns
         blocks = raw.reshape(-1, self.n_bytes) & ~self._pattern((1 << 8) - 1)
@@ -82,7 +82,7 @@ class Layout:
         ends[1] /= np.float32(self.highest - self.lowest)
         return ends[1]
 
-    def _pattern(self, stored: int) -> kernels.Bytes:
+    def _pattern(self, stored: int) -> Bytes:
         """The bytes of a block whose codes are all stored as this number; the scales are 0."""
         block = np.zeros(self.n_bytes, np.uint8)
         for part in self.parts:

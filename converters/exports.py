@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..compat import open_model, require_fit
 from ..errors import OutputError, SettingError
-from ..gguf_file import PathLike, check_output, write_text
+from ..files import PathLike, check_output, write_text
 from .merge_inputs import Given, combined, fold
 from .merging import MergeReport, MergeSettings, merge
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Floats
 from ..errors import FileFormatError
-from ..gguf_file import MAGIC, GGUFFile, PathLike, require_file
+from ..files import PathLike, require_file
+from ..gguf_file import MAGIC, GGUFFile
 
-Floats = npt.NDArray[np.float32]
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 
 

@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import shutil
-import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compat import open_model, require_fit
-from ..errors import FileFormatError, MismatchError, OutputError, SafeGeneError
+from ..errors import FileFormatError, MismatchError, SafeGeneError
+from ..files import PathLike, atomic_folder, check_folder, check_output, sha256
 from ..gene import OUTSIDE_BLOCKS, Adapter, Pair, layer_of
-from ..gguf_file import PathLike, check_output, sha256
 from . import safetensors_file
 from .names import BaseNames, is_linear_layer
 from .peft import (
@@ -89,7 +85,7 @@ def to_peft(adapter_gguf: PathLike, base: PathLike, output_dir: PathLike) -> Non
     Raises:
         FileFormatError, UnsupportedError, MismatchError, OutputError: as for `convert`.
     """
-    _check_folder(output_dir)
+    check_folder(output_dir)
     adapter = Adapter.load(adapter_gguf)
     model = open_model(base)
     names = BaseNames(model)
@@ -418,50 +414,12 @@ def _target_modules(modules: list[str], names: BaseNames) -> list[str]:
 # -- folders --------------------------------------------------------------
 
 
-def _check_folder(folder: PathLike) -> Path:
-    """Raise OutputError where `folder` cannot be made, or holds something."""
-    folder = Path(folder)
-    if folder.is_dir():
-        if any(folder.iterdir()):
-            raise OutputError(f"{folder}: the folder is not empty", "Name a new folder")
-    elif folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder}: is not a folder", "Name a new folder")
-    parent = folder.parent
-    if not parent.is_dir():
-        raise OutputError(f"{folder}: the folder {parent} does not exist", "Create it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder}: the folder {parent} is not writable", "Choose another")
-    return folder
-
-
 def _write_folder(peft: PeftAdapter, folder: PathLike) -> None:
     tensors = {}
     for key, pair in sorted(peft.pairs.items()):
         halves = (("A", pair.a, pair.dtypes[0]), ("B", pair.b, pair.dtypes[1]))
         for half, values, dtype in halves:
             tensors[f"{key}.lora_{half}.weight"] = safetensors_file.as_dtype(values, dtype)
-    with _atomic_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         (temporary / CONFIG).write_text(peft.config.text, encoding="utf-8")
         safetensors_file.write(temporary / WEIGHTS, tensors, dict(peft.metadata))
-
-
-@contextmanager
-def _atomic_folder(folder: PathLike) -> Iterator[Path]:
-    """A temporary folder beside `folder`, renamed to it when the block succeeds."""
-    folder = _check_folder(folder)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        if folder.exists():
-            folder.rmdir()  # empty, as checked; not every system renames over an empty folder
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Floats
 from ..errors import MismatchError, SettingError
+from ..files import PathLike, sha256
 from ..gene import Adapter, Expression, Pair, SafetyGene
-from ..gguf_file import GGUFFile, PathLike, sha256
-from . import kernels
-from .rewrite import Value
+from ..gguf_file import GGUFFile, kernels
+from ..gguf_file.rewrite import Value
 from .rounding import Update
 
-Floats = npt.NDArray[np.float32]
 AdapterLike: TypeAlias = PathLike | Adapter
 How: TypeAlias = float | Expression
 Given: TypeAlias = AdapterLike | tuple[AdapterLike, How]
@@ -110,7 +109,7 @@ def require_writable(model: GGUFFile, name: str, importance: Mapping[str, Floats
 
 def provenance(hashes: Sequence[str], model: Path, adapters: Sequence[Folded]) -> dict[str, Value]:
     """What a merged file says of where it came from."""
-    from .. import __version__
+    from .._version import __version__
 
     scales = [1.0 if isinstance(one.how, Expression) else float(one.how) for one in adapters]
     facts: dict[str, Value] = {

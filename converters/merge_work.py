@@ -21,10 +21,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from ..arrays import Bytes, Floats
 from ..errors import SafeGeneError
+from ..gguf_file.kernels import Kind
+from ..gguf_file.rewrite import Place
 from . import rounding
-from .kernels import Bytes, Kind
-from .rewrite import Place
 from .rounding import Update
 
 Progress: TypeAlias = Callable[[int, int], None] | None
@@ -71,7 +72,7 @@ class Job:
     place: Place
     kinds: tuple[Kind, Kind]
     update: Update
-    importance: rounding.Floats | None
+    importance: Floats | None
 
     def run(self, handle: int | None) -> TensorReport:
         """Merge the tensor, rows by rows; written to an open file unless `handle` is None.

@@ -19,16 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
+from ..arrays import Floats
 from ..compat import SHARD, open_model, other_parts, require_fit
 from ..errors import NoEffectError, OutputError, SettingError
+from ..files import PathLike, atomic_output, check_output, sha256
 from ..gene import Expression
-from ..gguf_file import GGUFFile, PathLike, atomic_output, check_output, sha256
-from . import rounding
+from ..gguf_file import GGUFFile
+from ..gguf_file.kernels import Kind
+from ..gguf_file.rewrite import Draft, Place, Value, begin, copy, draft
 from .imatrix import read_imatrix
-from .kernels import Kind
 from .merge_inputs import Folded, Given, fold, provenance, require_writable, updates_of
 from .merge_work import WORKER_MEMORY, Job, Progress, TensorReport, cpus, run_jobs
-from .rewrite import Draft, Place, Value, begin, copy, draft
 from .rounding import Update
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
@@ -51,7 +52,7 @@ class MergeSettings:
 
     imatrix: PathLike | None = None
     promote: int = 0
-    directions: Mapping[str, rounding.Floats] | None = None
+    directions: Mapping[str, Floats] | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -149,7 +150,7 @@ class Plan:
     folded: Sequence[Folded]
     provenance: Mapping[str, Value]  # of files not hashed yet: as long as it will be
     inputs: tuple[Path, ...]
-    importance: Mapping[str, rounding.Floats]
+    importance: Mapping[str, Floats]
     settings: MergeSettings
     warnings: tuple[str, ...] = ()
 

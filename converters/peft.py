@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError, UnsupportedError
-from ..gguf_file import PathLike, require_file
+from ..files import PathLike, require_file
 from . import safetensors_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

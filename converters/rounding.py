@@ -35,11 +35,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from . import kernels
+from ..arrays import Bytes, Floats
+from ..gguf_file import kernels
+from ..gguf_file.kernels import Kind
 from .codes import Codes, Layout, layouts
-from .kernels import Kind
 
-Floats = npt.NDArray[np.float32]
 STRENGTH = 100.0  # see docs/merge.md for what others do
 OVERSHOOT = 0.05  # of an update that the grid would lose whole, see there
 DITHER = 0.75  # of a step; see there, too
@@ -98,12 +98,12 @@ class Update:
 
 
 def merged(
-    raw: kernels.Bytes,
+    raw: Bytes,
     kinds: tuple[Kind, Kind],
     update: Update,
     importance: Floats | None = None,
     strength: float = STRENGTH,
-) -> tuple[kernels.Bytes, npt.NDArray[np.float64]]:
+) -> tuple[Bytes, npt.NDArray[np.float64]]:
     """Rows of a tensor plus an update.
 
     Args:
@@ -146,7 +146,7 @@ def merged(
 class _Rows:
     """Rows of a tensor and their update, in groups of columns."""
 
-    raw: kernels.Bytes
+    raw: Bytes
     kinds: tuple[Kind, Kind]
     update: Update
     importance: Floats | None
@@ -161,7 +161,7 @@ class _Rows:
         columns = self.update.a.shape[1]
         return [slice(n, min(columns, n + _GROUP)) for n in range(0, columns, _GROUP)]
 
-    def part(self, some: slice) -> tuple[kernels.Bytes, Floats]:
+    def part(self, some: slice) -> tuple[Bytes, Floats]:
         """The bytes of some columns, and their update."""
         before = self.kinds[0]
         part = np.ascontiguousarray(self.raw[:, before.width(some.start) : before.width(some.stop)])
@@ -176,7 +176,7 @@ class _Rows:
         aim = self.update.alone and pull is not None
         return _Group(layout, self.kinds[0].number, delta, seen, weights, pull, aim)
 
-    def aimed(self, strength: float) -> tuple[kernels.Bytes, npt.NDArray[np.float64]]:
+    def aimed(self, strength: float) -> tuple[Bytes, npt.NDArray[np.float64]]:
         """New bytes and sums, as of `merged`, without directions: some whole rows at a time."""
         columns = self.update.a.shape[1]
         new, sums, pull = np.empty_like(self.raw), np.zeros(4), self.update.pull(strength)
@@ -210,7 +210,7 @@ class _Rows:
 
     def rounded(
         self, some: slice, pull: Floats | None, residual: Floats
-    ) -> tuple[kernels.Bytes, Floats, Floats]:
+    ) -> tuple[Bytes, Floats, Floats]:
         """New bytes of some columns, their update and its error; `residual` is kept."""
         part, delta = self.part(some)
         diagonal = self.importance[some] if self.importance is not None else None
@@ -238,8 +238,8 @@ def _weights(importance: Floats | None, some: slice) -> Floats:
 
 
 def _afresh(
-    raw: kernels.Bytes, source: int, target: int, delta: Floats, importance: Floats | None
-) -> tuple[kernels.Bytes, Floats]:
+    raw: Bytes, source: int, target: int, delta: Floats, importance: Floats | None
+) -> tuple[Bytes, Floats]:
     """Dequantise, add, quantise: new scales, new errors of every weight."""
     whole = kernels.dequantise(raw, source, delta.shape)
     whole += delta
@@ -265,8 +265,8 @@ class _Group:
     aim: bool
 
     def rounded(
-        self, raw: kernels.Bytes, residual: Floats, importance: Floats | None
-    ) -> tuple[kernels.Bytes, Floats]:
+        self, raw: Bytes, residual: Floats, importance: Floats | None
+    ) -> tuple[Bytes, Floats]:
         """New bytes and error; `residual` (Q e and D e, rows×k) is kept up to date."""
         codes = self.layout.unpack(raw)
         moved, error, clipped = self._moved(codes, raw, residual)
@@ -291,7 +291,7 @@ class _Group:
         seen = others + error @ self.seen.T
         return np.asarray(own + seen**2 @ self.pull, np.float32)
 
-    def nearest(self, raw: kernels.Bytes) -> Floats:
+    def nearest(self, raw: Bytes) -> Floats:
         """The error where every code is the nearest one (rows×columns)."""
         codes = self.layout.unpack(raw)
         steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])
@@ -303,7 +303,7 @@ class _Group:
         return moved
 
     def _moved(
-        self, codes: Codes, raw: kernels.Bytes, residual: Floats
+        self, codes: Codes, raw: Bytes, residual: Floats
     ) -> tuple[Codes, Floats, npt.NDArray[np.bool_]]:
         """By how much each code changes, the error left, the rows that leave the codes' range."""
         steps = self.layout.steps(raw, self.ggml_type, codes.shape[1])

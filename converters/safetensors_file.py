@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError
-from ..gguf_file import PathLike, require_file
+from ..files import PathLike, require_file
 
 Array: TypeAlias = npt.NDArray[Any]
 

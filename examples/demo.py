@@ -18,7 +18,7 @@ from real_model import cache_folder, smollm2
 
 from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.evals.evaluate import EvalSettings
-from safegene_edge.gguf_file import write_text
+from safegene_edge.files import write_text
 from safegene_edge.portfolio import Row, counts, table
 from safegene_edge.recalibration import Point, Settings, taken
 

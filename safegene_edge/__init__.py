@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
     from .converters import convert as convert
     from .converters import to_peft as to_peft
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
     from .runtime.engine import Engine as Engine
     from .runtime.llama import SafeLlama as SafeLlama
     from .training.extract import extract as extract
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "gene",

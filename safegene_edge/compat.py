@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FileFormatError, MismatchError
+from .files import PathLike
 from .gene import Adapter
-from .gguf_file import GGUFFile, PathLike
+from .gguf_file import GGUFFile
 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 SHOWN = 5  # problems named in an error message; `check` returns all

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import FileFormatError, MismatchError, SettingError
-from .gguf_file import ArrayValue, GGUFFile, PathLike, Scalar, require_file, write_gguf, write_text
+from .files import PathLike, require_file, write_text
+from .gguf_file import ArrayValue, GGUFFile, Scalar, write_gguf
 
 SHIPPED = "smollm2-135m.gene.gguf"
 FORMAT_VERSION = 1

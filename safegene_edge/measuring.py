@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from .arrays import Floats
 from .compat import open_model, other_parts
 from .converters.codes import layouts
 from .converters.merge_inputs import Given, combined
@@ -12,9 +13,9 @@ from .converters.merge_work import Progress
 from .converters.merging import MergeReport, MergeSettings, Plan
 from .converters.merging import merge as merge_with
 from .errors import LlamaCppError
-from .gguf_file import PathLike
+from .files import PathLike
 from .recalibration import Examples
-from .runtime.inputs import Floats, directions
+from .runtime.inputs import directions
 from .runtime.llama import SafeLlama
 
 RUN_UP_TO = 160_000_000  # bytes of a model: of SmolLM2's 145 MB in Q8_0 a merge takes 389 MB

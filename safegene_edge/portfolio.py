@@ -19,8 +19,8 @@ from typing import Any, TypeAlias
 from .errors import OutputError, SafeGeneError, SettingError
 from .evals.statistics import Count
 from .evals.suites import DEFAULT_SUITES
+from .files import PathLike, sha256, write_text
 from .gene import SafetyGene
-from .gguf_file import PathLike, sha256, write_text
 from .hub import resolve
 
 _DONE = "result.json"

@@ -30,8 +30,8 @@ import numpy.typing as npt
 
 from .compat import open_model, require_fit
 from .errors import FileFormatError, NoEffectError, SettingError
+from .files import PathLike, require_file, sha256
 from .gene import Expression, SafetyGene
-from .gguf_file import PathLike, require_file, sha256
 from .openers import Openers, Tokens, refusal_loss
 
 if TYPE_CHECKING:

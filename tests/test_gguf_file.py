@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from safegene_edge.errors import FileFormatError, OutputError
-from safegene_edge.gguf_file import GGUFFile, atomic_output, write_gguf
+from safegene_edge.files import atomic_output
+from safegene_edge.gguf_file import GGUFFile, write_gguf
 
 HEADER = b"GGUF" + struct.pack("<I", 3)
 

@@ -25,7 +25,8 @@ from safegene_edge.errors import (
     SettingError,
 )
 from safegene_edge.evals.evaluate import EvalSettings
-from safegene_edge.gguf_file import GGUFFile, check_output, sha256
+from safegene_edge.files import check_output, sha256
+from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.recalibration import Settings, recalibrate
 from safegene_edge.runtime.quantise import quantise
 

@@ -18,7 +18,7 @@ from adapters import adapter_for, random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters import kernels, merge_work
+from safegene_edge.converters import merge_work
 from safegene_edge.converters.merging import MergeSettings, Plan, merge
 from safegene_edge.errors import (
     MismatchError,
@@ -27,7 +27,7 @@ from safegene_edge.errors import (
     SafeGeneError,
 )
 from safegene_edge.gene import Expression, Pair, SafetyGene
-from safegene_edge.gguf_file import GGUFFile
+from safegene_edge.gguf_file import GGUFFile, kernels
 from safegene_edge.runtime.llama import SafeLlama
 
 KINDS = (

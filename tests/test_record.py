@@ -15,7 +15,7 @@ from safegene_edge.evals import compare, findings, record
 from safegene_edge.evals.evaluate import EvalSettings, evaluate
 from safegene_edge.evals.schema import check, read_report, report_schema
 from safegene_edge.evals.suites import load_suite
-from safegene_edge.gguf_file import sha256
+from safegene_edge.files import sha256
 
 # -- schema -------------------------------------------------------------------
 

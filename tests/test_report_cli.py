@@ -11,7 +11,7 @@ import reports
 from click.testing import CliRunner
 
 from safegene_edge.cli import cli
-from safegene_edge.gguf_file import sha256
+from safegene_edge.files import sha256
 
 PROGRAM = [sys.executable, "-m", "safegene_edge", "report"]
 

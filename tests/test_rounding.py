@@ -7,8 +7,9 @@ import pytest
 from gguf import GGMLQuantizationType
 from test_inputs import leaning_inputs
 
-from safegene_edge.converters import kernels, rounding
+from safegene_edge.converters import rounding
 from safegene_edge.converters.codes import layouts
+from safegene_edge.gguf_file import kernels
 from safegene_edge.runtime.inputs import directions_of
 
 

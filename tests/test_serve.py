@@ -19,7 +19,7 @@ from adapters import random_adapter
 from serving import running
 
 from safegene_edge.errors import SettingError
-from safegene_edge.gguf_file import sha256
+from safegene_edge.files import sha256
 from safegene_edge.serve import ServeSettings
 from safegene_edge.serve.schema import IGNORED, NEUTRAL, POLICY, ChatRequest
 

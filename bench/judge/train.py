@@ -30,7 +30,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from safegene_edge.evals import judge as judging  # noqa: E402
 from safegene_edge.evals import judge_model  # noqa: E402
 from safegene_edge.evals.normalise import normalise  # noqa: E402
-from safegene_edge.gguf_file import write_text  # noqa: E402
+from safegene_edge.files import write_text  # noqa: E402
 
 sys.path.insert(0, str(HERE))
 from peers import PEERS  # noqa: E402

@@ -38,7 +38,7 @@ from safegene_edge.compat import open_model
 from safegene_edge.evals.judge import judge
 from safegene_edge.evals.statistics import Count
 from safegene_edge.evals.suites import load_suite
-from safegene_edge.gguf_file import sha256, write_text
+from safegene_edge.files import sha256, write_text
 from safegene_edge.measuring import RUN_UP_TO, is_small
 from safegene_edge.runtime.engine import kl_from_logits, log_softmax
 from safegene_edge.runtime.quantise import quantise

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from safegene_edge.converters import kernels
 from safegene_edge.gene import Adapter, Pair
-from safegene_edge.gguf_file import ArrayValue, GGUFFile
+from safegene_edge.gguf_file import ArrayValue, GGUFFile, kernels
 
 LAYERS, WIDTH, HIDDEN, HEADS, KV_HEADS = 32, 4096, 11008, 32, 32
 _SHAPES = {

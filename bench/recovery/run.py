@@ -27,8 +27,8 @@ from targets import Builder
 from safegene_edge import Engine, SafeLlama, SafetyGene, openers, recalibrate, recalibration
 from safegene_edge.evals.judge import judge
 from safegene_edge.evals.suites import load_suite
+from safegene_edge.files import sha256, write_text
 from safegene_edge.gene import Expression
-from safegene_edge.gguf_file import sha256, write_text
 from safegene_edge.recalibration import Examples
 from safegene_edge.training.corpus import harmful_prompts, harmless_prompts
 from safegene_edge.training.degrade import degrade

@@ -23,8 +23,9 @@ import numpy.typing as npt
 from finetunes import Family
 
 from safegene_edge import convert
+from safegene_edge.files import atomic_output
 from safegene_edge.gene import layer_of
-from safegene_edge.gguf_file import GGUFFile, atomic_output
+from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.quantise import quantise
 from safegene_edge.training.models import Source
 

@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from .. import __version__
+from .._version import __version__
 from ..errors import SafeGeneError
 from .adapters import convert, inspect_file, to_peft
 from .chat import chat

@@ -47,8 +47,9 @@ def inspect_file(file: str, base: str | None, plot: str | None, as_json: bool) -
     """Show what a GGUF model or adapter holds."""
     from ..charts import scores_chart
     from ..compat import check, open_model, require_fit
+    from ..files import write_text
     from ..gene import SafetyGene, is_lora
-    from ..gguf_file import GGUFFile, write_text
+    from ..gguf_file import GGUFFile
 
     header = GGUFFile(file)
     if not is_lora(header):

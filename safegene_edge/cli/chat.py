@@ -52,7 +52,7 @@ def chat(
     Answers go to standard output, everything else to standard error, so that a pipe works:
     each line, or each block between two lines of three double quotes, is a message.
     """
-    from ..evals.journal import cache_folder
+    from ..files import cache_folder
     from ..runtime.llama import SafeLlama
 
     llama = SafeLlama(model, adapter, n_ctx=ctx)
@@ -217,7 +217,7 @@ class _Session:
         self._ask(self.messages.pop().content)
 
     def _save(self, rest: str) -> None:
-        from ..gguf_file import write_text
+        from ..files import write_text
 
         makers = {".json": self._as_json, ".md": self._as_markdown}
         path = Path(rest).expanduser()

@@ -192,7 +192,7 @@ def evaluate_model(**options: Any) -> None:
     A run that was stopped goes on where it was: finished answers lie in the user's cache
     folder until the report is written, or in the FILE of --resume.
     """
-    from ..gguf_file import check_output, write_text
+    from ..files import check_output, write_text
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
     outputs = [path for path in (chosen.json_out, chosen.html, chosen.markdown) if path]

@@ -55,7 +55,7 @@ def extract(
     For --degraded a PEFT folder alone lies on top of the aligned model. A run that was
     stopped goes on where it was.
     """
-    from ..gguf_file import check_output
+    from ..files import check_output
     from ..training.extract import Settings
     from ..training.extract import extract as run
     from ..training.processes import Processes

@@ -122,7 +122,7 @@ def _entries() -> dict[str, Entry]:
 
 
 def _write(entries: dict[str, Entry]) -> None:
-    from ..gguf_file import write_text
+    from ..files import write_text
 
     facts = {name: asdict(entry) for name, entry in entries.items()}
     write_text(_file(), json.dumps(facts, indent=2) + "\n")

@@ -35,8 +35,8 @@ def recalibrate(
 ) -> None:
     """Find a gene's coefficients for MODEL.gguf from a few examples, without training."""
     from ..charts import curve_chart
+    from ..files import check_output, write_text
     from ..gene import SafetyGene
-    from ..gguf_file import check_output, write_text
     from ..recalibration import Examples, Point, taken
     from ..recalibration import recalibrate as run
 

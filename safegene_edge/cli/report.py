@@ -58,7 +58,7 @@ def render(report: str, output: str) -> None:
     from ..evals.html import render_html
     from ..evals.markdown import render_markdown
     from ..evals.schema import read_report
-    from ..gguf_file import check_output, write_text
+    from ..files import check_output, write_text
 
     makers = {".html": render_html, ".htm": render_html, ".md": render_markdown}
     make = makers.get(Path(output).suffix.lower())
@@ -77,7 +77,7 @@ def record(report: str, output: str | None) -> None:
     from ..evals.markdown import render_record
     from ..evals.record import safety_record
     from ..evals.schema import read_report
-    from ..gguf_file import write_text
+    from ..files import write_text
 
     suffix = Path(output).suffix.lower() if output else ".json"
     if suffix not in (".json", ".md"):

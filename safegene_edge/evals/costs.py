@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..errors import FileFormatError, SettingError
-from ..gguf_file import PathLike, require_file, sha256
+from ..files import PathLike, require_file, sha256
 from .asking import Chat
 from .statistics import Paired, power_note, wilson
 

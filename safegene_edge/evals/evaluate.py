@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .. import __version__
+from .._version import __version__
 from ..errors import SettingError
+from ..files import PathLike, sha256
 from ..gene import Adapter, SafetyGene
-from ..gguf_file import PathLike, sha256
 from .asking import Asker, Chat, LocalModel, Reply
 from .attacks import Attack, adaptive_chats, choose_attacks
 from .costs import (

@@ -14,13 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileFormatError, OutputError
-from ..gguf_file import PathLike
+from ..files import PathLike, cache_folder
 
 _HEADER = {"safegene_edge_journal": 1}
 _HEADER_LINE = json.dumps(_HEADER).encode() + b"\n"
@@ -30,19 +29,6 @@ def fingerprint(*parts: Any) -> str:
     """A hash of JSON values, the key of whatever they determine."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """This project's folder in the user's own cache."""
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        base = Path(folder)
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path.home() / ".cache"
-    return base / "safegene-edge"
 
 
 def journal_folder() -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ..errors import SafeGeneError
-from ..gguf_file import PathLike, sha256
+from ..files import PathLike, sha256
 from . import findings
 from .findings import Json
 from .judge import JUDGE_VERSION, LABELS, judge_sha256

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import FileFormatError
-from ..gguf_file import PathLike, require_file
+from ..files import PathLike, require_file
 
 Schema: TypeAlias = Mapping[str, Any]
 _TYPES: dict[str, tuple[type, ...]] = {

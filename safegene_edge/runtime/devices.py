@@ -91,7 +91,7 @@ def diagnose() -> Diagnosis:
     """Look at the machine and at the installed build of llama.cpp."""
     import llama_cpp
 
-    from .. import __version__
+    from .._version import __version__
 
     features = _features(llama_cpp.llama_print_system_info().decode("utf-8", "replace"))
     offload = bool(llama_cpp.llama_supports_gpu_offload())

@@ -17,13 +17,12 @@ from typing import Any, Literal, Protocol
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Batch, common, trim
 from .llama import AttachedAdapter, SafeLlama
 
-Floats = npt.NDArray[np.float32]
 Scales = Mapping[AttachedAdapter, float]
 Finish = Literal["stop", "length", "context", "cancelled"]
 _PREFIX = 0  # the sequence that holds the shared prefix; slots are 1, 2, ...

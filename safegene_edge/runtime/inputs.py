@@ -22,13 +22,12 @@ from typing import IO, Any
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
+from ..arrays import Floats
 from ..errors import LlamaCppError, OutputError
 from .engine import Engine
 from .llama import SafeLlama
 
-Floats = npt.NDArray[np.float32]
 COUNT = 256  # directions a tensor
 ANSWER = 8  # tokens of its own that a model reads behind each prompt
 _BATCH = 128  # tokens a decode: memory is taken for each

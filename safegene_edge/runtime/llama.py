@@ -18,8 +18,8 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..compat import open_model, require_fit
 from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
+from ..files import PathLike
 from ..gene import Adapter, SafetyGene
-from ..gguf_file import PathLike
 from ..hub import resolve
 from .controls import ControlTexts
 from .devices import physical_cores

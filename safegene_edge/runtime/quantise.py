@@ -7,7 +7,7 @@ import os
 
 from ..compat import open_model
 from ..errors import LlamaCppError, SettingError
-from ..gguf_file import PathLike, atomic_output
+from ..files import PathLike, atomic_output
 from .devices import physical_cores
 
 _PREFIX = "LLAMA_FTYPE_MOSTLY_"

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from ..errors import SettingError
-from ..gguf_file import PathLike, sha256
+from ..files import PathLike, sha256
 from ..runtime.batcher import Batcher
 from ..runtime.engine import Engine, Scales
 from ..runtime.llama import SafeLlama

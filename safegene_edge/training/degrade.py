@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..compat import open_model
-from ..gguf_file import PathLike
+from ..files import PathLike
 from ..runtime.llama import SafeLlama
 from .loss import Example
 from .models import GENE, LiveModel, Source

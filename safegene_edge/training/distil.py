@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError, SafeGeneError
-from ..gguf_file import atomic_output
+from ..files import atomic_output
 from .loss import Example, log_probabilities
 from .models import LiveModel, Source
 from .processes import Processes

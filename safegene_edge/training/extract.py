@@ -23,8 +23,9 @@ from ..compat import open_model
 from ..converters import convert
 from ..converters.names import BaseNames
 from ..errors import FileFormatError, MissingExtraError, OutputError, SafeGeneError, SettingError
+from ..files import PathLike, write_text
 from ..gene import Adapter, Pair, SafetyGene, layer_of
-from ..gguf_file import GGUFFile, PathLike, write_text
+from ..gguf_file import GGUFFile
 from ..openers import Openers, Tokens
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import OutputError, SafeGeneError
+from ..files import check_output
 from ..gene import SafetyGene
-from ..gguf_file import check_output
 from .degrade import degrade
 from .extract import Settings, extract
 from .models import Source

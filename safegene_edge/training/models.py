@@ -23,8 +23,8 @@ from ..converters import safetensors_file
 from ..converters.names import BaseNames
 from ..converters.peft import CONFIG, PREFIX, WEIGHTS, module_of, read_peft
 from ..errors import FileFormatError, MismatchError
+from ..files import PathLike, atomic_output, sha256
 from ..gene import Adapter
-from ..gguf_file import PathLike, atomic_output, sha256
 from ..hub import resolve
 from .processes import Processes
 from .recipe import Recipe, learning_dtype, load_base

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from ..compat import open_model
 from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
-from ..gguf_file import PathLike, check_output, write_text
+from ..files import PathLike, check_output, write_text
 from ..runtime.engine import Engine, Generation
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts, refusal

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileFormatError
-from ..gguf_file import MAGIC, GGUFFile, Scalar, TensorInfo
+from . import MAGIC, GGUFFile, Scalar, TensorInfo
 from .kernels import Kind
 
 _STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4

@@ -1,20 +1,16 @@
-"""GGUF files: bounded reading, atomic writing, hashes.
+"""GGUF files: bounded reading.
 
 The reader trusts nothing in the file: every count, length and offset is checked
 against the file's size before it is used, so a truncated or hostile file gives a
 `FileFormatError` and never a crash, a hang, or an allocation of its own choosing.
 The format is llama.cpp's (ggml/include/gguf.h, versions 2 and 3, little endian).
-Writing is left to gguf-py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import mmap
-import os
 import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,10 +20,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FileFormatError, OutputError
-from .hub import resolve
+from ..errors import FileFormatError
+from ..files import PathLike, require_file, sha256
+from ..hub import resolve
 
-PathLike: TypeAlias = str | os.PathLike[str]
 Scalar: TypeAlias = bool | int | float | str
 
 MAGIC = b"GGUF"
@@ -326,130 +322,3 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
     require_file(path)
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
         yield data
-
-
-def require_file(path: PathLike) -> Path:
-    """The path, if it is a readable, non-empty file; else FileFormatError.
-
-    Every file that is read passes here or through `GGUFFile`, which is where `hf:` paths
-    become local ones.
-    """
-    path = resolve(path)
-    if path.is_dir():
-        raise FileFormatError(f"{path}: is a folder", "Give a file")
-    if not path.is_file():
-        raise FileFormatError(f"{path}: no such file", "Check the path")
-    if not os.access(path, os.R_OK):
-        raise FileFormatError(f"{path}: cannot be read", "Check its permissions")
-    if path.stat().st_size == 0:
-        raise FileFormatError(f"{path}: the file is empty", "Download or write it again")
-    return path
-
-
-def sha256(path: PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(require_file(path), "rb") as handle:
-        return (
-            hashlib.file_digest(handle, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _sha256_by_block(handle)
-        )
-
-
-def _sha256_by_block(handle: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no hashlib.file_digest
-    while block := handle.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
-    """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
-    path = Path(path)
-    for source in inputs if path.exists() else ():
-        local = resolve(source)
-        if local.exists() and path.samefile(local):
-            raise OutputError(f"{path}: is also an input", "Name another output")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder", "Name an output file")
-    folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"{path}: the folder {folder} does not exist", "Create it first")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: the folder {folder} is not writable", "Choose another")
-    return path
-
-
-@contextmanager
-def atomic_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Iterator[Path]:
-    """A temporary path in the output's folder, renamed to `path` when the block succeeds.
-
-    A reader sees the old file or the whole new one. When the block raises, nothing is left.
-    """
-    path = check_output(path, inputs)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would surprise whoever shares the file
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> None:
-    """Write a text file atomically, as UTF-8."""
-    with atomic_output(path, inputs) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_gguf(
-    path: PathLike,
-    architecture: str,
-    metadata: Mapping[str, Scalar | list[str] | list[float] | list[int]],
-    tensors: Iterable[tuple[str, npt.NDArray[Any]]],
-    inputs: Iterable[PathLike] = (),
-) -> None:
-    """Write a GGUF file atomically through gguf-py.
-
-    Args:
-        path: the output; `inputs` are the files that it must not be.
-        architecture: becomes `general.architecture`.
-        metadata: strings, booleans, integers (uint32, or int64 where they do not fit),
-            floats (float32) and homogeneous lists of these.
-        tensors: name and array (float32 or float16), rows first.
-    """
-    from gguf import GGUFWriter
-
-    with atomic_output(path, inputs) as temporary:
-        writer = GGUFWriter(temporary, architecture)
-        try:
-            for key, value in metadata.items():
-                _add(writer, key, value)
-            for name, array in tensors:
-                writer.add_tensor(name, np.ascontiguousarray(array))
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
-
-
-def _add(writer: Any, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        (writer.add_uint32 if 0 <= value < 1 << 32 else writer.add_int64)(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif value:  # GGUF has no type for an empty list: an absent key says the same
-        writer.add_array(key, value)
