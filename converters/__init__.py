@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
+
+from .._lazy import LazyPackage
 
 if TYPE_CHECKING:
-    from .lora_gguf import convert as convert
-    from .lora_gguf import to_peft as to_peft
-    from .merging import merge as merge
+    from .to_gguf import convert as convert
+    from .to_peft import to_peft as to_peft
 
-_HOMES = {"convert": "lora_gguf", "merge": "merging", "to_peft": "lora_gguf"}
+_HOMES = {"convert": "to_gguf", "to_peft": "to_peft"}
 __all__ = sorted(_HOMES)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+sys.modules[__name__].__class__ = LazyPackage

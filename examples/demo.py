@@ -20,7 +20,7 @@ from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.evals.evaluate import EvalSettings
 from safegene_edge.files import write_text
 from safegene_edge.portfolio import Row, counts, table
-from safegene_edge.recalibration import Point, Settings, taken
+from safegene_edge.recalibrate.fit import Point, Settings, taken
 
 HERE = Path(__file__).parent
 TASKS = ("news", "reviews", "maths")

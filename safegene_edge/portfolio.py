@@ -200,7 +200,8 @@ def _kept(path: Path, key: dict[str, Any]) -> Row | None:
 def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
     from .evals.evaluate import EvalSettings, evaluate
     from .evals.journal import Journal
-    from .recalibration import Examples, Point, Settings, recalibrate, taken
+    from .recalibrate.examples import Examples
+    from .recalibrate.fit import Point, Settings, recalibrate, taken
 
     started = time.monotonic()
     loaded = SafetyGene.load(gene)

@@ -38,14 +38,14 @@ def quantised(
     tiny: tiny_models.ModelFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
     """`quantised(kind)` is a tiny model whose rows hold whole super-blocks, as a GGUF."""
-    from safegene_edge.runtime.quantise import quantise
+    from safegene_edge.runtime.requantise import requantise
 
     folder: Path = tmp_path_factory.mktemp("quantised")
 
     def made(kind: str = "Q4_K_M") -> Path:
         path = folder / f"{kind}.gguf"
         if not path.exists():
-            quantise(tiny("llama", **tiny_models.WIDE).gguf_path, path, kind)
+            requantise(tiny("llama", **tiny_models.WIDE).gguf_path, path, kind)
         return path
 
     return made

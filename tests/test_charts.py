@@ -11,7 +11,7 @@ from safegene_edge.charts import curve_chart, scores_chart
 from safegene_edge.cli import main
 from safegene_edge.errors import SettingError
 from safegene_edge.gene import SHIPPED, SafetyGene
-from safegene_edge.recalibration import Point
+from safegene_edge.recalibrate.fit import Point
 
 SVG = "{http://www.w3.org/2000/svg}"
 

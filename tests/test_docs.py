@@ -33,7 +33,7 @@ from safegene_edge.cli import cli
 from safegene_edge.errors import NoEffectError, SettingError
 from safegene_edge.evals.evaluate import EvalSettings
 from safegene_edge.portfolio import express_one
-from safegene_edge.recalibration import Examples
+from safegene_edge.recalibrate.examples import Examples
 
 if sys.version_info >= (3, 11):
     import tomllib

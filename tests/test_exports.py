@@ -17,8 +17,8 @@ import pytest
 from adapters import random_adapter
 from test_merge import logits
 
-from safegene_edge.converters.exports import TOOLS, export
 from safegene_edge.errors import SettingError
+from safegene_edge.export import TOOLS, export
 from safegene_edge.gene import Expression, SafetyGene
 
 

@@ -27,8 +27,8 @@ from safegene_edge.errors import (
 from safegene_edge.evals.evaluate import EvalSettings
 from safegene_edge.files import check_output, sha256
 from safegene_edge.gguf_file import GGUFFile
-from safegene_edge.recalibration import Settings, recalibrate
-from safegene_edge.runtime.quantise import quantise
+from safegene_edge.recalibrate.fit import Settings, recalibrate
+from safegene_edge.runtime.requantise import requantise
 
 hub_client = pytest.importorskip("huggingface_hub", reason="pip install 'safegene-edge[hub]'")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -121,7 +121,7 @@ def test_every_way_into_the_api(cache, files, tiny_adapter, tmp_path):
     assert made.n_parameters
     to_peft(GENE, MODEL, tmp_path / "peft")
     also = {"adapters": [GENE], "gene_file": GENE}
-    quantise(MODEL, tmp_path / "f16.gguf", "F16")
+    requantise(MODEL, tmp_path / "f16.gguf", "F16")
     with suppress(NoEffectError, SettingError):  # a random gene may have nothing to give
         found = recalibrate(MODEL, SafetyGene.load(GENE), settings=Settings(passes=6), **also)
         assert (found.target, found.gene) == (sha256(model), sha256(gene))

@@ -11,10 +11,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from tiny import WIDE
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters.imatrix import read_imatrix
-from safegene_edge.converters.merging import MergeSettings, merge
 from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.gguf_file import GGUFFile, kernels
+from safegene_edge.merge import MergeSettings, merge
+from safegene_edge.merge.imatrix import read_imatrix
 
 
 def imatrix_for(path, output, binary=False):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +19,6 @@ from adapters import adapter_for, random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from safegene_edge.compat import open_model
-from safegene_edge.converters import merge_work
-from safegene_edge.converters.merging import MergeSettings, Plan, merge
 from safegene_edge.errors import (
     MismatchError,
     NoEffectError,
@@ -28,12 +27,21 @@ from safegene_edge.errors import (
 )
 from safegene_edge.gene import Expression, Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile, kernels
+from safegene_edge.merge import MergeSettings, workers
+from safegene_edge.merge import merge as merge_any
+from safegene_edge.merge.plan import Plan
 from safegene_edge.runtime.llama import SafeLlama
 
 KINDS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K_M", "Q4_K_M",
     "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "TQ2_0", "MXFP4_MOE",
 )  # fmt: skip
+
+
+def merge(model, adapters, output, settings=None, **more):
+    """Without running the model: what the update alone tells."""
+    settings = replace(settings or MergeSettings(), run=False)
+    return merge_any(model, adapters, output, settings=settings, **more)
 
 
 def bytes_of(file, name):
@@ -92,11 +100,16 @@ def test_f32_holds_the_very_sum(quantised, tmp_path):
         np.testing.assert_allclose(after.floats(name), expected, rtol=0, atol=1e-6)
 
 
-def test_the_function_is_not_hidden_by_a_module():
-    import safegene_edge
-    from safegene_edge import converters
-
-    assert callable(safegene_edge.merge) and converters.merge is merge
+def test_the_function_is_not_hidden_by_the_module_of_its_name():
+    code = (
+        "import safegene_edge.merge.plan, safegene_edge.converters.to_peft\n"
+        "import safegene_edge as edge\n"
+        "from safegene_edge import merge, to_peft\n"
+        "assert edge.merge is merge is safegene_edge.merge\n"
+        "assert edge.converters.to_peft is edge.to_peft is to_peft\n"
+        "assert callable(merge) and callable(to_peft)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_several_adapters_add_up(quantised, tmp_path):
@@ -163,7 +176,7 @@ def test_workers_write_what_one_process_writes(quantised, tmp_path, monkeypatch)
     source = quantised()
     gene = adapter_for(source, tmp_path)
     merge(source, [gene], tmp_path / "one.gguf", settings=MergeSettings(threads=1))
-    monkeypatch.setattr(merge_work, "_WORTH", 0)
+    monkeypatch.setattr(workers, "_WORTH", 0)
     seen = []
     report = merge(
         source, [gene], tmp_path / "two.gguf", settings=MergeSettings(threads=2),
@@ -178,7 +191,7 @@ def test_an_error_in_a_worker_is_the_callers(quantised, tmp_path, monkeypatch):
     huge = random_adapter(source)
     name, pair = next(iter(huge.pairs.items()))
     pairs = {**huge.pairs, name: Pair(pair.a * 1e30, pair.b * 1e30)}
-    monkeypatch.setattr(merge_work, "_WORTH", 0)
+    monkeypatch.setattr(workers, "_WORTH", 0)
     with pytest.raises(SafeGeneError, match=name):
         merge(source, [SafetyGene("llama", 8.0, pairs)], tmp_path / "out.gguf",
               settings=MergeSettings(threads=2))  # fmt: skip

@@ -18,9 +18,8 @@ from safegene_edge.cli import cli
 from safegene_edge.converters import convert
 from safegene_edge.errors import MismatchError, NoEffectError, SafeGeneError, SettingError
 from safegene_edge.gene import SafetyGene
-from safegene_edge.openers import Openers, refusal_loss
-from safegene_edge.recalibration import (
-    Examples,
+from safegene_edge.recalibrate.examples import Examples
+from safegene_edge.recalibrate.fit import (
     Point,
     Settings,
     _choose,
@@ -28,6 +27,7 @@ from safegene_edge.recalibration import (
     _share_in_order,
     recalibrate,
 )
+from safegene_edge.recalibrate.refusal_margin import Openers, refusal_loss
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 

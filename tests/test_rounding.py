@@ -7,10 +7,10 @@ import pytest
 from gguf import GGMLQuantizationType
 from test_inputs import leaning_inputs
 
-from safegene_edge.converters import rounding
-from safegene_edge.converters.codes import layouts
 from safegene_edge.gguf_file import kernels
-from safegene_edge.runtime.inputs import directions_of
+from safegene_edge.merge import rounding
+from safegene_edge.merge.codes import layouts
+from safegene_edge.runtime.activations import directions_of
 
 
 @pytest.mark.parametrize("kind", layouts())

@@ -1,4 +1,4 @@
-"""GGUF LoRA to PEFT folder: exact there and back."""
+"""GGUF LoRA to PEFT folder: the same there and back, exactly or within a float32 step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny as tiny_models
+from safetensors.numpy import load_file
 from tiny import lora_settings, peft_deltas, relative_error
 
 from safegene_edge.converters import convert, to_peft
-from safegene_edge.converters.lora_gguf import _from_steps, _steps
 from safegene_edge.converters.names import BaseNames
 from safegene_edge.errors import FileFormatError, MismatchError, OutputError, SafeGeneError
 from safegene_edge.gene import Adapter, Pair
@@ -30,13 +30,14 @@ def there_and_back(folder: Path, base: Path, tmp_path: Path) -> Path:
     return tmp_path / "back"
 
 
-def assert_same_pairs(one: Adapter, other: Adapter) -> None:
-    """The same tensors, bit for bit and type for type, and the same scales."""
+def assert_same_pairs(one: Adapter, other: Adapter, steps: int = 0) -> None:
+    """The same tensors to within so many steps of their type, and the same scales."""
     assert list(one.pairs) == list(other.pairs)
     for name, pair in one.pairs.items():
         again = other.pairs[name]
         for left, right in ((pair.a, again.a), (pair.b, again.b)):
-            assert (left.dtype, left.tobytes()) == (right.dtype, right.tobytes()), name
+            assert left.dtype == right.dtype, name
+            np.testing.assert_array_max_ulp(left, right, maxulp=steps)
         assert one.effective_scale(name) == pytest.approx(other.effective_scale(name), rel=1e-7)
 
 
@@ -44,7 +45,7 @@ def assert_same_pairs(one: Adapter, other: Adapter) -> None:
 
 
 @pytest.mark.parametrize(("arch", "name"), CASES)
-def test_peft_to_gguf_to_peft_is_exact(
+def test_peft_to_gguf_to_peft_is_exact_but_for_folded_factors(
     arch: str,
     name: str,
     tiny: tiny_models.ModelFactory,
@@ -54,8 +55,14 @@ def test_peft_to_gguf_to_peft_is_exact(
     folder = tiny_adapter(arch, **lora_settings(arch)[name])
     back = there_and_back(folder, tiny(arch).gguf_path, tmp_path)
     assert sorted(path.name for path in back.iterdir()) == sorted(FILES)
-    for file in FILES:
-        assert (folder / file).read_bytes() == (back / file).read_bytes()
+    assert (folder / FILES[0]).read_bytes() == (back / FILES[0]).read_bytes()
+    if "safegene.peft.folded" not in Adapter.load(tmp_path / "adapter.gguf").extra:
+        assert (folder / FILES[1]).read_bytes() == (back / FILES[1]).read_bytes()
+        return
+    before, after = load_file(folder / FILES[1]), load_file(back / FILES[1])
+    assert list(before) == list(after)
+    for key, values in before.items():
+        np.testing.assert_array_max_ulp(after[key], values, maxulp=1 if "lora_B" in key else 0)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -95,21 +102,6 @@ def test_mixed_types_come_back(
     for name, values in expected.items():
         assert restored[name].dtype == values.dtype
         assert restored[name].equal(values)
-
-
-def test_steps_number_every_float() -> None:
-    values = np.array([0.0, -0.0, 1e-45, -1e-45, 1.0, -1.5, 3e38, -3e38], np.float32)
-    assert _from_steps(_steps(values)).tobytes() == values.tobytes()
-    assert np.all(_steps(np.nextafter(values, np.float32(np.inf))) - _steps(values) <= 2)
-
-
-def test_folding_alone_would_not_be_exact(
-    tiny: tiny_models.ModelFactory, tiny_adapter: tiny_models.AdapterFactory
-) -> None:
-    """The recorded loss is there for a reason: without it the way back misses some numbers."""
-    folder = tiny_adapter("llama", alpha_pattern={"q_proj": 7})
-    adapter = convert(folder, tiny("llama").gguf_path)
-    assert any(adapter.extra["safegene.peft.folded_loss"])
 
 
 # -- GGUF, PEFT, GGUF -----------------------------------------------------
@@ -185,8 +177,8 @@ def _changed(adapter: Adapter, change: str) -> Adapter:
         "config of another kind": {"safegene.peft.config": 7},
         "unknown types": {"safegene.peft.dtype": "F9/F9"},
         "types of another kind": {"safegene.peft.dtype": 5},
-        "a loss that is none": {"safegene.peft.folded_loss": ["~~~~"] * 3},
-        "losses too few": {"safegene.peft.folded_loss": []},
+        "folded pairs of another kind": {"safegene.peft.folded": 7},
+        "a folded pair that was not": {"safegene.peft.folded": [next(iter(adapter.pairs))]},
         "module names": {"safegene.peft.modules": ["x"] * len(adapter.pairs)},
     }
     if change == "scaled":
@@ -204,7 +196,7 @@ def _changed(adapter: Adapter, change: str) -> Adapter:
     [
         "scaled", "one layer", "in part scaled", "a config of DoRA", "another alpha", "no config",
         "config of another kind", "unknown types", "types of another kind",
-        "a loss that is none", "losses too few", "module names",
+        "folded pairs of another kind", "a folded pair that was not", "module names",
     ],
 )  # fmt: skip
 def test_a_changed_adapter_is_not_given_its_old_config(
@@ -223,7 +215,7 @@ def test_a_changed_adapter_is_not_given_its_old_config(
     assert not config.get("use_dora")
     _assert_peft_reads(tmp_path / "peft", model, adapter)
     again = convert(tmp_path / "peft", model.gguf_path)
-    assert_same_pairs(adapter, again)
+    assert_same_pairs(adapter, again, steps=2)  # one each way, where a factor was folded
 
 
 # -- what is refused ------------------------------------------------------

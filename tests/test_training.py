@@ -15,7 +15,7 @@ import tiny as tiny_models
 
 from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.evals.suites import BUILT_IN, load_suite
-from safegene_edge.recalibration import Examples
+from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.training.corpus import (
     CATEGORIES,
     HarmfulPrompt,

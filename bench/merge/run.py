@@ -39,9 +39,10 @@ from safegene_edge.evals.judge import judge
 from safegene_edge.evals.statistics import Count
 from safegene_edge.evals.suites import load_suite
 from safegene_edge.files import sha256, write_text
-from safegene_edge.measuring import RUN_UP_TO, is_small
-from safegene_edge.runtime.engine import kl_from_logits, log_softmax
-from safegene_edge.runtime.quantise import quantise
+from safegene_edge.merge import Plan
+from safegene_edge.merge.plan import RUN_UP_TO
+from safegene_edge.runtime.logits import kl_from_logits, log_softmax
+from safegene_edge.runtime.requantise import requantise
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -241,7 +242,7 @@ def family(name: str, results: dict[str, Any]) -> None:
         judged = name == "smollm2" and kind in JUDGED
         results[name][kind] = {
             "key": inputs + code(), "inputs": inputs, "runs": runs, "made": made,
-            "default": "run" if is_small(model) else "plain",
+            "default": "run" if Plan.of(model, [adapter]).runs_model else "plain",
             "compared": {way: compared(model, files[way], adapter) for way in ("run", "plain")},
             "measured": measured(model, adapter, {made[way]: files[way] for way in WAYS}, known,
                                  judged),
@@ -284,7 +285,7 @@ def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
     source = Path(os.environ["SAFEGENE_QWEN"])
     model = source if kind == "Q4_K_M" else work / f"qwen.{kind}.gguf"
     if not model.exists():
-        quantise(source, model, kind)
+        requantise(source, model, kind)
     # A task's fine-tune on the project's own rows: trained once, some minutes.
     folder = cache_folder() / "recovery" / "qwen" / "degraded"
     (tuned,) = degrade(source, folder, kinds=("task",))
@@ -296,9 +297,10 @@ def real_model(name: str, kind: str, work: Path) -> tuple[Path, Path]:
 def code() -> str:
     """A hash of what decides a merged file's bytes; comments do not."""
     root = HERE.parent.parent
-    names = ("rounding", "codes", "kernels", "merging", "merge_inputs", "merge_work", "rewrite")
-    files = [root / "converters" / f"{name}.py" for name in names]
-    files += [root / "safegene_edge" / name for name in ("measuring.py", "runtime/inputs.py")]
+    package = root / "safegene_edge"
+    files = sorted(path for path in (package / "merge").glob("*.py"))
+    files += [package / name for name in ("gguf_file/kernels.py", "gguf_file/rewrite.py",
+                                          "runtime/activations.py")]  # fmt: skip
     parts = [ast.dump(ast.parse(file.read_text(encoding="utf-8"))) for file in files]
     parts.append(sha256(root / "safegene_edge" / "data" / "calibration.jsonl"))
     return hashlib.sha256("".join(parts).encode()).hexdigest()
@@ -323,7 +325,7 @@ def large(results: dict[str, Any]) -> None:
         results["large"] = {
             "bytes": model.stat().st_size,
             "touched": len(open_adapter(adapter)) // 2,
-            "default": "run" if is_small(model) else "plain",
+            "default": "run" if Plan.of(model, [adapter]).runs_model else "plain",
             "runs": runs,
             "compared": {"plain": compared(model, mine, adapter)},
         }

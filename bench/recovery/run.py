@@ -24,12 +24,14 @@ from common import SHARED, machine
 from finetunes import LABELLED, MEASURED, TASKS, Family, Row, family, rows, tune
 from targets import Builder
 
-from safegene_edge import Engine, SafeLlama, SafetyGene, openers, recalibrate, recalibration
+from safegene_edge import Engine, SafeLlama, SafetyGene, recalibrate
 from safegene_edge.evals.judge import judge
 from safegene_edge.evals.suites import load_suite
 from safegene_edge.files import sha256, write_text
 from safegene_edge.gene import Expression
-from safegene_edge.recalibration import Examples
+from safegene_edge.recalibrate import fit as recalibration
+from safegene_edge.recalibrate import refusal_margin as openers
+from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.training.corpus import harmful_prompts, harmless_prompts
 from safegene_edge.training.degrade import degrade
 from safegene_edge.training.extract import REFUSALS, Settings, extract

@@ -26,7 +26,7 @@ from safegene_edge import convert
 from safegene_edge.files import atomic_output
 from safegene_edge.gene import layer_of
 from safegene_edge.gguf_file import GGUFFile
-from safegene_edge.runtime.quantise import quantise
+from safegene_edge.runtime.requantise import requantise
 from safegene_edge.training.models import Source
 
 Update: TypeAlias = Mapping[str, npt.NDArray[np.float32]]
@@ -67,7 +67,7 @@ class Builder:
             with atomic_output(folder / f"{name}.f16.tmp") as draft:
                 shutil.copyfile(self.float_base, draft)
                 _add(draft, whole)
-                quantise(draft, output, kind)
+                requantise(draft, output, kind)
             (folder / f"{name}.f16.tmp").unlink()
         return output
 
@@ -75,7 +75,7 @@ class Builder:
     def float_base(self) -> Path:
         path = self.family.work / "base.F16.gguf"
         if not path.exists():
-            quantise(self.base, path, "F16")
+            requantise(self.base, path, "F16")
         return path
 
     @cached_property

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..converters.merge_inputs import Given
-    from ..converters.merging import MergeReport, MergeSettings
+    from ..merge.inputs import Given
+    from ..merge.plan import MergeReport
 
 _ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
 _TOOLS = ("ollama", "llama-server", "lm-studio")
@@ -48,26 +48,26 @@ def merge(
     the model reads a few prompts first, so that rounding errors keep off what its tensors read.
     There is no way back from a merged file: keep the model and the adapters.
     """
-    from ..converters.merging import Plan
-    from ..measuring import is_small
-    from ..measuring import merge as merge_with
+    from ..merge import MergeSettings, Plan
+    from ..merge import merge as run_merge
 
     if not output and not dry_run:
         raise click.UsageError("give -o OUT.gguf, or --dry-run")
-    given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix, promote)
+    given = [parse_adapter(text) for text in adapters]
+    settings = MergeSettings(imatrix, promote, run)
     if dry_run:
         plan = Plan.of(model, given, settings)
         if output:
             plan.check_outputs(output)
         report = plan.report([])
-        estimate = asdict(plan.estimate()) | {"run": is_small(model) if run is None else run}
+        estimate = asdict(plan.estimate()) | {"run": plan.runs_model}
     else:
         assert output  # held above
         with click.progressbar(
             length=100, label="merging", file=sys.stderr, hidden=not sys.stderr.isatty()
         ) as bar:
-            report = merge_with(
-                model, given, output, settings=settings, run=run,
+            report = run_merge(
+                model, given, output, settings=settings,
                 progress=lambda done, total: bar.update(100 * done // total - bar.pos),
             )  # fmt: skip
         estimate = {}
@@ -101,13 +101,11 @@ def export(
     Files go to DIR; the commands that use them are printed. LM Studio loads no adapters: it
     gets a merged model.
     """
-    from ..converters.exports import export as run
-    from ..measuring import prepared
+    from ..export import export as run
+    from ..merge import MergeSettings
 
-    given, settings = [parse_adapter(text) for text in adapters], _settings(imatrix)
-    if tool == "lm-studio":  # which gets a merged model
-        settings = prepared(model, given, settings)
-    made = run(tool, model, given, output, settings=settings)
+    given = [parse_adapter(text) for text in adapters]
+    made = run(tool, model, given, output, settings=MergeSettings(imatrix))
     for warning in made.merged.warnings if made.merged else ():
         click.echo(f"warning: {warning}", err=True)
     if as_json:
@@ -132,12 +130,6 @@ def parse_adapter(text: str) -> Given:
         raise click.UsageError(
             f"'{how}' in '{text}' is neither a scale nor an expression's .json"
         ) from None
-
-
-def _settings(imatrix: str | None, promote: int = 0) -> MergeSettings:
-    from ..converters.merging import MergeSettings
-
-    return MergeSettings(imatrix, promote)
 
 
 def _plan(report: MergeReport, estimate: dict[str, Any]) -> str:

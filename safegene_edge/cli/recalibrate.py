@@ -37,8 +37,9 @@ def recalibrate(
     from ..charts import curve_chart
     from ..files import check_output, write_text
     from ..gene import SafetyGene
-    from ..recalibration import Examples, Point, taken
-    from ..recalibration import recalibrate as run
+    from ..recalibrate.examples import Examples
+    from ..recalibrate.fit import Point, taken
+    from ..recalibrate.fit import recalibrate as run
 
     outputs = [name for name in (output, expression, plot) if name]
     if not (outputs or as_json):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from ..errors import SettingError
-from ..openers import OPENERS, prefix_free
+from ..recalibrate.refusal_margin import OPENERS, prefix_free
 from .journal import Journal, fingerprint
 
 if TYPE_CHECKING:

@@ -22,6 +22,7 @@ from ..arrays import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Batch, common, trim
 from .llama import AttachedAdapter, SafeLlama
+from .logits import kl_from_logits, log_softmax, log_sum_exp
 
 Scales = Mapping[AttachedAdapter, float]
 Finish = Literal["stop", "length", "context", "cancelled"]
@@ -284,7 +285,7 @@ class Engine:
         def visit(index: int, position: int, row: Floats) -> None:
             prompt, completion = pairs[index]
             place = position + 1 - len(prompt)
-            scores[index][place] = row[completion[place]] - _log_sum_exp(row)
+            scores[index][place] = row[completion[place]] - log_sum_exp(row)
 
         sequences = [[*prompt, *completion] for prompt, completion in pairs]
         spans = [range(len(p) - 1, len(p) + len(c) - 1) for p, c in pairs]
@@ -454,21 +455,6 @@ class Engine:
             return np.empty((0, self.n_vocab), np.float32)
         pointer = llama_cpp.llama_get_logits(self._context)
         return np.asarray(np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab)), np.float32)
-
-
-def log_softmax(logits: Floats) -> Floats:
-    """Log-probabilities of a row of logits."""
-    return np.asarray(logits - np.float32(_log_sum_exp(logits)), np.float32)
-
-
-def kl_from_logits(log_p: Floats, log_q: Floats) -> float:
-    """KL(p ‖ q) in nats from two rows of log-probabilities; never negative."""
-    return max(0.0, float(np.dot(np.exp(log_p), log_p - log_q)))
-
-
-def _log_sum_exp(row: Floats) -> float:
-    top = float(row.max())
-    return top + float(np.log(np.exp(row - np.float32(top)).sum(dtype=np.float64)))
 
 
 def _tokens(sequence: Sequence[int]) -> list[int]:

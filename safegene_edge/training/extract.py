@@ -26,7 +26,7 @@ from ..errors import FileFormatError, MissingExtraError, OutputError, SafeGeneEr
 from ..files import PathLike, write_text
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile
-from ..openers import Openers, Tokens
+from ..recalibrate.refusal_margin import Openers, Tokens
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..openers import Openers, Tokens, refusal_loss
-from ..recalibration import Examples
+from ..recalibrate.examples import Examples
+from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss
 from ..runtime.llama import SafeLlama
 from .loss import Example, log_probabilities
 from .recipe import Recipe, rendered

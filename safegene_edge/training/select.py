@@ -27,7 +27,7 @@ from .models import GENE, LiveModel, Source
 from .recipe import remaining
 
 if TYPE_CHECKING:
-    from ..openers import Openers, Tokens
+    from ..recalibrate.refusal_margin import Openers, Tokens
     from .recipe import Recipe, Report
 
 Gain: TypeAlias = Mapping[int, float]  # a layer's, by layer

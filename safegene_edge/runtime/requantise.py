@@ -13,7 +13,7 @@ from .devices import physical_cores
 _PREFIX = "LLAMA_FTYPE_MOSTLY_"
 
 
-def quantise(source: PathLike, output: PathLike, kind: str = "Q4_K_M") -> None:
+def requantise(source: PathLike, output: PathLike, kind: str = "Q4_K_M") -> None:
     """Write `source` in another type; quantised sources are dequantised first, with some loss.
 
     Args:

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from .runtime.llama import SafeLlama
+    from ..runtime.llama import SafeLlama
 
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _DEEP = 3  # tokens of an opener that are looked at

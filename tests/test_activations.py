@@ -10,18 +10,17 @@ import pytest
 from adapters import random_adapter
 from click.testing import CliRunner
 
-from safegene_edge import measuring, merge
+from safegene_edge import merge
 from safegene_edge.cli import cli
 from safegene_edge.compat import open_model
-from safegene_edge.converters.merging import merge as merge_with
 from safegene_edge.errors import LlamaCppError, NoEffectError, OutputError
 from safegene_edge.gguf_file import GGUFFile
-from safegene_edge.measuring import measured
-from safegene_edge.runtime import inputs
+from safegene_edge.merge import MergeSettings, Plan, plan
+from safegene_edge.runtime import activations as inputs
+from safegene_edge.runtime.activations import ANSWER, directions, directions_of, inputs_of
 from safegene_edge.runtime.engine import Engine
-from safegene_edge.runtime.inputs import ANSWER, directions, directions_of, inputs_of
 from safegene_edge.runtime.llama import SafeLlama
-from safegene_edge.runtime.quantise import quantise
+from safegene_edge.runtime.requantise import requantise
 
 PROMPTS = [[1, 5, 9, 12, 4], [1, 5, 9, 12, 3, 2, 8, 30]]
 SHARED = 4  # tokens that both begin with
@@ -119,15 +118,16 @@ def test_small_models_are_run_and_any_on_request(quantised, tmp_path, monkeypatc
     assert len(run) == len(plain)
     assert run != plain
     for limit, expected in ((model.stat().st_size, run), (model.stat().st_size - 1, plain)):
-        monkeypatch.setattr(measuring, "RUN_UP_TO", limit)
+        monkeypatch.setattr(plan, "RUN_UP_TO", limit)
         assert merged() == expected
         merge(model, [adapter], tmp_path / "api.gguf")
         assert (tmp_path / "api.gguf").read_bytes() == expected
         words = ["merge", str(model), str(adapter), "--dry-run", "--json"]
         planned = json.loads(CliRunner().invoke(cli, words).stdout)
         assert planned["run"] == (expected == run)
-    merge_with(model, [adapter], tmp_path / "converters.gguf")
-    assert (tmp_path / "converters.gguf").read_bytes() == plain
+    for asked, expected in ((True, run), (False, plain)):
+        merge(model, [adapter], tmp_path / "api.gguf", settings=MergeSettings(run=asked))
+        assert (tmp_path / "api.gguf").read_bytes() == expected
 
 
 def test_a_full_disk_for_temporary_files_is_named(quantised, tmp_path, monkeypatch):
@@ -155,14 +155,16 @@ def test_a_model_that_cannot_be_run_is_merged_plainly(quantised, tmp_path):
     with pytest.raises(LlamaCppError, match=r"m\.gguf: .*Merge with --plain"):
         merge(model, [adapter], tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
-    merge(model, [adapter], tmp_path / "out.gguf", run=False)
+    merge(model, [adapter], tmp_path / "out.gguf", settings=MergeSettings(run=False))
 
 
 def test_a_model_of_floats_is_not_run(tiny, tmp_path):
     source = tiny("llama").gguf_path
     random_adapter(source).save(tmp_path / "a.gguf")
-    assert measured(source, [tmp_path / "a.gguf"]).directions == {}
-    quantise(source, tmp_path / "q.gguf", "Q8_0")
-    found = measured(tmp_path / "q.gguf", [tmp_path / "a.gguf"]).directions
+    unseen = Plan.of(source, [tmp_path / "a.gguf"])
+    assert unseen.with_directions() is unseen
+    requantise(source, tmp_path / "q.gguf", "Q8_0")
+    updates = Plan.of(tmp_path / "q.gguf", [tmp_path / "a.gguf"]).with_directions().updates
+    found = [name for name, update in updates.items() if not update.alone]
     kinds = {n: i.type_name for n, i in open_model(tmp_path / "q.gguf").tensors.items()}
     assert found and all(kinds[name] == "Q8_0" for name in found)

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..compat import open_model, require_fit
-from ..errors import OutputError, SettingError
-from ..files import PathLike, check_output, write_text
-from .merge_inputs import Given, combined, fold
-from .merging import MergeReport, MergeSettings, merge
+from .compat import open_model, require_fit
+from .errors import OutputError, SettingError
+from .files import PathLike, check_output, write_text
+from .merge import MergeReport, MergeSettings, merge
+from .merge.inputs import Given, combined, fold
 
 TOOLS = ("ollama", "llama-server", "lm-studio")
 _ADAPTER = "adapter.gguf"
@@ -51,7 +51,7 @@ def export(
         tool: one of `TOOLS`.
         adapters: as for `merge`; several become one.
         folder: made if need be; files of the same names are replaced.
-        settings: of LM Studio's merge.
+        settings: of LM Studio's merge, as for `merge`.
 
     Raises:
         SettingError: an unknown tool.

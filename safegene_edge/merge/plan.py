@@ -1,9 +1,9 @@
 """Merge adapters into a quantised GGUF; every tensor keeps its type.
 
 Untouched tensors are copied byte for byte. A touched one is read in blocks of rows, gets its
-update in float32, and goes back to its own quantisation in the way of `rounding`. Memory does
-not grow with the model. What cannot be undone: the codes that changed are not recorded, so
-there is no way back from a merged file; keep the model and the adapter.
+update in float32, and goes back to its own quantisation in the way of `rounding`. Unless the
+model is run first, memory does not grow with it. There is no way back from a merged file, since
+the codes that changed are not recorded: keep the model and the adapter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from ..gene import Expression
 from ..gguf_file import GGUFFile
 from ..gguf_file.kernels import Kind
 from ..gguf_file.rewrite import Draft, Place, Value, begin, copy, draft
+from .codes import layouts
 from .imatrix import read_imatrix
-from .merge_inputs import Folded, Given, fold, provenance, require_writable, updates_of
-from .merge_work import WORKER_MEMORY, Job, Progress, TensorReport, cpus, run_jobs
+from .inputs import Folded, Given, fold, provenance, require_writable, updates_of
 from .rounding import Update
+from .workers import WORKER_MEMORY, Job, Progress, TensorReport, cpus, run_jobs
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
 PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type becomes Q8_0
 _COPIED = 500e6  # bytes a second, hashed and copied: a laptop's disk
+RUN_UP_TO = 160_000_000  # bytes of a model: of SmolLM2's 145 MB in Q8_0 a merge takes 389 MB
 _BASE_MEMORY = 100 << 20  # 71 MiB were measured with SmolLM2, 97 with the vocabulary of Qwen2.5
 
 
@@ -45,14 +47,15 @@ class MergeSettings:
     Attributes:
         imatrix: file of an importance matrix; some types need one.
         promote: how many of the touched tensors that keep least of their update get a larger type.
-        directions: tensor to what its inputs lie along (k×in), see `measuring.measured`. Of tensors
-            without them `rounding` knows the update alone.
+        run: whether the model is run first, so that rounding errors keep off what its tensors
+            read. False takes little memory whatever the model's size. None runs a model of up to
+            160 MB.
         threads: default: the processors that this process may use.
     """
 
     imatrix: PathLike | None = None
     promote: int = 0
-    directions: Mapping[str, Floats] | None = None
+    run: bool | None = None
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +89,7 @@ class MergeReport:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a merge without directions will take: seconds on this machine, and bytes of memory."""
+    """What a merge that runs no model will take: seconds on this machine, and bytes of memory."""
 
     seconds: float
     memory: int
@@ -115,11 +118,15 @@ def merge(
         MismatchError: an adapter does not fit; each tensor is named.
         UnsupportedError: a touched tensor has a type that ggml cannot write.
         SettingError: a touched tensor's type needs an importance matrix.
-        NoEffectError: not a byte of the model would change.
+        NoEffectError: not a byte of the model would change, or, where the model is run, the
+            adapters leave its logits as they were.
+        LlamaCppError: the model is to be run, and cannot be.
         OutputError: the output is an input, or cannot be written.
     """
     plan = Plan.of(model, adapters, settings)
     outputs = plan.check_outputs(output)
+    if plan.runs_model:
+        plan = plan.with_directions()
     if plan.settings.promote:
         plan = plan.promoted(progress)
     found: list[TensorReport] = []
@@ -165,7 +172,7 @@ class Plan:
         folded = fold(adapters)
         for one in folded:
             require_fit(one.content, whole, one.name)
-        updates = updates_of((one.content for one in folded), settings.directions)
+        updates = updates_of(one.content for one in folded)
         importance = read_imatrix(settings.imatrix) if settings.imatrix else {}
         for name in updates:
             require_writable(whole, name, importance)
@@ -188,6 +195,29 @@ class Plan:
         )
         facts = provenance(hashes, self.name, self.folded)
         return replace(self, provenance=facts, warnings=warnings)
+
+    # -- a look at the model ----------------------------------------------
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run before its tensors are touched."""
+        if self.settings.run is None:
+            return sum(part.n_bytes for part in self.parts) <= RUN_UP_TO
+        return self.settings.run
+
+    def with_directions(self) -> Plan:
+        """The plan with what the touched tensors read; the model runs for it.
+
+        It does not run where no touched tensor has a grid that errors could be shifted on.
+        """
+        tensors = [n for n in self.updates if self.parts[0].tensors[n].type_name in layouts()]
+        if not tensors:
+            return self
+        from .model_run import read_directions  # which loads llama.cpp
+
+        found = read_directions(self.name, self.folded, tensors)
+        updates = updates_of((one.content for one in self.folded), found)
+        return replace(self, updates=updates)
 
     # -- outputs ----------------------------------------------------------
 

@@ -177,6 +177,7 @@ def _with_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[T
     """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["PYTHONSAFEPATH"] = "1"  # a checkout in the current folder is not the package
     command = [sys.executable, "-m", __name__]
     queue: SimpleQueue[TensorReport | Exception | None] = SimpleQueue()
     workers = []

@@ -17,10 +17,8 @@ were looked at, the one with the smallest J and a KL within the budget is taken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib import resources
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +26,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .compat import open_model, require_fit
-from .errors import FileFormatError, NoEffectError, SettingError
-from .files import PathLike, require_file, sha256
-from .gene import Expression, SafetyGene
-from .openers import Openers, Tokens, refusal_loss
+from ..compat import open_model, require_fit
+from ..errors import NoEffectError, SettingError
+from ..files import PathLike, sha256
+from ..gene import Expression, SafetyGene
+from .examples import Examples
+from .refusal_margin import Openers, Tokens, refusal_loss
 
 if TYPE_CHECKING:
-    from .runtime.engine import Engine
+    from ..runtime.engine import Engine
 
-_KINDS = ("harmful", "harmless", "task")
-_MOST = 128  # of a kind: each is read in every pass, and up to nine rows of logits are kept of it
 _TOLERATED = 0.03  # over-refusal beyond the aligned model's: the most that the project promises
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
 # Of 16 × 16 pairs, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 % and
@@ -46,86 +43,6 @@ _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's object
 _ORDERED, _TWICE = 0.7, 2.0
 Scaling = npt.NDArray[np.float64]
 Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, row of logits
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Prompts to calibrate on; no two kinds share one.
-
-    Attributes:
-        task: prompts as the model's own job has them; optional. What it answers shall stay, but
-            whether it opens with a refusal is not asked.
-    """
-
-    harmful: tuple[str, ...]
-    harmless: tuple[str, ...]
-    task: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        seen: dict[str, set[str]] = {}
-        for kind in _KINDS:
-            plain = [" ".join(text.lower().split()) for text in getattr(self, kind)]
-            if not (plain or kind == "task") or not all(plain):
-                raise SettingError(
-                    f"the {kind} examples are empty", "Give harmful and harmless ones, none blank"
-                )
-            if len(plain) > _MOST:
-                raise SettingError(
-                    f"{len(plain)} {kind} examples are too many", f"Give at most {_MOST}"
-                )
-            if len(set(plain)) < len(plain):
-                raise SettingError(
-                    f"{len(plain) - len(set(plain))} of {len(plain)} {kind} examples are repeated",
-                    "Give each once",
-                )
-            for other, known in seen.items():
-                if shared := known & set(plain):
-                    raise SettingError(
-                        f"{len(shared)} examples are both {other} and {kind}", "Give each one label"
-                    )
-            seen[kind] = set(plain)
-
-    @classmethod
-    def load(cls, path: PathLike) -> Examples:
-        """Read a JSONL of {"prompt", "kind": "harmful", "harmless" or "task"}.
-
-        Task prompts alone are added to the shipped examples.
-
-        Raises:
-            FileFormatError: the file is missing, or a line is not such a row.
-            SettingError: a kind is missing, or a prompt comes twice.
-        """
-        found: dict[str, list[str]] = {kind: [] for kind in _KINDS}
-        try:
-            lines = require_file(path).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise FileFormatError(f"{path}: is not UTF-8 text", "Give a JSONL file") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                found[row["kind"]].append(row["prompt"].strip())
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise FileFormatError(
-                    f"{path}: line {number} is no example",
-                    'A line is {"prompt": "…", "kind": "harmful"}, or "harmless", or "task"',
-                ) from error
-        if found["task"] and not (found["harmful"] or found["harmless"]):
-            return cls.shipped(task=found["task"])
-        return cls(*(tuple(found[kind]) for kind in _KINDS))
-
-    @classmethod
-    def shipped(cls, task: Iterable[str] = ()) -> Examples:
-        """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline.
-
-        None of them is a training prompt: a gene refuses what it has learnt from more readily.
-
-        Args:
-            task: prompts of the model's own job, to go with them.
-        """
-        with resources.as_file(resources.files("safegene_edge") / "data/calibration.jsonl") as file:
-            return replace(cls.load(file), task=tuple(task))
 
 
 @dataclass(frozen=True)
@@ -210,8 +127,8 @@ def recalibrate(
         SettingError: settings make no sense, or the labels look swapped.
         NoEffectError: no point within the budget lowers the refusal loss.
     """
-    from .runtime.engine import Engine
-    from .runtime.llama import SafeLlama
+    from ..runtime.engine import Engine
+    from ..runtime.llama import SafeLlama
 
     if not kl_budget > 0:
         raise SettingError(f"the KL budget is {kl_budget}", "Give a positive number")
@@ -292,7 +209,7 @@ class _Kept:
     """Prompts, the target's own answers to them, and the log-probabilities of the rows there."""
 
     def __init__(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        from .runtime.engine import kl_from_logits, log_softmax
+        from ..runtime.logits import kl_from_logits, log_softmax
 
         self._softmax, self._kl = log_softmax, kl_from_logits
         self.prompts, self.answers = prompts, answers
