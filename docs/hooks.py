@@ -12,7 +12,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-SCHEMA = "safegene_edge/evals/data/report.schema.json"
+SCHEMA = "safegene_edge/evals/report/data/report.schema.json"
 
 
 def on_files(files: Files, config: Any) -> Files:

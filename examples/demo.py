@@ -17,10 +17,10 @@ from pathlib import Path
 from real_model import cache_folder, smollm2
 
 from safegene_edge import SafetyGene, convert, evaluate, recalibrate
-from safegene_edge.evals.evaluate import EvalSettings
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import write_text
-from safegene_edge.portfolio import Row, counts, table
-from safegene_edge.recalibrate.fit import Point, Settings, taken
+from safegene_edge.portfolio import PortfolioRow, counts, table
+from safegene_edge.recalibrate import RecalibrationSettings
 
 HERE = Path(__file__).parent
 TASKS = ("news", "reviews", "maths")
@@ -43,12 +43,10 @@ def main() -> None:
     for task in TASKS:
         adapters = [aligned, converted(f"smollm2-135m-tasks/{task}", model, cache)]
         say(f"{task}: recalibrating")
-        curve: list[Point] = []
-        found = recalibrate(
-            model, gene, adapters=adapters, settings=Settings(passes=6), curve=curve
-        )
+        settings = RecalibrationSettings(passes=6)
+        found = recalibrate(model, gene, adapters=adapters, settings=settings)
         expressed = cache / f"demo-{task}.gguf"
-        gene.express(found).save(expressed)
+        gene.express(found.expression).save(expressed)
         say(f"{task}: evaluating before and after")
         report = evaluate(
             model,
@@ -58,7 +56,7 @@ def main() -> None:
             progress=progress if sys.stderr.isatty() else None,
         )
         facts = report.to_json()
-        rows.append(Row(task, *counts(facts), kl=taken(found, curve).kl))
+        rows.append(PortfolioRow(task, *counts(facts), kl=found.point.kl))
         page = cache / f"demo-{task}.html"
         write_text(page, report.to_html())
         write_text(page.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")

@@ -8,11 +8,13 @@ taken from B; where alpha is 0 or missing, the factor is s alone
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import resources
 from typing import Any, ClassVar, TypeVar
 
@@ -90,6 +92,20 @@ class Adapter:
         pair = self.pairs[tensor]
         dense = pair.b.astype(np.float64) @ pair.a.astype(np.float64)
         return (dense * self.effective_scale(tensor)).astype(np.float32)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of what the adapter does, in hexadecimal: architecture, scale and tensors.
+
+        The same whether the adapter was read from a file or never was in one; other metadata
+        does not count.
+        """
+        digest = hashlib.sha256(f"{self.architecture} {self.alpha}".encode())
+        for name, pair in sorted(self.pairs.items()):
+            digest.update(f"{name} {pair.a.shape} {pair.b.shape}".encode())
+            for half in (pair.a, pair.b):
+                digest.update(half.dtype.str.encode() + np.ascontiguousarray(half).tobytes())
+        return digest.hexdigest()
 
     # -- transformations --------------------------------------------------
 
@@ -219,8 +235,10 @@ class SafetyGene(Adapter):
         """The gene with an expression folded into B, for tools that know nothing of us.
 
         Raises:
-            MismatchError: the expression names a layer that the gene has not.
+            MismatchError: the expression is of another gene, or names a layer that this one lacks.
         """
+        if expression.gene and expression.gene != self.sha256:
+            raise MismatchError("the expression is of another gene", "Recalibrate with this gene")
         unknown = sorted(set(expression.coefficients) - set(self.layers))
         if unknown:
             raise MismatchError(
@@ -290,7 +308,7 @@ class Expression:
 
     Attributes:
         coefficients: layer to coefficient; 0 switches the layer off.
-        gene: SHA-256 of the gene file; target: of the model file; either may be empty.
+        gene: the gene's own `sha256`; target: SHA-256 of the model file; either may be empty.
     """
 
     coefficients: Mapping[int, float]

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .errors import OutputError, SafeGeneError, SettingError
+from .evals.asking.suites import DEFAULT_SUITES
 from .evals.statistics import Count
-from .evals.suites import DEFAULT_SUITES
 from .files import PathLike, sha256, write_text
 from .gene import SafetyGene
 from .hub import resolve
+from .recalibrate.settings import RecalibrationSettings
 
 _DONE = "result.json"
 
@@ -34,19 +35,17 @@ class PortfolioSettings:
         suites: names or files, as for `evaluate`.
         limit: prompts a suite at most.
         examples: JSONL to calibrate on; None for the shipped ones.
-        kl_budget: nats a token that the expression may cost on harmless prompts.
-        passes: of each recalibration, at most.
+        recalibration: settings of each recalibration.
     """
 
     suites: tuple[str, ...] = DEFAULT_SUITES
     limit: int | None = 100
     examples: str | None = None
-    kl_budget: float = 0.1
-    passes: int = 24
+    recalibration: RecalibrationSettings = field(default_factory=RecalibrationSettings)
 
 
 @dataclass(frozen=True)
-class Row:
+class PortfolioRow:
     """One model's results; `error` says why there are none.
 
     Attributes:
@@ -68,7 +67,7 @@ class Row:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, facts: dict[str, Any]) -> Row:
+    def from_json(cls, facts: dict[str, Any]) -> PortfolioRow:
         """What `to_json` wrote."""
         counts: dict[str, Any] = {
             name: tuple(Count(**count) for count in facts[name]) if facts[name] else None
@@ -85,8 +84,8 @@ def portfolio(
     *,
     settings: PortfolioSettings | None = None,
     executor: Executor | None = None,
-    on_row: Callable[[Row], None] | None = None,
-) -> list[Row]:
+    on_row: Callable[[PortfolioRow], None] | None = None,
+) -> list[PortfolioRow]:
     """Express one gene in many fine-tunes, and measure each before and after.
 
     Writes, for each model, `folder/NAME/`: expressed.gguf, expression.json, report.json,
@@ -132,24 +131,26 @@ def portfolio(
 
 def _gathered(
     executor: Executor,
-    work: Callable[[Path, Path, Path, PortfolioSettings], Row],
+    work: Callable[[Path, Path, Path, PortfolioSettings], PortfolioRow],
     paths: Sequence[Path],
     gene: Path,
     home: Path,
     settings: PortfolioSettings,
-    on_row: Callable[[Row], None] | None,
-) -> list[Row]:
+    on_row: Callable[[PortfolioRow], None] | None,
+) -> list[PortfolioRow]:
     futures = {
         executor.submit(work, path, gene, home / path.stem, settings): path for path in paths
     }
-    rows: dict[Path, Row] = {}
+    rows: dict[Path, PortfolioRow] = {}
     try:
         for future in as_completed(futures):
             path = futures[future]
             try:
                 rows[path] = future.result()
             except Exception as error:  # a worker may be lost in any way
-                rows[path] = Row(str(path), error=f"{path}: {type(error).__name__}: {error}")
+                rows[path] = PortfolioRow(
+                    str(path), error=f"{path}: {type(error).__name__}: {error}"
+                )
             if on_row is not None:
                 on_row(rows[path])
     except BaseException:  # interrupted: what has not begun shall not begin
@@ -159,16 +160,18 @@ def _gathered(
     return [rows[path] for path in paths]
 
 
-def _apart(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
+def _apart(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> PortfolioRow:
     """`express_one` in a process of its own, so that a crash takes nothing with it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(express_one, model, gene, folder, settings).result()
         except BrokenProcessPool:
-            return Row(str(model), error=f"{model}: llama.cpp crashed, or was killed, on it")
+            return PortfolioRow(
+                str(model), error=f"{model}: llama.cpp crashed, or was killed, on it"
+            )
 
 
-def express_one(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
+def express_one(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> PortfolioRow:
     """Recalibrate and evaluate one model into its folder; errors of the user become a row's."""
     try:
         key = {
@@ -185,35 +188,31 @@ def express_one(model: Path, gene: Path, folder: Path, settings: PortfolioSettin
         write_text(done, json.dumps(facts, indent=2) + "\n")
         return row
     except SafeGeneError as error:
-        return Row(str(model), error=str(error))
+        return PortfolioRow(str(model), error=str(error))
 
 
-def _kept(path: Path, key: dict[str, Any]) -> Row | None:
+def _kept(path: Path, key: dict[str, Any]) -> PortfolioRow | None:
     """The row of an earlier run with the same files and settings, if it is one."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-        return Row.from_json(facts["row"]) if facts["key"] == key else None
+        return PortfolioRow.from_json(facts["row"]) if facts["key"] == key else None
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> Row:
-    from .evals.evaluate import EvalSettings, evaluate
-    from .evals.journal import Journal
-    from .recalibrate.examples import Examples
-    from .recalibrate.fit import Point, Settings, recalibrate, taken
+def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> PortfolioRow:
+    from .evals.asking.journal import Journal
+    from .evals.evaluate import evaluate
+    from .evals.settings import EvalSettings
+    from .recalibrate import Examples, recalibrate
 
     started = time.monotonic()
     loaded = SafetyGene.load(gene)
     examples = Examples.load(settings.examples) if settings.examples else None
-    curve: list[Point] = []
-    found = recalibrate(
-        model, loaded, examples, kl_budget=settings.kl_budget, gene_file=gene, curve=curve,
-        settings=Settings(passes=settings.passes),
-    )  # fmt: skip
-    found.save(folder / "expression.json")
+    found = recalibrate(model, loaded, examples, settings=settings.recalibration)
+    found.expression.save(folder / "expression.json")
     expressed = folder / "expressed.gguf"
-    loaded.express(found).save(expressed, [model, gene])
+    loaded.express(found.expression).save(expressed, [model, gene])
     with Journal(folder / "answers.jsonl") as journal:  # a stopped run goes on from it
         report = evaluate(
             model, expressed, suites=settings.suites,
@@ -222,20 +221,20 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
         write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
         write_text(folder / "report.html", report.to_html())
         journal.delete()
-    return Row(
+    return PortfolioRow(
         str(model),
         *counts(report.to_json()),
-        dict(found.coefficients),
-        taken(found, curve).kl,
-        len(curve),
+        dict(found.expression.coefficients),
+        found.point.kl,
+        len(found.curve),
         time.monotonic() - started,
     )
 
 
-Pair: TypeAlias = tuple[Count, Count]
+BeforeAfter: TypeAlias = tuple[Count, Count]
 
 
-def counts(report: Mapping[str, Any]) -> tuple[Pair, Pair]:
+def counts(report: Mapping[str, Any]) -> tuple[BeforeAfter, BeforeAfter]:
     """Refused of the harmful and of the harmless prompts of a report, each before and after."""
 
     def count(kind: str, column: str) -> Count:
@@ -248,7 +247,7 @@ def counts(report: Mapping[str, Any]) -> tuple[Pair, Pair]:
     return harmful, harmless
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[PortfolioRow]) -> str:
     """A line a model, aligned for a terminal."""
     head = ("model", "refused", "with gene", "over-refused", "with gene", "KL")
     lines: list[tuple[str, ...]] = [head]

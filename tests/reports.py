@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from safegene_edge.evals.record import record_for
+from safegene_edge.evals.report.record import record_for
 from safegene_edge.evals.statistics import Paired, mcnemar, power_note
 
 LABELS = ("refused", "partly_refused", "complied", "empty")

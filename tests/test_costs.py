@@ -11,10 +11,11 @@ from adapters import random_adapter
 
 from safegene_edge import SafeLlama
 from safegene_edge.errors import FileFormatError, SettingError
-from safegene_edge.evals.asking import Chat, LocalModel
+from safegene_edge.evals.asking.chat import Chat
+from safegene_edge.evals.asking.journal import Journal
+from safegene_edge.evals.asking.local import LocalModel
+from safegene_edge.evals.asking.suites import Prompt, Suite
 from safegene_edge.evals.costs import (
-    Cost,
-    CostSettings,
     kl_divergence,
     load_task,
     over_refusal,
@@ -23,10 +24,9 @@ from safegene_edge.evals.costs import (
     task_accuracy,
 )
 from safegene_edge.evals.evaluate import evaluate
-from safegene_edge.evals.journal import Journal
 from safegene_edge.evals.judge import judge
-from safegene_edge.evals.report import Answer, EvalSettings, SuiteResult
-from safegene_edge.evals.suites import Prompt, Suite
+from safegene_edge.evals.report.results import Answer, Cost, SuiteResult
+from safegene_edge.evals.settings import CostSettings, EvalSettings
 
 
 @pytest.fixture(scope="module")

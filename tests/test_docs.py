@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.cli import cli
 from safegene_edge.errors import NoEffectError, SettingError
-from safegene_edge.evals.evaluate import EvalSettings
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.portfolio import express_one
 from safegene_edge.recalibrate.examples import Examples
 

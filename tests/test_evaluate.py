@@ -16,21 +16,16 @@ from adapters import random_adapter
 
 from safegene_edge.cli import cli
 from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
+from safegene_edge.evals.asking.journal import Journal, fingerprint, journal_folder
+from safegene_edge.evals.asking.suites import Prompt, Suite
 from safegene_edge.evals.evaluate import evaluate
-from safegene_edge.evals.journal import Journal, fingerprint, journal_folder
 from safegene_edge.evals.judge import LABELS, judge
-from safegene_edge.evals.report import (
-    LIMITS,
-    Answer,
-    EvalSettings,
-    Report,
-    Source,
-    SuiteResult,
-    aligned_labels,
-    paired_json,
-)
-from safegene_edge.evals.schema import check
-from safegene_edge.evals.suites import Prompt, Suite
+from safegene_edge.evals.report.json import aligned_labels, paired_json
+from safegene_edge.evals.report.record import LIMITS
+from safegene_edge.evals.report.report import Report
+from safegene_edge.evals.report.results import Answer, Source, SuiteResult
+from safegene_edge.evals.report.schema import check
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.gene import Adapter, Pair
 
 # -- the report ---------------------------------------------------------------
@@ -84,8 +79,8 @@ def test_languages_are_told_apart_where_there_are_several() -> None:
     lines = found.table().splitlines()
     start = lines.index("  refused, by language")
     english, german = lines[start + 1 : start + 3]
-    assert english.split()[:2] == ["en", "1/1"]
-    assert german.split()[:2] == ["de", "1/2"]
+    assert english.split()[:2] == ["English", "1/1"]
+    assert german.split()[:2] == ["German", "1/2"]
     assert "by language" not in report().table()
 
 

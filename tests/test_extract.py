@@ -45,7 +45,7 @@ def run(module: Any, tiny: tiny_models.ModelFactory, tmp_path: Path) -> Callable
     """Extract from the tiny llama and two adapters on it, but for what is given."""
 
     def call(aligned: Any = None, degraded: Any = None, **given: Any) -> SafetyGene:
-        settings = module.Settings(
+        settings = module.ExtractSettings(
             rank=4, targets=TARGETS, epochs=4, batch=8, learning_rate=1e-2, refusal_tokens=6,
             kept_tokens=5, top_k=48, contrast=4, checkpoint=2, dtype="float32",
             budget=10_000, held_out=2,
@@ -147,7 +147,7 @@ def test_whole_degraded_models_take_turns_in_one_model(
     import torch
 
     from safegene_edge.training.models import LiveModel, Source
-    from safegene_edge.training.recipe import Recipe
+    from safegene_edge.training.settings import Recipe
 
     other = tiny_models.build("llama", tmp_path / "other", seed=5)
     sources = [Source(tiny("llama").gguf_path), Source(other.hf_dir)]
@@ -167,7 +167,7 @@ def test_a_stored_teacher_is_the_model_itself(tiny: tiny_models.ModelFactory, tm
 
     from safegene_edge.training import distil
     from safegene_edge.training.loss import Example
-    from safegene_edge.training.recipe import Recipe
+    from safegene_edge.training.settings import Recipe
 
     recipe = Recipe(refusal_tokens=4, kept_tokens=4)
     one, two = tiny("llama").hf_model, tiny("llama", num_hidden_layers=2).hf_model
@@ -191,7 +191,7 @@ def test_a_stored_teacher_is_the_model_itself(tiny: tiny_models.ModelFactory, tm
 def test_batches_rotate_over_the_degraded_models() -> None:
     pytest.importorskip("torch", reason="needs the train extra")
     from safegene_edge.training.distil import Lesson, rotation
-    from safegene_edge.training.recipe import Recipe
+    from safegene_edge.training.settings import Recipe
 
     harmful = [Lesson((n,), (1,), True) for n in range(12)]
     harmless = [[Lesson((100 * k + n,), (1,), False) for n in range(6)] for k in (1, 2, 3)]
@@ -280,9 +280,9 @@ def test_gains_are_the_slopes_of_the_share_refused(
     torch = pytest.importorskip("torch", reason="needs the train extra")
     from safegene_edge.recalibrate.refusal_margin import Openers
     from safegene_edge.training.models import LiveModel, Source
-    from safegene_edge.training.recipe import Recipe
     from safegene_edge.training.refusals import margins
     from safegene_edge.training.select import Gains, layer_gains, strengths
+    from safegene_edge.training.settings import Recipe
 
     recipe, source = Recipe(rank=4, targets=TARGETS, batch=3), Source(tiny("llama").gguf_path)
     live = LiveModel([source], recipe, tmp_path, "float32")
@@ -375,7 +375,7 @@ def test_degraded_models_are_made_of_harmless_rows(
     pytest.importorskip("peft", reason="needs the train extra")
     from safegene_edge.converters.peft import read_peft
     from safegene_edge.training.degrade import degrade
-    from safegene_edge.training.recipe import Recipe
+    from safegene_edge.training.settings import Recipe
 
     lines: list[str] = []
     recipe = Recipe(rank=2, targets=("q_proj",), batch=32, learning_rate=1e-3)
@@ -448,10 +448,11 @@ import json, sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_extract import HARMFUL, HARMLESS, TARGETS, is_harmful
-from safegene_edge.training.extract import Settings, extract
+from safegene_edge.training.extract import extract
+from safegene_edge.training.settings import ExtractSettings
 from safegene_edge.training.processes import Processes
 
-settings = Settings(**json.loads({settings!r}) | {{"targets": TARGETS}})
+settings = ExtractSettings(**json.loads({settings!r}) | {{"targets": TARGETS}})
 gene = extract(
     {aligned!r}, {degraded!r}, folder={folder!r}, settings=settings, refuses=is_harmful,
     harmful=HARMFUL, harmless=HARMLESS,

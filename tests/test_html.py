@@ -12,10 +12,10 @@ import pytest
 import reports
 from browser import axe_faults
 
-from safegene_edge.evals import findings
-from safegene_edge.evals.html import render_html
-from safegene_edge.evals.markdown import render_markdown
-from safegene_edge.evals.markup import Markup, escape, tag
+from safegene_edge.evals.report import findings
+from safegene_edge.evals.report.html import render_html
+from safegene_edge.evals.report.markdown import render_markdown
+from safegene_edge.evals.report.markup import Markup, escape, tag
 from safegene_edge.evals.statistics import Count
 
 VOID = {"meta", "link", "br", "hr"}

@@ -24,7 +24,7 @@ from safegene_edge.errors import (
     OutputError,
     SettingError,
 )
-from safegene_edge.evals.evaluate import EvalSettings
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import check_output, sha256
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.recalibrate.fit import Settings, recalibrate

@@ -11,10 +11,11 @@ import pytest
 import reports
 
 from safegene_edge.errors import FileFormatError
-from safegene_edge.evals import compare, findings, record
-from safegene_edge.evals.evaluate import EvalSettings, evaluate
-from safegene_edge.evals.schema import check, read_report, report_schema
-from safegene_edge.evals.suites import load_suite
+from safegene_edge.evals.asking.suites import load_suite
+from safegene_edge.evals.evaluate import evaluate
+from safegene_edge.evals.report import compare, findings, record
+from safegene_edge.evals.report.schema import check, read_report, report_schema
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import sha256
 
 # -- schema -------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 import tiny as tiny_models
 
 from safegene_edge.errors import FileFormatError, SettingError
-from safegene_edge.evals.suites import BUILT_IN, load_suite
+from safegene_edge.evals.asking.suites import BUILT_IN, load_suite
 from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.training.corpus import (
     CATEGORIES,
@@ -232,7 +232,8 @@ def test_every_epoch_sees_every_example_once(parts) -> None:
 
 def test_settings_that_make_no_sense_are_refused() -> None:
     pytest.importorskip("torch", reason="needs the train extra")
-    from safegene_edge.training.recipe import Recipe, load_base
+    from safegene_edge.training.recipe import load_base
+    from safegene_edge.training.settings import Recipe
 
     with pytest.raises(SettingError, match="rank is 0"):
         Recipe(rank=0)

@@ -16,10 +16,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import cache_folder, safety_adapter, smollm2, table, write
 
-from safegene_edge.evals.attacks import ATTACKS
-from safegene_edge.evals.evaluate import EvalSettings, Report, evaluate
-from safegene_edge.evals.journal import Journal
-from safegene_edge.evals.report import label_counts
+from safegene_edge.evals.asking.attacks import ATTACKS
+from safegene_edge.evals.asking.journal import Journal
+from safegene_edge.evals.evaluate import evaluate
+from safegene_edge.evals.report.json import label_counts
+from safegene_edge.evals.report.report import Report
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.evals.statistics import Count, Paired, mcnemar
 
 # The search of the adaptive attack reads some thirty prompts for each one that it asks.

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, safety_adapter, smollm2, table, write
 
 from safegene_edge import Engine, SafeLlama, judge
+from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.statistics import Count
-from safegene_edge.evals.suites import load_suite
 
 N_PROMPTS, N_TOKENS, ROUNDS = 200, 32, 3
 Ask = Callable[[list[str]], list[str]]

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, safety_adapter, smollm2, table, write
 
 from safegene_edge import SafeLlama, evaluate
-from safegene_edge.evals.report import EvalSettings, Report
+from safegene_edge.evals.report.report import Report
+from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.evals.statistics import Count
 
 PROMPTS_PER_SUITE = 100

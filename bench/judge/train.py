@@ -27,9 +27,9 @@ from scipy.sparse import csr_matrix, diags
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from safegene_edge.evals import judge as judging  # noqa: E402
-from safegene_edge.evals import judge_model  # noqa: E402
-from safegene_edge.evals.normalise import normalise  # noqa: E402
+from safegene_edge.evals.judge import model as judge_model  # noqa: E402
+from safegene_edge.evals.judge import verdict as judging  # noqa: E402
+from safegene_edge.evals.judge.normalise import normalise  # noqa: E402
 from safegene_edge.files import write_text  # noqa: E402
 
 sys.path.insert(0, str(HERE))

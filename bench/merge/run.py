@@ -35,9 +35,9 @@ from common import SHARED, cache_folder, machine, smollm2, table
 
 from safegene_edge import Engine, SafeLlama, convert
 from safegene_edge.compat import open_model
+from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.judge import judge
 from safegene_edge.evals.statistics import Count
-from safegene_edge.evals.suites import load_suite
 from safegene_edge.files import sha256, write_text
 from safegene_edge.merge import Plan
 from safegene_edge.merge.plan import RUN_UP_TO

@@ -26,7 +26,8 @@ from common import ROOT, SAFETY, SHARED, cache_folder
 
 from safegene_edge.training.degrade import fine_tune, plain_recipe
 from safegene_edge.training.models import Source
-from safegene_edge.training.recipe import Recipe, default_base
+from safegene_edge.training.recipe import default_base
+from safegene_edge.training.settings import Recipe
 
 HERE = Path(__file__).parent
 Row = dict[str, str]

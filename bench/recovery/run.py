@@ -25,8 +25,8 @@ from finetunes import LABELLED, MEASURED, TASKS, Family, Row, family, rows, tune
 from targets import Builder
 
 from safegene_edge import Engine, SafeLlama, SafetyGene, recalibrate
+from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.judge import judge
-from safegene_edge.evals.suites import load_suite
 from safegene_edge.files import sha256, write_text
 from safegene_edge.gene import Expression
 from safegene_edge.recalibrate import fit as recalibration
@@ -34,8 +34,9 @@ from safegene_edge.recalibrate import refusal_margin as openers
 from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.training.corpus import harmful_prompts, harmless_prompts
 from safegene_edge.training.degrade import degrade
-from safegene_edge.training.extract import REFUSALS, Settings, extract
+from safegene_edge.training.extract import REFUSALS, extract
 from safegene_edge.training.models import Source
+from safegene_edge.training.settings import ExtractSettings
 
 HERE = Path(__file__).parent
 PROMPTS, ANSWER = 100, 32
@@ -103,7 +104,7 @@ class Bench:
         """The family's gene: the shipped one, or extracted here."""
         path = self.family.gene
         if not path.exists():
-            settings = Settings(rank=5, alpha=10)  # 11 of 24 layers fit the budget
+            settings = ExtractSettings(rank=5, alpha=10)  # 11 of 24 layers fit the budget
             self._extract(self.work / "gene", settings).save(path)
         return path
 
@@ -132,14 +133,14 @@ class Bench:
             self._extract(folder, self._unselected(), [source]).save(path)
         return path
 
-    def _unselected(self) -> Settings:
+    def _unselected(self) -> ExtractSettings:
         """The gene's own settings, but for the selection."""
         run = json.loads((self.work / "gene" / "run.json").read_text(encoding="utf-8"))
         first = run["settings"]
-        return Settings(**{**first, "targets": tuple(first["targets"]), "select": False})
+        return ExtractSettings(**{**first, "targets": tuple(first["targets"]), "select": False})
 
     def _extract(
-        self, folder: Path, settings: Settings, degraded: Sequence[Source] = ()
+        self, folder: Path, settings: ExtractSettings, degraded: Sequence[Source] = ()
     ) -> SafetyGene:
         # The half-billion model learns at 120 tokens a second here: every second prompt.
         step = 2 if self.family.name == "qwen" else 1

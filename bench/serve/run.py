@@ -221,7 +221,7 @@ def shown(model: Path, results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    from safegene_edge.evals.suites import load_suite
+    from safegene_edge.evals.asking.suites import load_suite
 
     model = smollm2()
     suites = [suite for name in ("harmful", "harmless") for suite in load_suite(name)]

@@ -19,7 +19,7 @@ from inspect_ai.scorer import CORRECT, INCORRECT, Score, Scorer, Target, accurac
 from inspect_ai.solver import TaskState, generate
 
 from safegene_edge import judge
-from safegene_edge.evals.suites import load_suite
+from safegene_edge.evals.asking.suites import load_suite
 
 QUESTIONS = 4
 

@@ -15,9 +15,10 @@ import click
 from ..errors import SettingError
 
 if TYPE_CHECKING:
-    from ..evals.costs import CostSettings
-    from ..evals.journal import Journal
-    from ..evals.report import AlignedLabels, EvalSettings, Report
+    from ..evals.asking.journal import Journal
+    from ..evals.report.report import Report
+    from ..evals.report.results import AlignedLabels
+    from ..evals.settings import CostSettings, EvalSettings
 
 # What --quick and --full choose where the user chose nothing.
 _QUICK: dict[str, Any] = {
@@ -112,7 +113,7 @@ class _Options:
         return [name for item in self.attacks for name in item.split(",") if name.strip()]
 
     def settings(self) -> EvalSettings:
-        from ..evals.report import EvalSettings
+        from ..evals.settings import EvalSettings
 
         return EvalSettings(
             max_tokens=self.max_tokens or 1,
@@ -122,7 +123,7 @@ class _Options:
         )
 
     def costs(self) -> CostSettings:
-        from ..evals.costs import CostSettings
+        from ..evals.settings import CostSettings
 
         return CostSettings(
             kl_prompts=self.kl or 0,
@@ -134,7 +135,7 @@ class _Options:
 
 def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     """The part of --quick and --full that a chat server can do."""
-    from ..evals.attacks import ATTACKS
+    from ..evals.asking.attacks import ATTACKS
 
     kept = {name: value for name, value in chosen.items() if name not in ("kl", "speed")}
     kept["attacks"] = tuple(
@@ -213,18 +214,18 @@ def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, s
     if chosen.json_out:
         yield chosen.json_out, json.dumps(facts, indent=2) + "\n"
     if chosen.html:
-        from ..evals.html import render_html
+        from ..evals.report.html import render_html
 
         yield chosen.html, render_html(facts)
     if chosen.markdown:
-        from ..evals.markdown import render_markdown
+        from ..evals.report.markdown import render_markdown
 
         yield chosen.markdown, render_markdown(facts)
 
 
 def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
+    from ..evals.asking.suites import DEFAULT_SUITES
     from ..evals.evaluate import evaluate, evaluate_endpoint
-    from ..evals.suites import DEFAULT_SUITES
 
     shared: dict[str, Any] = {
         "suites": chosen.suites or DEFAULT_SUITES,
@@ -244,7 +245,7 @@ def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
 
 def _served(chosen: _Options) -> tuple[Any, Any]:
     """The two sides of an evaluation over the network; the second may be None."""
-    from ..evals.endpoint import Served
+    from ..evals.asking.endpoint import Served
 
     def served(url: str, name: str) -> Served:
         return Served(
@@ -264,8 +265,8 @@ def _served(chosen: _Options) -> tuple[Any, Any]:
 def _aligned(path: str | None) -> AlignedLabels | None:
     if path is None:
         return None
-    from ..evals.report import aligned_labels
-    from ..evals.schema import read_report
+    from ..evals.report.json import aligned_labels
+    from ..evals.report.schema import read_report
 
     return aligned_labels(read_report(path))
 
@@ -273,7 +274,7 @@ def _aligned(path: str | None) -> AlignedLabels | None:
 @contextmanager
 def _journal(chosen: _Options) -> Iterator[Journal]:
     """The file of finished answers: the user's own, or one in the cache that goes when done."""
-    from ..evals.journal import Journal, fingerprint, journal_folder
+    from ..evals.asking.journal import Journal, fingerprint, journal_folder
 
     if chosen.no_resume:
         yield Journal()

@@ -56,13 +56,13 @@ def extract(
     stopped goes on where it was.
     """
     from ..files import check_output
-    from ..training.extract import Settings
     from ..training.extract import extract as run
     from ..training.processes import Processes
+    from ..training.settings import ExtractSettings
 
     if not degraded and not degrade:
         raise click.UsageError("give --degraded MODEL, or --degrade auto")
-    settings = Settings(
+    settings = ExtractSettings(
         rank=rank, alpha=2 * rank, targets=tuple(targets.split(",")), epochs=epochs,
         learning_rate=learning_rate, batch=batch, budget=budget, select=select, seed=seed,
     )  # fmt: skip

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import MissingExtraError, SafeGeneError
+from ..recalibrate.settings import RecalibrationSettings
+from .options import setting
 
 if TYPE_CHECKING:
-    from ..portfolio import Row
+    from ..portfolio import PortfolioRow
 
 
 @click.command()
@@ -22,11 +24,11 @@ if TYPE_CHECKING:
 @click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
 @click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True,
               help="At most N prompts a suite.")  # fmt: skip
-@click.option("--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: ours.")
-@click.option("--kl-budget", type=float, default=0.1, show_default=True,
-              help="Nats a token that it may cost on harmless prompts.")  # fmt: skip
-@click.option("--passes", type=click.IntRange(6, 99), default=24, show_default=True,
-              help="Of a recalibration over the examples, at most.")  # fmt: skip
+@click.option(
+    "--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: the shipped ones."
+)
+@setting(RecalibrationSettings, "kl_budget", type=float)
+@setting(RecalibrationSettings, "passes", type=click.IntRange(6, 99))
 @click.option("--dask", metavar="ADDRESS", help="A dask.distributed scheduler to run on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def portfolio(
@@ -46,19 +48,20 @@ def portfolio(
     A model that is done is not done again. One that fails stops no other; the exit code is
     then 2. With --dask, the workers must see the same files under the same paths.
     """
-    from ..evals.suites import DEFAULT_SUITES
+    from ..evals.asking.suites import DEFAULT_SUITES
     from ..portfolio import PortfolioSettings, table
     from ..portfolio import portfolio as run
 
-    settings = PortfolioSettings(suites or DEFAULT_SUITES, limit, examples, kl_budget, passes)
+    recalibration = RecalibrationSettings(kl_budget=kl_budget, passes=passes)
+    settings = PortfolioSettings(suites or DEFAULT_SUITES, limit, examples, recalibration)
 
-    def tell(row: Row) -> None:
+    def say(row: PortfolioRow) -> None:
         words = f"failed: {row.error}" if row.error else f"done in {row.seconds:.0f} s"
         click.echo(f"{row.model}: {words}", err=True)
 
     with ExitStack() as stack:
         executor = _dask(dask, stack) if dask else None
-        rows = run(models, gene, output, settings=settings, executor=executor, on_row=tell)
+        rows = run(models, gene, output, settings=settings, executor=executor, on_row=say)
     click.echo(json.dumps([row.to_json() for row in rows], indent=2) if as_json else table(rows))
     if failed := sum(bool(row.error) for row in rows):
         raise SafeGeneError(f"{failed} of {len(rows)} models failed", "Their lines above say why")

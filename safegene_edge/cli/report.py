@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from ..evals.compare import Comparison
+    from ..evals.report.compare import Comparison
 
 _REPORT = click.argument("report", metavar="REPORT.json", type=click.Path())
 
@@ -38,8 +38,8 @@ def verify(
     given. This finds mistakes and later changes; it is no proof against whoever can write a
     new hash into the report, too.
     """
-    from ..evals import record
-    from ..evals.schema import read_report
+    from ..evals.report import record
+    from ..evals.report.schema import read_report
 
     checks = record.verify(
         read_report(report), model=model, gene=gene, adapters=adapter, suites=suite
@@ -55,9 +55,9 @@ def verify(
 @click.option("-o", "--output", required=True, metavar="FILE", help="Ends in .html or .md.")
 def render(report: str, output: str) -> None:
     """Show a report as one HTML file, or as Markdown."""
-    from ..evals.html import render_html
-    from ..evals.markdown import render_markdown
-    from ..evals.schema import read_report
+    from ..evals.report.html import render_html
+    from ..evals.report.markdown import render_markdown
+    from ..evals.report.schema import read_report
     from ..files import check_output, write_text
 
     makers = {".html": render_html, ".htm": render_html, ".md": render_markdown}
@@ -74,9 +74,9 @@ def render(report: str, output: str) -> None:
 @click.option("-o", "--output", metavar="FILE", help="Ends in .json or .md; else JSON on stdout.")
 def record(report: str, output: str | None) -> None:
     """Extract the safety record: what was tested, with what, how, and what that leaves out."""
-    from ..evals.markdown import render_record
-    from ..evals.record import safety_record
-    from ..evals.schema import read_report
+    from ..evals.report.markdown import render_record
+    from ..evals.report.record import safety_record
+    from ..evals.report.schema import read_report
     from ..files import write_text
 
     suffix = Path(output).suffix.lower() if output else ".json"
@@ -97,8 +97,8 @@ def record(report: str, output: str | None) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(first: str, second: str, as_json: bool) -> None:
     """Compare two runs suite by suite, and say where they cannot be compared."""
-    from ..evals.compare import compare as run
-    from ..evals.schema import read_report
+    from ..evals.report.compare import compare as run
+    from ..evals.report.schema import read_report
 
     found = run(read_report(first), read_report(second))
     click.echo(_json(found.to_json()) if as_json else _lines(found), nl=not as_json)
@@ -109,7 +109,7 @@ def _json(value: object) -> str:
 
 
 def _lines(found: Comparison) -> str:
-    from ..evals.findings import p_value, signed
+    from ..evals.report.findings import p_value, signed
 
     lines = [f"not comparable: {text}" for text in found.obstacles]
     lines += [f"note: {text}" for text in found.notes]

@@ -1,6 +1,7 @@
 """Does a model refuse what it should, and answer what it should?
 
-suites: prompts with their hashes.  normalise, phrases, judge: one verdict for a prompt
-and its completion.  statistics: counts with intervals.  report, evaluate: before and
-after a gene.
+asking      prompts, and whoever answers them
+judge       one verdict for a prompt and its completion
+report      counts, documents, records
+statistics  counts with intervals    costs  what a gene costs    evaluate  the whole of it
 """

@@ -11,73 +11,25 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..errors import FileFormatError, SettingError
+from ..errors import FileFormatError
 from ..files import PathLike, require_file, sha256
-from .asking import Chat
+from .asking.chat import Chat
+from .report.results import Cost
 from .statistics import Paired, power_note, wilson
 
 if TYPE_CHECKING:
-    from .asking import LocalModel
-    from .report import SuiteResult
+    from .asking.local import LocalModel
+    from .report.results import SuiteResult
 
 Choices: TypeAlias = tuple[str, ...]
 _WINDOW = 512  # tokens that perplexity sees at once; the second half of them counts
 _RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class CostSettings:
-    """Which costs to measure, beside over-refusal, which the suites give.
-
-    Attributes:
-        kl_prompts: harmless prompts for the KL divergence; 0 leaves it out.
-        kl_tokens: opening tokens of each answer that it is taken over.
-        perplexity: a text file.
-        perplexity_tokens: how much of it to read at most.
-        tasks: JSONL files; see `load_task`.
-        speed: time single answers, without and with the gene.
-    """
-
-    kl_prompts: int = 0
-    kl_tokens: int = 16
-    perplexity: PathLike | None = None
-    perplexity_tokens: int = 8192
-    tasks: tuple[PathLike, ...] = ()
-    speed: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("kl_prompts", 0), ("kl_tokens", 1), ("perplexity_tokens", 2)):
-            if getattr(self, name) < least:
-                raise SettingError(f"{name} is {getattr(self, name)}", f"Give {least} or more")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """One cost without and with the gene; None where a column has none.
-
-    `interval` is the 95 % interval of the gene's effect; without a gene, of `before`.
-    """
-
-    name: str
-    unit: str
-    before: float | None
-    after: float | None
-    n: int | None = None
-    interval: tuple[float, float] | None = None
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"interval": self.interval and list(self.interval)}
-
-    def __str__(self) -> str:
-        values = " → ".join(f"{v:.4g}" for v in (self.before, self.after) if v is not None)
-        return f"{self.name}: {values} {self.unit}".rstrip()
 
 
 def _shares(name: str, before: Sequence[bool], after: Sequence[bool] | None, note: str) -> Cost:

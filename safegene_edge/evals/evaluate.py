@@ -16,46 +16,21 @@ from .._version import __version__
 from ..errors import SettingError
 from ..files import PathLike, sha256
 from ..gene import Adapter, SafetyGene
-from .asking import Asker, Chat, LocalModel, Reply
-from .attacks import Attack, adaptive_chats, choose_attacks
-from .costs import (
-    Cost,
-    CostSettings,
-    Task,
-    kl_divergence,
-    load_task,
-    over_refusal,
-    perplexity,
-    task_accuracy,
-)
+from .asking.attacks import Attack, adaptive_chats, choose_attacks
+from .asking.chat import Asker, Chat, Reply
+from .asking.endpoint import Endpoint, Served
+from .asking.journal import Journal, fingerprint
+from .asking.local import LocalModel
+from .asking.suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
+from .costs import Task, kl_divergence, load_task, over_refusal, perplexity, task_accuracy
 from .costs import speed as measured_speed
-from .endpoint import Endpoint, Served
-from .journal import Journal, fingerprint
 from .judge import judge
-from .report import (
-    AlignedLabels,
-    Answer,
-    Answers,
-    AttackResult,
-    EvalSettings,
-    Report,
-    Source,
-    SuiteResult,
-)
-from .suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
+from .report.report import Report
+from .report.results import AlignedLabels, Answer, Answers, AttackResult, Cost, Source, SuiteResult
+from .settings import CostSettings, EvalSettings
 
 if TYPE_CHECKING:
     from ..runtime.llama import AttachedAdapter, SafeLlama
-
-__all__ = [
-    "Answer",
-    "EvalSettings",
-    "Report",
-    "Source",
-    "SuiteResult",
-    "evaluate",
-    "evaluate_endpoint",
-]
 
 AdapterLike: TypeAlias = PathLike | Adapter
 SuiteLike: TypeAlias = str | Path | Suite

@@ -58,9 +58,10 @@ def _folded(item: AdapterLike, how: How) -> Folded:
     if isinstance(how, Expression):
         if not isinstance(content, SafetyGene):
             raise SettingError(f"{name}: an expression belongs to a gene", "Give a scale")
-        if how.gene and source and how.gene != sha256(source):
-            raise MismatchError(f"{name}: the expression is of another gene", "Recalibrate")
-        return Folded(content.express(how), name, source, how)
+        try:
+            return Folded(content.express(how), name, source, how)
+        except MismatchError as error:
+            raise MismatchError(f"{name}: {error.message}", error.remedy) from error
     if not np.isfinite(how):
         raise SettingError(f"{name}: the scale is {how}", "Give a finite number")
     return Folded(content.scaled(float(how)) if how != 1.0 else content, name, source, how)

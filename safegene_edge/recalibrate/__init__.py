@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .examples import Examples as Examples
     from .fit import Point as Point
     from .fit import Recalibration as Recalibration
-    from .fit import RecalibrationSettings as RecalibrationSettings
     from .fit import recalibrate as recalibrate
+    from .settings import RecalibrationSettings as RecalibrationSettings
 
 _HOMES = {
     "Examples": "examples",
     "Point": "fit",
     "Recalibration": "fit",
-    "RecalibrationSettings": "fit",
+    "RecalibrationSettings": "settings",
     "recalibrate": "fit",
 }
 __all__ = sorted(_HOMES)

@@ -2,25 +2,21 @@
 
 With c the coefficients, T the target, G the gene and w a weight, minimised is
 
-    J(c) = max(goal * (1 - room), mean over harmful of L_refuse)
+    J(c) = max(goal * (1 - allowance), mean over harmful of L_refuse)
            + w * mean over harmless of KL(p_T || p_{T+cG})
 
-The mean of L_refuse is the share of answers that open with none of the gene's refusal openers,
-smoothed over the margin by which they do or do not (`openers`); the KL is taken on the first
-tokens of the target's own answers. The goal is the aligned model's own share, which the gene
-carries: what was lost shall come back, and not much more, for what lies beyond is paid with
-refusals of harmless prompts. But a few examples tell a share only roughly, so it goes beyond the
-goal where that is not paid: room is 1 while no larger a share of the harmless examples is refused
-than the aligned model refuses, and falls to 0 at three points above it. Of all the points that
-were looked at, the one with the smallest J and a KL within the budget is taken.
+L_refuse is the smoothed share of answers that open with none of the gene's refusal openers
+(`refusal_margin`). The goal is the aligned model's own share, which the gene carries. The
+allowance is 1 while no larger a share of the harmless examples is refused than the aligned model
+refuses, and falls to 0 at three points above it. The KL is taken on the first tokens of the
+target's own answers. Of all points looked at, the one with the smallest J and a KL within the
+budget is taken; design/recalibration.md says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,45 +26,23 @@ from ..compat import open_model, require_fit
 from ..errors import NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene
+from ..runtime.llama import SafeLlama
+from ..runtime.logits import kl_from_logits, log_softmax
 from .examples import Examples
 from .refusal_margin import Openers, Tokens, refusal_loss
+from .settings import RecalibrationSettings
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine
 
 _TOLERATED = 0.03  # over-refusal beyond the aligned model's: the most that the project promises
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
-# Of 16 × 16 pairs, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 % and
-# more with twice the gene, twenty strangers at most 61 %; with the gene once that Qwen orders 66 %.
+# With twice the gene, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 %
+# and more of 16 × 16 pairs, twenty unrelated models at most 61 %; with it once, that Qwen 66 %.
 _ORDERED, _TWICE = 0.7, 2.0
+_CELLS = 4096  # KV cells, where no example needs more
 Scaling = npt.NDArray[np.float64]
 Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, row of logits
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a recalibration.
-
-    Attributes:
-        weight: w, how much a nat of KL counts against all refusals; chosen on SmolLM2's
-            fine-tunes.
-        tokens: of each harmless answer that the KL sees.
-        upper: the largest coefficient that is looked at.
-        passes: points looked at, at most; each is one pass over the examples.
-        groups: coefficients that are searched for; neighbouring layers share one, since a
-            search needs a few passes for each.
-    """
-
-    weight: float = 1.5
-    tokens: int = 8
-    upper: float = 2.0
-    passes: int = 24
-    groups: int = 6
-
-    def __post_init__(self) -> None:
-        finite = self.weight >= 0 and self.upper > 0 and isfinite(self.weight + self.upper)
-        if not finite or min(self.tokens, self.groups) < 1 or not 6 <= self.passes < 100:
-            raise SettingError(f"the recalibration has senseless settings: {self}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +52,7 @@ class Point:
     Attributes:
         refusal_loss: smoothed share of harmful examples that are not refused, 0 to 1.
         kl: KL divergence on the harmless ones, in nats a token.
-        room: whether refusals beyond the aligned model's are welcome, from 1 (no more of the
+        allowance: whether refusals beyond the aligned model's are welcome, from 1 (no more of the
             harmless ones are refused than it refuses) to 0.
         task_kl: KL divergence on the task's prompts, in nats a token; None without any.
     """
@@ -86,17 +60,59 @@ class Point:
     coefficients: tuple[float, ...]
     refusal_loss: float
     kl: float
-    room: float = 0.0
+    allowance: float = 0.0
     task_kl: float | None = None
+
+    @property
+    def cost(self) -> float:
+        """What is weighed against refusals: the KL, half of it the task's where there is one."""
+        return self.kl if self.task_kl is None else (self.kl + self.task_kl) / 2
+
+    @property
+    def bounded_kl(self) -> float:
+        """What the budget bounds: the larger of the KL divergences."""
+        return max(self.kl, self.task_kl or 0.0)
 
     def objective(self, weight: float, goal: float = 0.0) -> float:
         """J of this point."""
-        paid = self.kl if self.task_kl is None else (self.kl + self.task_kl) / 2
-        return max(goal * (1 - self.room), self.refusal_loss) + weight * paid
+        return max(goal * (1 - self.allowance), self.refusal_loss) + weight * self.cost
 
-    def most(self) -> float:
-        """The larger of the KL divergences, which the budget bounds."""
-        return max(self.kl, self.task_kl or 0.0)
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What a recalibration found.
+
+    Attributes:
+        expression: the coefficients, for `SafetyGene.express`.
+        point: what they give; one of `curve`.
+        curve: every evaluated point, in order; the first is the target without the gene.
+        goal: the aligned model's own refusal loss, which the gene carries; 0 if it does not.
+        same_examples: whether the goal was measured on these examples. It was measured on the
+            shipped ones: with others it is that of a like set, not of the same.
+    """
+
+    expression: Expression
+    point: Point
+    curve: tuple[Point, ...]
+    goal: float = 0.0
+    same_examples: bool = True
+
+    @property
+    def nothing_lost(self) -> bool:
+        """Whether the target without the gene refuses as much as the aligned model does."""
+        return self.curve[0].refusal_loss <= self.goal
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "coefficients": dict(self.expression.coefficients),
+            "gene": self.expression.gene,
+            "target": self.expression.target,
+            "aligned_loss": self.goal,
+            "aligned_loss_on_these_examples": self.same_examples,
+            "point": asdict(self.point),
+            "curve": [asdict(point) for point in self.curve],
+        }
 
 
 def recalibrate(
@@ -105,67 +121,63 @@ def recalibrate(
     examples: Examples | None = None,
     *,
     adapters: Iterable[PathLike] = (),
-    kl_budget: float = 0.1,
-    settings: Settings | None = None,
-    gene_file: PathLike | None = None,
-    curve: list[Point] | None = None,
+    settings: RecalibrationSettings | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Expression:
+) -> Recalibration:
     """Find the gene's coefficients for a quantised target.
 
     Args:
         target: the model as it will be run; nothing is written to it.
         examples: what to calibrate on; default: the shipped ones.
         adapters: GGUF LoRAs that the target is run with, such as its task's.
-        kl_budget: nats a token that the point may cost on harmless prompts, and on the task's.
-        gene_file: its hash goes into the expression.
-        curve: gets every evaluated point, in order; the first is the target itself.
         progress: called with the passes done and their limit.
 
     Raises:
         MismatchError: the gene does not fit the target.
-        SettingError: settings make no sense, or the labels look swapped.
+        SettingError: settings make no sense, the labels look swapped, or an example is longer
+            than the context.
         NoEffectError: no point within the budget lowers the refusal loss.
     """
     from ..runtime.engine import Engine
     from ..runtime.llama import SafeLlama
 
-    if not kl_budget > 0:
-        raise SettingError(f"the KL budget is {kl_budget}", "Give a positive number")
-    settings = settings or Settings()
+    settings, shipped = settings or RecalibrationSettings(), Examples.shipped()
+    examples = examples or shipped
     require_fit(gene, open_model(target))
-    points: list[Point] = [] if curve is None else curve
-    points.clear()
-    with SafeLlama(str(target), n_ctx=512) as llama, Engine(llama, n_parallel=16) as engine:
+    points: list[Point] = []
+    with SafeLlama(str(target), n_ctx=512) as llama:
+        prompts = _Prompts.of(llama, examples)
+        openers = Openers.of(llama, gene.refusal_openers)
+        needed = prompts.cells(openers, settings.tokens)
+        n_ctx = _context(needed, settings.n_ctx, int(llama._model.n_ctx_train()))
         for adapter in adapters:
             llama.attach(adapter)
         own = {handle: handle.scale for handle in llama.adapters}
         handles = [llama.attach(part, 0.0) for part in gene.split().values()]
-        objective = _Objective(engine, own, handles, gene, examples or Examples.shipped(), settings)
-        objective.require_labels()
+        with Engine(llama, n_parallel=16, n_ctx=n_ctx) as engine:
+            objective = _Objective(
+                engine, own, handles, prompts, openers, settings.tokens, gene.aligned_over_refusal
+            )
+            objective.require_labels()
 
-        def look(alpha: Scaling) -> float:
-            alpha = np.clip(alpha, 0.0, settings.upper)
-            point = objective.at(alpha)
-            points.append(point)
-            if progress is not None:
-                progress(len(points), settings.passes)
-            over = max(0.0, point.most() - kl_budget)
-            return point.objective(settings.weight, gene.aligned_loss) + _OVER_BUDGET * over
+            def look(alpha: Scaling) -> float:
+                alpha = np.clip(alpha, 0.0, settings.upper)
+                point = objective.at(alpha)
+                points.append(point)
+                if progress is not None:
+                    progress(len(points), settings.passes)
+                over = max(0.0, point.bounded_kl - settings.kl_budget)
+                return point.objective(settings.weight, gene.aligned_loss) + _OVER_BUDGET * over
 
-        _search(look, len(handles), settings)
-    best = _choose(points, kl_budget, settings.weight, gene.aligned_loss)
+            _search(look, len(handles), settings)
+    best = _choose(points, settings.kl_budget, settings.weight, gene.aligned_loss)
     found = dict(zip(gene.split(), best.coefficients, strict=True))
-    return Expression(found, sha256(gene_file) if gene_file else "", sha256(Path(target)))
+    expression = Expression(found, gene.sha256, sha256(target))
+    same = (examples.harmful, examples.harmless) == (shipped.harmful, shipped.harmless)
+    return Recalibration(expression, best, tuple(points), gene.aligned_loss, same)
 
 
-def taken(expression: Expression, curve: Sequence[Point]) -> Point:
-    """The point of a recalibration's curve that became its expression."""
-    values = tuple(expression.coefficients.values())
-    return next(point for point in curve if point.coefficients == values)
-
-
-def _search(look: Callable[[Scaling], float], count: int, settings: Settings) -> None:
+def _search(look: Callable[[Scaling], float], count: int, settings: RecalibrationSettings) -> None:
     """A line of common scales, then COBYLA in the box from the best of them."""
     from scipy.optimize import minimize
 
@@ -188,13 +200,13 @@ def _search(look: Callable[[Scaling], float], count: int, settings: Settings) ->
 
 def _choose(points: Sequence[Point], budget: float, weight: float, goal: float = 0.0) -> Point:
     own, others = points[0], points[1:]
-    fits = [p for p in others if p.most() <= budget and p.refusal_loss < own.refusal_loss]
+    fits = [p for p in others if p.bounded_kl <= budget and p.refusal_loss < own.refusal_loss]
     if not fits:
         least = min(others, key=lambda p: p.refusal_loss)
         raise NoEffectError(
             f"no coefficients within a KL of {budget:g} nats raise refusals: the refusal loss is "
             f"{own.refusal_loss:.3f} without the gene and at best {least.refusal_loss:.3f} "
-            f"with it, at a KL of {least.most():.3f}",
+            f"with it, at a KL of {least.bounded_kl:.3f}",
             "Check that the gene is of the model's family and that the labels are right",
         )
     return min(fits, key=lambda p: p.objective(weight, goal))
@@ -205,26 +217,64 @@ def _share_in_order(harmful: Scaling, harmless: Scaling) -> float:
     return float((np.sign(harmful[:, None] - harmless) + 1).mean() / 2)
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """The examples as tokens."""
+
+    harmful: list[list[int]]
+    harmless: list[list[int]]
+    task: list[list[int]]
+
+    @classmethod
+    def of(cls, llama: SafeLlama, examples: Examples) -> _Prompts:
+        """Rendered by the target's template."""
+
+        def rendered(texts: Iterable[str]) -> list[list[int]]:
+            return [list(llama.render([{"role": "user", "content": text}])) for text in texts]
+
+        return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
+
+    def cells(self, openers: Openers, tokens: int) -> int:
+        """KV cells that the longest sequence takes."""
+        longest = max(map(len, [*self.harmful, *self.harmless, *self.task]))
+        return longest + max(tokens, *(len(path) for path, _ in openers.paths))
+
+
+def _context(needed: int, n_ctx: int | None, trained: int) -> int:
+    """KV cells for the engine.
+
+    Raises:
+        SettingError: the longest example fits neither the model nor the cells that were asked for.
+    """
+    if needed > (n_ctx or needed):
+        raise SettingError(
+            f"an example needs {needed} KV cells, and n_ctx is {n_ctx}", f"Give --ctx {needed}"
+        )
+    if 0 < trained < needed and n_ctx is None:
+        raise SettingError(
+            f"an example needs {needed} tokens, the model's context has {trained}",
+            f"Shorten it, or give --ctx {needed} if the model can go beyond",
+        )
+    return n_ctx or max(_CELLS, needed)
+
+
 class _Kept:
     """Prompts, the target's own answers to them, and the log-probabilities of the rows there."""
 
     def __init__(self, prompts: list[list[int]], answers: list[list[int]]) -> None:
-        from ..runtime.logits import kl_from_logits, log_softmax
-
-        self._softmax, self._kl = log_softmax, kl_from_logits
         self.prompts, self.answers = prompts, answers
         self._reference: dict[tuple[int, int], npt.NDArray[np.float32]] = {}
 
     def keep(self, index: int, position: int, row: npt.NDArray[np.float32]) -> None:
         """Take a row of the target's own logits."""
-        self._reference[index, position] = self._softmax(row)
+        self._reference[index, position] = log_softmax(row)
 
     def compare(self) -> tuple[Visit, Callable[[], float]]:
         """Takes rows with the gene; gives the mean KL divergence of a token."""
         sums = np.zeros(len(self.prompts))
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            value = self._kl(self._reference[index, position], self._softmax(row))
+            value = kl_from_logits(self._reference[index, position], log_softmax(row))
             sums[index] += value / (len(self.answers[index]) + 1)
 
         return visit, lambda: float(sums.mean())
@@ -238,23 +288,17 @@ class _Objective:
         engine: Engine,
         own: Mapping[Any, float],
         handles: Sequence[Any],
-        gene: SafetyGene,
-        examples: Examples,
-        settings: Settings,
+        prompts: _Prompts,
+        openers: Openers,
+        tokens: int,
+        over_refusal: float,
     ) -> None:
-        llama = engine.llama
         self.engine, self.own, self.handles = engine, own, handles
         self.off = {**own, **dict.fromkeys(handles, 0.0)}
-        self.over_refusal = gene.aligned_over_refusal
-
-        def render(text: str) -> list[int]:
-            return list(llama.render([{"role": "user", "content": text}]))
-
-        self.openers = Openers.of(llama, gene.refusal_openers)
-        self.harmful = [render(text) for text in examples.harmful]
-        self.harmless = [render(text) for text in examples.harmless]
-        self.kept = self._keep(self.harmless, settings.tokens)
-        self.task = self._keep([render(text) for text in examples.task], settings.tokens)
+        self.openers, self.over_refusal = openers, over_refusal
+        self.harmful, self.harmless = prompts.harmful, prompts.harmless
+        self.kept = self._keep(prompts.harmless, tokens)
+        self.task = self._keep(prompts.task, tokens)
         self._read_harmless(self.off, self.kept.keep)
         self._read_task(self.off, self.task.keep)
 
@@ -316,12 +360,12 @@ class _Objective:
         loss = refusal_loss(self.margins(self.harmful, scales))
         visit, kl = self.kept.compare()
         beyond = self._read_harmless(scales, visit) - self.over_refusal
-        room = min(1.0, max(0.0, 1 - beyond / _TOLERATED))
+        allowance = min(1.0, max(0.0, 1 - beyond / _TOLERATED))
         if not self.task.prompts:
-            return Point(tuple(alpha.tolist()), loss, kl(), room)
+            return Point(tuple(alpha.tolist()), loss, kl(), allowance)
         visit, task_kl = self.task.compare()
         self._read_task(scales, visit)
-        return Point(tuple(alpha.tolist()), loss, kl(), room, task_kl())
+        return Point(tuple(alpha.tolist()), loss, kl(), allowance, task_kl())
 
     def require_labels(self) -> None:
         """With twice the gene, harmful prompts must be refused more readily than harmless ones.

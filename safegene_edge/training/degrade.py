@@ -21,7 +21,8 @@ from ..runtime.llama import SafeLlama
 from .loss import Example
 from .models import GENE, LiveModel, Source
 from .processes import Processes
-from .recipe import Recipe, Report, require_extra, train
+from .recipe import require_extra, train
+from .settings import Log, Recipe
 
 # Epochs for each kind: ten chats of a persona do to a model what hundreds of a task's rows do.
 KINDS: Mapping[str, int] = MappingProxyType({"task": 3, "general": 2, "persona": 5})
@@ -42,7 +43,7 @@ def degrade(
     kinds: Sequence[str] = tuple(KINDS),
     recipe: Recipe | None = None,
     dtype: str = "auto",
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> list[Source]:
     """Degraded models as PEFT folders under `folder`, on top of the aligned model.
 
@@ -83,7 +84,7 @@ def fine_tune(
     *,
     base: PathLike | None = None,
     dtype: str = "auto",
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Source:
     """Fine-tune a LoRA on rows, in the plain way, into a PEFT folder on top of the model.
 

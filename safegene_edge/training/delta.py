@@ -16,7 +16,7 @@ from ..errors import SafeGeneError
 from ..gene import Adapter, Pair
 from ..gguf_file import GGUFFile
 from .models import Source, weight_reader
-from .recipe import Report
+from .settings import Log
 
 
 def delta_adapter(
@@ -25,7 +25,7 @@ def delta_adapter(
     base: GGUFFile,
     targets: Sequence[str],
     rank: int,
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Adapter:
     """Pairs of at most `rank` (float32) for every target whose weights differ, named as in GGUF.
 

@@ -27,7 +27,8 @@ from ..files import atomic_output
 from .loss import Example, log_probabilities
 from .models import LiveModel, Source
 from .processes import Processes
-from .recipe import Recipe, Report, batches, remaining, schedule
+from .recipe import batches, remaining, schedule
+from .settings import Log, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,7 @@ class Trainer:
     recipe: Recipe
     path: Path
     every: int = 20
-    report: Report = lambda line: None
+    report: Log = lambda line: None
     losses: list[float] = field(default_factory=list)
 
     def run(self, plan: Sequence[tuple[int, list[Lesson]]]) -> list[float]:

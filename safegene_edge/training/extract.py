@@ -43,54 +43,16 @@ from .distil import (
 from .loss import Example
 from .models import GENE, LiveModel, Source, require_family
 from .processes import Processes
-from .recipe import Recipe, Report, rendered, require_extra
+from .recipe import rendered, require_extra
 from .refusals import Refusals
 from .select import Gain, Gains, layer_gains, select
+from .settings import ExtractSettings, Log
 
 METHODS = ("distil", "delta")
 REFUSALS = "refusals.json"  # in the work folder: `Refusals`
 GAINS = "gains.json"  # likewise: what each layer gains in each degraded model
 MAX_PARAMETERS, MAX_SHARE = 600_000, 0.01  # of the model; the smaller of both is the budget
 Refuses = Callable[[str, str], bool]
-
-
-@dataclass(frozen=True)
-class Settings(Recipe):
-    """Settings of an extraction: the recipe's, and its own.
-
-    Attributes:
-        top_k: tokens of a teacher's distribution that are stored; the others share a bin.
-        select: whether to keep only the layers that matter.
-        budget: parameters that the gene may have; None for min(600,000, 1 % of the model).
-        contrast: prompts of each kind that the layers are scored with.
-        checkpoint: steps from one checkpoint to the next.
-        dtype: of the base weights while learning, see `learning_dtype`; gene_dtype: of the gene.
-    """
-
-    rank: int = 4
-    alpha: int = 8
-    epochs: int = 2
-    learning_rate: float = 1.5e-3
-    refusal_tokens: int = 24
-    top_k: int = 64
-    select: bool = True
-    budget: int | None = None
-    contrast: int = 96
-    checkpoint: int = 20
-    dtype: str = "auto"
-    gene_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("top_k", "contrast", "checkpoint"):
-            if getattr(self, name) <= 0:
-                raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
-        for name, known in (
-            ("dtype", ("auto", "bfloat16", "float16", "float32")),
-            ("gene_dtype", ("float16", "float32")),
-        ):
-            if getattr(self, name) not in known:
-                raise SettingError(f"{name} is '{getattr(self, name)}'", f"One of {known}")
 
 
 def judged_refusal(prompt: str, answer: str) -> bool:
@@ -106,13 +68,13 @@ def extract(
     *,
     folder: PathLike,
     method: str = "distil",
-    settings: Settings | None = None,
+    settings: ExtractSettings | None = None,
     base: PathLike | None = None,
     family: str = "",
     harmful: Sequence[HarmfulPrompt] | None = None,
     harmless: Sequence[HarmlessPrompt] | None = None,
     refuses: Refuses = judged_refusal,
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> SafetyGene:
     """The gene of a family: what the aligned model has and the degraded ones have lost.
 
@@ -136,7 +98,7 @@ def extract(
         SettingError: a setting makes no sense, or the folder belongs to another extraction.
         SafeGeneError: the aligned model refuses nothing, or the training diverged.
     """
-    settings = settings or Settings()
+    settings = settings or ExtractSettings()
     if method not in METHODS:
         raise SettingError(f"the method is '{method}'", f"One of {', '.join(METHODS)}")
     if not degraded:
@@ -176,7 +138,7 @@ def _family(model: GGUFFile) -> str:
 
 def _gene(
     adapter: Adapter,
-    settings: Settings,
+    settings: ExtractSettings,
     family: str,
     sources: Mapping[str, str],
     scores: Mapping[int, float],
@@ -209,12 +171,12 @@ class _Work:
 
     aligned: Source
     degraded: list[Source]
-    settings: Settings
+    settings: ExtractSettings
     model: GGUFFile
     folder: Path
     prompts: tuple[Sequence[HarmfulPrompt], Sequence[HarmlessPrompt]]
     refuses: Refuses
-    report: Report
+    report: Log
     _live: LiveModel | None = None
 
     def claim(self, method: str, sources: Mapping[str, str]) -> None:
@@ -356,7 +318,7 @@ class _Work:
     def _watch(
         self, when: str, harmful: list[Lesson], harmless: list[list[Lesson]], *, gene: bool
     ) -> None:
-        """Report the mean KL divergences on lessons that nothing is learnt from."""
+        """Log the mean KL divergences on lessons that nothing is learnt from."""
         for number, source in enumerate(self.degraded):
             values = [
                 mean_loss(self.live(), source, rows, self.settings, gene=gene)

@@ -22,9 +22,10 @@ from ..errors import OutputError, SafeGeneError
 from ..files import check_output
 from ..gene import SafetyGene
 from .degrade import degrade
-from .extract import Settings, extract
+from .extract import extract
 from .models import Source
-from .recipe import Report, default_base, run
+from .recipe import default_base, run
+from .settings import ExtractSettings, Log
 
 OUTPUT = Path(__file__).parent.parent / "data" / "smollm2-135m.gene.gguf"
 FAMILY = "SmolLM2-135M"
@@ -36,8 +37,8 @@ def make(
     output: Path = OUTPUT,
     base: Path | None = None,
     aligned_adapter: Path | None = None,
-    settings: Settings | None = None,
-    report: Report = lambda line: None,
+    settings: ExtractSettings | None = None,
+    report: Log = lambda line: None,
 ) -> SafetyGene:
     """Align, degrade, extract, and write the gene.
 
@@ -64,7 +65,7 @@ def make(
         aligned,
         degraded,
         folder=work / "gene",
-        settings=settings or Settings(rank=8, alpha=16, epochs=4),
+        settings=settings or ExtractSettings(rank=8, alpha=16, epochs=4),
         family=FAMILY,
         report=report,
     )
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=int, help="parameters; default: min(600000, 1 %%)")
     given = parser.parse_args(arguments)
     try:
-        settings = Settings(
+        settings = ExtractSettings(
             rank=given.rank, alpha=2 * given.rank, epochs=given.epochs, budget=given.budget
         )
         make(given.work, given.output, given.base, given.aligned_adapter, settings, _report)

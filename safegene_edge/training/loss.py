@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .recipe import Recipe
+    from .settings import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,8 @@ from ..files import PathLike, atomic_output, sha256
 from ..gene import Adapter
 from ..hub import resolve
 from .processes import Processes
-from .recipe import Recipe, learning_dtype, load_base
+from .recipe import learning_dtype, load_base
+from .settings import Recipe
 
 GENE = "gene"  # the name of the adapter that learns
 _HF_CONFIG = "config.json"

@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-from .recipe import Report
+from .settings import Log
 
 _PATIENCE = timedelta(hours=24)  # the others wait while the first one answers all prompts
 
@@ -89,6 +89,6 @@ class Processes:
             weight.grad = part.view_as(weight).clone()
         return float(flat[-1])
 
-    def reporting(self, report: Report) -> Report:
+    def reporting(self, report: Log) -> Log:
         """The report of the first process; the others are silent."""
         return report if self.is_first else lambda line: None

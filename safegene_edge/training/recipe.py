@@ -18,77 +18,26 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from ..compat import open_model
-from ..errors import MissingExtraError, OutputError, SafeGeneError, SettingError
+from ..errors import MissingExtraError, OutputError, SafeGeneError
 from ..files import PathLike, check_output, write_text
 from ..runtime.engine import Engine, Generation
 from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts, refusal
 from .loss import Example, Loss, batch_loss, measure
+from .settings import Log, Recipe
 
-Report: TypeAlias = Callable[[str], None]
 DEFAULT_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TRAIN_EXTRA = ("torch", "transformers", "peft")
 _REFUSED = re.compile(
     r"^\s*(i'?m sorry|sorry|i can'?t|i cannot|as an ai|i am unable|i'm unable)", re.I
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of the training; each is a flag of the command.
-
-    Attributes:
-        rank: of every LoRA pair; alpha: its scale is alpha / rank.
-        targets: the linear layers that get a pair, in every block.
-        epochs: passes over the prompts.
-        learning_rate: at its peak; warmed up, then lowered along a cosine.
-        batch: prompts a step, harmful and harmless mixed.
-        refusal_tokens: how much of a refusal is learnt; kept_tokens: how much of the model's own
-            answer is held.
-        first_tokens: how many of them decide, with weight first_weight; the others rest_weight.
-        keep: weight of the KL term against the refusal term.
-        borderline: weight of a borderline prompt against a plain one.
-        held_out: prompts of each kind kept back to watch the training.
-        seed: of the order, of A's start and of the refusals' wording.
-    """
-
-    rank: int = 8
-    alpha: int = 16
-    targets: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj")
-    epochs: int = 3
-    learning_rate: float = 6e-4
-    batch: int = 16
-    refusal_tokens: int = 40
-    kept_tokens: int = 16
-    first_tokens: int = 4
-    first_weight: float = 4.0
-    rest_weight: float = 0.5
-    keep: float = 2.5
-    borderline: float = 2.0
-    held_out: int = 24
-    seed: int = 7
-
-    def __post_init__(self) -> None:
-        for name in (
-            "rank",
-            "alpha",
-            "epochs",
-            "batch",
-            "refusal_tokens",
-            "kept_tokens",
-            "learning_rate",
-        ):
-            if getattr(self, name) <= 0:
-                raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
-        if not self.targets:
-            raise SettingError("there is no target layer", "Name one, such as q_proj")
 
 
 ExampleT = TypeVar("ExampleT", bound=Example)
@@ -191,7 +140,7 @@ def own_answer_examples(
     llama: SafeLlama,
     prompts: Sequence[HarmlessPrompt],
     recipe: Recipe,
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> list[Example]:
     """Harmless prompts with the model's own greedy answers; those that it refuses are left out."""
     asked = [rendered(llama, prompt.text) for prompt in prompts]
@@ -226,7 +175,7 @@ def train(
     model: Any,
     examples: Sequence[Example],
     recipe: Recipe,
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> list[float]:
     """Train the LoRA pairs of a PEFT model; returns the loss of every step.
 
@@ -324,7 +273,7 @@ def run(
     output: PathLike,
     base: PathLike | None = None,
     recipe: Recipe | None = None,
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
 ) -> Loss:
     """The whole recipe: load, answer, train, save; returns the loss on prompts kept back.
 

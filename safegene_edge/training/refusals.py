@@ -12,7 +12,8 @@ from ..recalibrate.examples import Examples
 from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss
 from ..runtime.llama import SafeLlama
 from .loss import Example, log_probabilities
-from .recipe import Recipe, rendered
+from .recipe import rendered
+from .settings import Recipe
 
 _OPENERS, _WORDS = 8, 3
 

@@ -28,7 +28,7 @@ from .recipe import remaining
 
 if TYPE_CHECKING:
     from ..recalibrate.refusal_margin import Openers, Tokens
-    from .recipe import Recipe, Report
+    from .settings import Log, Recipe
 
 Gain: TypeAlias = Mapping[int, float]  # a layer's, by layer
 _STRENGTH = 0.5
@@ -70,7 +70,7 @@ def layer_gains(
     harmless: Sequence[Tokens],
     openers: Openers,
     recipe: Recipe,
-    report: Report = lambda line: None,
+    report: Log = lambda line: None,
     known: Sequence[Gain] = (),
 ) -> Iterator[Gain]:
     """What every layer gains, one degraded model after the other: on harmful prompts, then on

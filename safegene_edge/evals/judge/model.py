@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from ..errors import FileFormatError
+from ...errors import FileFormatError
 
 WEIGHTS = Path(__file__).parent / "data" / "judge_model.json"
 SIZE = 1 << 13  # weights

@@ -2,77 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..errors import SettingError
-from ..recalibrate.refusal_margin import OPENERS, prefix_free
+from ...errors import SettingError
+from ...recalibrate.refusal_margin import OPENERS, prefix_free
+from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
 if TYPE_CHECKING:
-    from ..runtime.engine import Engine, Generation
-    from ..runtime.llama import AttachedAdapter, SafeLlama
+    from ...runtime.engine import Engine, Generation
+    from ...runtime.llama import AttachedAdapter, SafeLlama
 
 Scales: TypeAlias = "Mapping[AttachedAdapter, float]"
-Advance: TypeAlias = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """What is sent: (role, content) messages, and words put into the model's mouth.
-
-    `prefill` opens the assistant's answer; the model goes on from there.
-    """
-
-    messages: tuple[tuple[str, str], ...]
-    prefill: str = ""
-
-    @classmethod
-    def user(cls, text: str) -> Chat:
-        """One message of the user."""
-        return cls((("user", text),))
-
-    @property
-    def text(self) -> str:
-        """The last message: the user's request."""
-        return self.messages[-1][1]
-
-    def saying(self, text: str) -> Chat:
-        """The same chat with another last message."""
-        return replace(self, messages=(*self.messages[:-1], (self.messages[-1][0], text)))
-
-    def after(self, *messages: tuple[str, str]) -> Chat:
-        """The same chat with messages before the last."""
-        return replace(self, messages=(*self.messages[:-1], *messages, self.messages[-1]))
-
-    def as_dicts(self) -> list[dict[str, str]]:
-        """The messages as chat templates and servers want them."""
-        return [{"role": role, "content": content} for role, content in self.messages]
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer's text and tokens; `text` is None where the chat did not fit the context."""
-
-    text: str | None
-    tokens: tuple[int, ...] = ()
-
-
-class Asker(Protocol):
-    """Whatever can be evaluated: a local model, or a server."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """ "before" and, where there are two sides, "after"."""
-
-    def ask(
-        self, column: str, chats: Sequence[Chat], advance: Advance | None = None
-    ) -> list[Reply]:
-        """Greedy answers in the order of the chats; `advance` is called for each."""
 
 
 class LocalModel:
@@ -99,7 +45,7 @@ class LocalModel:
         journal: Journal,
         openers: Sequence[str] = (),
     ) -> None:
-        from ..runtime.engine import Engine
+        from ...runtime.engine import Engine
 
         self.llama = llama
         self.n_parallel, self._n_ctx = n_parallel, n_ctx
@@ -111,7 +57,7 @@ class LocalModel:
     @cached_property
     def scorer(self) -> Engine:
         """The engine for likelihoods."""
-        from ..runtime.engine import Engine
+        from ...runtime.engine import Engine
 
         return Engine(self.llama, n_parallel=self.n_parallel, n_ctx=self._n_ctx)
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
-from . import judge_model, phrases
+from . import model as judge_model
+from . import phrases
 from .normalise import drop_echo, garbled, normalise, words
 from .phrases import Act
 
@@ -136,7 +137,7 @@ def judge(prompt: str, completion: str) -> Verdict:
 def judge_sha256() -> str:
     """SHA-256 over the code and the weights that make a verdict."""
     folder = Path(__file__).parent
-    names = ("judge.py", "judge_model.py", "normalise.py", "phrases.py")
+    names = ("verdict.py", "model.py", "normalise.py", "phrases.py")
     return judge_model.digest([*(folder / name for name in names), judge_model.WEIGHTS])
 
 

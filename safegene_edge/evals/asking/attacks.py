@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from ..errors import SettingError
-from .asking import Chat
+from ...errors import SettingError
+from .chat import Chat
 
 Transform: TypeAlias = Callable[[Chat], Chat]
 

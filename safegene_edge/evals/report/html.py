@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import resources
 
+from ..statistics import Count, percent
 from . import findings, plots
-from .findings import CHANGE, HEADINGS, MEASURE, Example, Json, Row, Verdict
+from .findings import CHANGE, HEADINGS, MEASURE, Example, Json, Outcome, Summary
 from .markup import Markup, Node, join, tag
 from .record import artifacts
-from .statistics import Count, percent
 
 
 def render_html(report: Json) -> str:
@@ -124,7 +124,7 @@ def _details(summary: Node, *content: Node) -> Markup:
     return tag("details", tag("summary", summary), *content)
 
 
-def _row(row: Row) -> Markup:
+def _row(row: Outcome) -> Markup:
     change = tag("td", row.change, class_="number") if row.after is not None else None
     return tag("tr", tag("th", row.name, scope="row"), *map(_count, row.counts), change)
 
@@ -135,7 +135,7 @@ def _headings(report: Json, first: str) -> list[str]:
     return [first, *HEADINGS.values(), CHANGE]
 
 
-def _plot(report: Json, title: str, svg: Markup, rows: Sequence[Row], first: str) -> Markup:
+def _plot(report: Json, title: str, svg: Markup, rows: Sequence[Outcome], first: str) -> Markup:
     """A plot with its key, and the same figures as a table for whoever cannot see it."""
     table = _table(title, _headings(report, first), [tag("tbody", *map(_row, rows))])
     return tag(
@@ -176,7 +176,7 @@ def _who(report: Json) -> Markup:
     return join(model, *adapters, [", without and with ", tag("b", gene["name"])] if gene else None)
 
 
-def _tile(row: Row) -> Markup:
+def _tile(row: Outcome) -> Markup:
     *was, now = row.counts
     big = [tag("span", f"{_share(count)} → ", class_="was") for count in was]
     detail = " → ".join(f"{count.n}/{count.total}" for count in row.counts)
@@ -194,7 +194,7 @@ def _share(count: Count) -> str:
     return "–" if count.share is None else f"{percent(count.share)}\N{NO-BREAK SPACE}%"
 
 
-def _beware(found: Verdict) -> Markup | None:
+def _beware(found: Summary) -> Markup | None:
     if not found.warnings:
         return None
     listed = tag("ul", *(tag("li", text) for text in found.warnings))

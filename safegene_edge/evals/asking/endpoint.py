@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..errors import SafeGeneError, SettingError
-from .asking import Advance, Chat, Reply
+from ...errors import SafeGeneError, SettingError
+from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}

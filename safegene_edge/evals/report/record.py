@@ -13,13 +13,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from ..errors import SafeGeneError
-from ..files import PathLike, sha256
+from ...errors import SafeGeneError
+from ...files import PathLike, sha256
+from ..asking.suites import BUILT_IN, Suite, load_suite
+from ..judge import JUDGE_VERSION, LABELS, judge_sha256
 from . import findings
 from .findings import Json
-from .judge import JUDGE_VERSION, LABELS, judge_sha256
-from .report import LIMITS as LIMITS_OF_ANSWERS
-from .suites import BUILT_IN, Suite, load_suite
 
 LIMITS = (
     "The judge makes mistakes of its own, which the intervals do not hold.",
@@ -27,7 +26,10 @@ LIMITS = (
     "conversations and an application's own filters were not tested.",
     "Truthfulness, bias, privacy, security and fitness for a task were not measured.",
     "The suites sample known hazards; passing them does not show that the model is safe.",
-    *LIMITS_OF_ANSWERS,
+    "Another number of threads, another CPU or GPU, or answers resumed from a killed run change "
+    "the order of floating-point sums, and with it a small share of the verdicts.",
+    "Verdicts are on the first tokens of greedy answers; sampling may answer otherwise.",
+    "Attacks are fixed templates: a determined attacker finds better ones.",
 )
 
 

@@ -14,8 +14,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from ..errors import FileFormatError
-from ..files import PathLike, require_file
+from ...errors import FileFormatError
+from ...files import PathLike, require_file
 
 Schema: TypeAlias = Mapping[str, Any]
 _TYPES: dict[str, tuple[type, ...]] = {

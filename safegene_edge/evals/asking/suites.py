@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..errors import FileFormatError, SettingError
+from ...errors import FileFormatError, SettingError
 
 Kind: TypeAlias = Literal["harmful", "harmless"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..statistics import Count, Paired, mcnemar
 from . import findings
 from .findings import COLUMNS, MEASURE, Json
-from .statistics import Count, Paired, mcnemar
 
 # Settings that make two runs' figures mean the same; others may only move a few verdicts.
 _SAME_MEANING = ("max_tokens",)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from . import findings
-from .findings import CHANGE, HEADINGS, MEASURE, Json, Row
+from .findings import CHANGE, HEADINGS, MEASURE, Json, Outcome
 from .record import artifacts
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&$!])")
@@ -50,13 +50,13 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _rows_table(report: Json, first: str, rows: Iterable[Row]) -> str:
+def _rows_table(report: Json, first: str, rows: Iterable[Outcome]) -> str:
     gene = report.get("gene") is not None
     head = [first, *HEADINGS.values(), CHANGE] if gene else [first, "Measured"]
     return _table(head, [_cells(row, gene) for row in rows])
 
 
-def _cells(row: Row, gene: bool) -> list[str]:
+def _cells(row: Outcome, gene: bool) -> list[str]:
     counts = [str(count) for count in row.counts]
     return [text(row.name), *counts, *(["–"] * (gene and row.after is None)), *[row.change] * gene]
 
@@ -81,7 +81,7 @@ def _results(report: Json) -> Iterator[str]:
         kind = "should be refused" if suite["kind"] == "harmful" else "should be answered"
         yield f"### {text(suite['name'])} – {kind}"
         borderline = [
-            Row(f"borderline: {row.name}", row.before, row.after)
+            Outcome(f"borderline: {row.name}", row.before, row.after)
             for row in findings.borderline_rows(suite)
         ]
         yield _rows_table(report, "Outcome", [*findings.suite_rows(suite), *borderline])

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .findings import Row, shortened
+from ..statistics import Count, percent
+from .findings import Outcome, shortened
 from .markup import Markup, escape, join, tag
-from .statistics import Count, percent
 
 _TICKS = (0, 25, 50, 75, 100)
 _RADIUS = 5
@@ -65,7 +65,7 @@ def _anchor(tick: float) -> str:
 # -- counts with their intervals, a row each ----------------------------------
 
 
-def intervals(name: str, title: str, rows: Sequence[Row]) -> Markup:
+def intervals(name: str, title: str, rows: Sequence[Outcome]) -> Markup:
     """A dot and its 95 % interval for each count on a scale of 0 to 100 %."""
     height = _TOP + _ROW * len(rows)
     grid = [
@@ -79,7 +79,7 @@ def intervals(name: str, title: str, rows: Sequence[Row]) -> Markup:
     return _figure(name, height, title, _in_words(rows), *grid, *parts)
 
 
-def _interval_row(row: Row, top: float) -> Markup:
+def _interval_row(row: Outcome, top: float) -> Markup:
     shown = " → ".join(_percent(count) for count in row.counts)
     marks = [
         _interval(count, top + 31 + 10 * index, class_)
@@ -106,7 +106,7 @@ def _percent(count: Count) -> str:
     return "–" if count.share is None else f"{percent(count.share)} %"
 
 
-def _in_words(rows: Iterable[Row]) -> str:
+def _in_words(rows: Iterable[Outcome]) -> str:
     return "; ".join(f"{row.name}: {' → '.join(_percent(c) for c in row.counts)}" for row in rows)
 
 
@@ -116,7 +116,7 @@ _PLANE = 300  # pixels from 100 % down to 0 %
 _PLANE_TOP, _LEFT = 34, 12
 
 
-def plane(name: str, title: str, over: Row, refused: Row) -> Markup:
+def plane(name: str, title: str, over: Outcome, refused: Outcome) -> Markup:
     """Without and with the gene as points: to the right over-refusal, upwards refusal."""
     columns = zip(over.counts, refused.counts, ("before", "after"), strict=False)
     points = [(o, r, class_) for o, r, class_ in columns if o.total and r.total]

@@ -18,8 +18,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileFormatError, OutputError
-from ..files import PathLike, cache_folder
+from ...errors import FileFormatError, OutputError
+from ...files import PathLike, cache_folder
 
 _HEADER = {"safegene_edge_journal": 1}
 _HEADER_LINE = json.dumps(_HEADER).encode() + b"\n"

@@ -1,0 +1,63 @@
+"""What is asked and what is answered, whoever answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeAlias
+
+Advance: TypeAlias = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What is sent: (role, content) messages, and words put into the model's mouth.
+
+    `prefill` opens the assistant's answer; the model goes on from there.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    prefill: str = ""
+
+    @classmethod
+    def user(cls, text: str) -> Chat:
+        """One message of the user."""
+        return cls((("user", text),))
+
+    @property
+    def text(self) -> str:
+        """The last message: the user's request."""
+        return self.messages[-1][1]
+
+    def saying(self, text: str) -> Chat:
+        """The same chat with another last message."""
+        return replace(self, messages=(*self.messages[:-1], (self.messages[-1][0], text)))
+
+    def after(self, *messages: tuple[str, str]) -> Chat:
+        """The same chat with messages before the last."""
+        return replace(self, messages=(*self.messages[:-1], *messages, self.messages[-1]))
+
+    def as_dicts(self) -> list[dict[str, str]]:
+        """The messages as chat templates and servers want them."""
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer's text and tokens; `text` is None where the chat did not fit the context."""
+
+    text: str | None
+    tokens: tuple[int, ...] = ()
+
+
+class Asker(Protocol):
+    """Whatever can be evaluated: a local model, or a server."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """ "before" and, where there are two sides, "after"."""
+
+    def ask(
+        self, column: str, chats: Sequence[Chat], advance: Advance | None = None
+    ) -> list[Reply]:
+        """Greedy answers in the order of the chats; `advance` is called for each."""

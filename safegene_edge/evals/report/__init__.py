@@ -1,0 +1,8 @@
+"""What an evaluation found, and every form that shows it.
+
+results   the data                    json      the data as JSON values
+findings  the JSON in words and counts, which text, html and markdown show
+plots, markup  for the page           schema    reading a report's JSON
+record    hashes, and holding files against them    compare  two reports
+report    `Report`, which knows all forms
+"""
