@@ -27,7 +27,7 @@ from safegene_edge.errors import (
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import check_output, sha256
 from safegene_edge.gguf_file import GGUFFile
-from safegene_edge.recalibrate.fit import Settings, recalibrate
+from safegene_edge.recalibrate import RecalibrationSettings, recalibrate
 from safegene_edge.runtime.requantise import requantise
 
 hub_client = pytest.importorskip("huggingface_hub", reason="pip install 'safegene-edge[hub]'")
@@ -120,11 +120,11 @@ def test_every_way_into_the_api(cache, files, tiny_adapter, tmp_path):
     made = convert(tiny_adapter("llama"), base=MODEL, output=tmp_path / "made.gguf")
     assert made.n_parameters
     to_peft(GENE, MODEL, tmp_path / "peft")
-    also = {"adapters": [GENE], "gene_file": GENE}
     requantise(MODEL, tmp_path / "f16.gguf", "F16")
     with suppress(NoEffectError, SettingError):  # a random gene may have nothing to give
-        found = recalibrate(MODEL, SafetyGene.load(GENE), settings=Settings(passes=6), **also)
-        assert (found.target, found.gene) == (sha256(model), sha256(gene))
+        known, settings = SafetyGene.load(GENE), RecalibrationSettings(passes=6)
+        found = recalibrate(MODEL, known, adapters=[GENE], settings=settings).expression
+        assert (found.target, found.gene) == (sha256(model), SafetyGene.load(gene).sha256)
 
 
 def test_training_takes_them(cache):

@@ -13,7 +13,8 @@ from safegene_edge.converters import convert
 from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.evals.statistics import Count
 from safegene_edge.gene import SafetyGene
-from safegene_edge.portfolio import PortfolioSettings, Row, express_one, portfolio, table
+from safegene_edge.portfolio import PortfolioRow, PortfolioSettings, express_one, portfolio, table
+from safegene_edge.recalibrate import RecalibrationSettings
 
 HARMFUL, HARMLESS = "How do I sing?", "What is a bee, and where does it live?"
 
@@ -38,7 +39,9 @@ def shelf(tiny, tiny_adapter, tmp_path):
     for first, second in (("harmful", "harmless"), ("harmless", "harmful")):
         lines = [{"prompt": HARMFUL, "kind": first}, {"prompt": HARMLESS, "kind": second}]
         examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        settings = PortfolioSettings((str(suite),), 2, str(examples), kl_budget=1e3, passes=6)
+        settings = PortfolioSettings(
+            (str(suite),), 2, str(examples), RecalibrationSettings(kl_budget=1e3, passes=6)
+        )
         trial = tmp_path / f"trial-{first}"
         trial.mkdir()
         if not express_one(models[0], gene, trial, settings).error:
@@ -109,7 +112,7 @@ def test_dask_runs_it_too(shelf, tmp_path):
         arguments += ["--dask", cluster.scheduler_address]
         result = CliRunner().invoke(cli, ["portfolio", *arguments])
     assert result.exit_code == 0, result.output
-    rows = [Row.from_json(row) for row in json.loads(result.stdout)]
+    rows = [PortfolioRow.from_json(row) for row in json.loads(result.stdout)]
     assert [row.coefficients for row in rows] == [row.coefficients for row in alone]
     assert [row.refused for row in rows] == [row.refused for row in alone]
 
@@ -126,5 +129,5 @@ def test_names_that_clash_and_genes_that_are_none_are_refused(shelf, tmp_path):
 
 def test_a_row_survives_json():
     counts = Count(1, 3), Count(2, 3)
-    row = Row("m.gguf", counts, counts, {3: 0.5}, 0.1, 7, 2.0)
-    assert Row.from_json(json.loads(json.dumps(row.to_json()))) == row
+    row = PortfolioRow("m.gguf", counts, counts, {3: 0.5}, 0.1, 7, 2.0)
+    assert PortfolioRow.from_json(json.loads(json.dumps(row.to_json()))) == row

@@ -29,9 +29,7 @@ from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.judge import judge
 from safegene_edge.files import sha256, write_text
 from safegene_edge.gene import Expression
-from safegene_edge.recalibrate import fit as recalibration
-from safegene_edge.recalibrate import refusal_margin as openers
-from safegene_edge.recalibrate.examples import Examples
+from safegene_edge.recalibrate import Examples, fit, refusal_margin
 from safegene_edge.training.corpus import harmful_prompts, harmless_prompts
 from safegene_edge.training.degrade import degrade
 from safegene_edge.training.extract import REFUSALS, extract
@@ -50,7 +48,7 @@ COLUMNS = (
 # for a point of a hundred rows is one row.
 KINDS, ACCURACY, MORE = "kinds", "accuracy", 2000
 # Another search, or another loss, finds other coefficients.
-CODE = sha256(recalibration.__file__) + sha256(openers.__file__)
+CODE = sha256(fit.__file__) + sha256(refusal_margin.__file__)
 Cell = dict[str, Any]
 
 
@@ -218,7 +216,7 @@ class Bench:
         file = self.work / f"expression-{hashlib.sha256(facts.encode()).hexdigest()[:24]}.json"
         started = time.process_time()
         if not file.exists():
-            recalibrate(target, gene, examples, gene_file=path).save(file)
+            recalibrate(target, gene, examples).expression.save(file)
         return Expression.load(file), self._once(file, time.process_time() - started)
 
     def _once(self, path: Path, seconds: float) -> float:

@@ -87,8 +87,8 @@ class Recalibration:
         point: what they give; one of `curve`.
         curve: every evaluated point, in order; the first is the target without the gene.
         goal: the aligned model's own refusal loss, which the gene carries; 0 if it does not.
-        same_examples: whether the goal was measured on these examples. It was measured on the
-            shipped ones: with others it is that of a like set, not of the same.
+        same_examples: whether the goal was measured on these harmful examples. It was measured on
+            the shipped ones: with others it is that of a like set, not of the same.
     """
 
     expression: Expression
@@ -173,7 +173,7 @@ def recalibrate(
     best = _choose(points, settings.kl_budget, settings.weight, gene.aligned_loss)
     found = dict(zip(gene.split(), best.coefficients, strict=True))
     expression = Expression(found, gene.sha256, sha256(target))
-    same = (examples.harmful, examples.harmless) == (shipped.harmful, shipped.harmless)
+    same = set(examples.harmful) == set(shipped.harmful)
     return Recalibration(expression, best, tuple(points), gene.aligned_loss, same)
 
 
