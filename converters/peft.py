@@ -27,7 +27,7 @@ from ..files import PathLike, require_file
 from . import safetensors_file
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-PREFIX = "base_model.model."
+MODULE_PREFIX = "base_model.model."
 _HALF = re.compile(r"(.+)\.lora_([AB])\.weight")
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -120,7 +120,7 @@ class PeftAdapter:
 
 def module_of(key: str) -> str:
     """A module's name in the base model, as PEFT matches patterns against it."""
-    return key.removeprefix(PREFIX)
+    return key.removeprefix(MODULE_PREFIX)
 
 
 def read_peft(folder: PathLike) -> PeftAdapter:

@@ -26,7 +26,7 @@ from ..gene import OUTSIDE_BLOCKS, Adapter, Pair, layer_of
 from .names import BaseNames, is_linear_layer
 from .peft import (
     CONFIG,
-    PREFIX,
+    MODULE_PREFIX,
     WEIGHTS,
     PeftAdapter,
     Refusal,
@@ -216,7 +216,7 @@ def _record(
     }
     if len(set(dtypes)) > 1:
         record[f"{KEY}dtypes"] = dtypes
-    if modules != [PREFIX + names.modules.get(update.tensor, "") for update in updates]:
+    if modules != [MODULE_PREFIX + names.modules.get(update.tensor, "") for update in updates]:
         record[f"{KEY}modules"] = modules
     if folded:
         record[f"{KEY}folded"] = folded

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import Floats
+from ..aliases import Floats
 from ..compat import open_model, require_fit
 from ..errors import SafeGeneError
 from ..files import PathLike, atomic_folder, check_folder
@@ -23,7 +23,7 @@ from . import safetensors_file
 from .names import BaseNames
 from .peft import (
     CONFIG,
-    PREFIX,
+    MODULE_PREFIX,
     WEIGHTS,
     PeftAdapter,
     PeftPair,
@@ -83,7 +83,9 @@ def _from_record(adapter: Adapter, names: BaseNames) -> PeftAdapter | None:
         return None
     config = parse_config(values, text, "the adapter's record")
     dtypes = extra.get(f"{KEY}dtypes") or [extra[f"{KEY}dtype"]] * len(tensors)
-    modules = extra.get(f"{KEY}modules") or [PREFIX + names.modules[name] for name in tensors]
+    modules = extra.get(f"{KEY}modules") or [
+        MODULE_PREFIX + names.modules[name] for name in tensors
+    ]
     folded = frozenset(extra.get(f"{KEY}folded", []))
     pairs = {}
     for tensor, module, dtype in zip(tensors, modules, dtypes, strict=True):
@@ -140,7 +142,7 @@ def _described(adapter: Adapter, names: BaseNames) -> PeftAdapter:
             "the adapter", [Refusal(name, "no linear layer of transformers") for name in unknown]
         )
     pairs = {
-        PREFIX + names.modules[name]: PeftPair(
+        MODULE_PREFIX + names.modules[name]: PeftPair(
             pair.a.astype(np.float32),
             names.to_hf_rows(name, pair.b.astype(np.float32)),
             (_dtype(pair.a), _dtype(pair.b)),

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _RESERVED = {"general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"}
 AdapterT = TypeVar("AdapterT", bound="Adapter")
+AdapterLike: TypeAlias = "PathLike | Adapter"
 
 
 def layer_of(tensor: str) -> int:

@@ -11,7 +11,7 @@ from adapters import random_adapter
 
 from safegene_edge import SafeLlama
 from safegene_edge.errors import SettingError
-from safegene_edge.evals.asking.attacks import ATTACKS, adaptive_chats, choose_attacks, combined
+from safegene_edge.evals.asking.attacks import ATTACKS, adaptive_chats, apply_all, choose_attacks
 from safegene_edge.evals.asking.chat import Chat
 from safegene_edge.evals.asking.journal import Journal
 from safegene_edge.evals.asking.local import LocalModel
@@ -24,7 +24,7 @@ FIXED = [attack for attack in ATTACKS.values() if attack.apply is not None]
 
 
 def attacked(name, text=REQUEST):
-    return combined([ATTACKS[name]], Chat.user(text))
+    return apply_all([ATTACKS[name]], Chat.user(text))
 
 
 # -- the transformations ------------------------------------------------------
@@ -115,7 +115,9 @@ def test_the_search_finds_the_least_refused_pair():
         return value
 
     first, *rest = adaptive_chats(Chat.user(REQUEST), score)
-    assert first == combined([ATTACKS["role_play"], ATTACKS["system_override"]], Chat.user(REQUEST))
+    assert first == apply_all(
+        [ATTACKS["role_play"], ATTACKS["system_override"]], Chat.user(REQUEST)
+    )
     assert len(calls) == len(set(calls)) <= 50
     assert len(rest) == 2
     assert sum(bool(chat.prefill) for chat in (first, *rest)) == 1  # both ways in are tried

@@ -39,7 +39,7 @@ if sys.version_info >= (3, 11):
     import tomllib
 
 evaluate_module = import_module("safegene_edge.evals.evaluate")
-record_module = import_module("safegene_edge.evals.record")
+record_module = import_module("safegene_edge.evals.report.record")
 portfolio_module = import_module("safegene_edge.portfolio")
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

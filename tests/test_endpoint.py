@@ -20,7 +20,7 @@ from adapters import random_adapter
 from safegene_edge.cli import cli
 from safegene_edge.errors import SettingError
 from safegene_edge.evals.asking.chat import Chat
-from safegene_edge.evals.asking.endpoint import Endpoint, EndpointError, Served
+from safegene_edge.evals.asking.endpoint import Endpoint, EndpointError, EndpointModel
 from safegene_edge.evals.asking.journal import Journal
 from safegene_edge.evals.asking.suites import Prompt, Suite
 from safegene_edge.evals.evaluate import evaluate_endpoint
@@ -82,7 +82,7 @@ def completion(text):
 
 def answer_of(behave, text="hello", **settings):
     with Scripted(behave) as server:
-        served = Served(server.url, "m", pause=0.001, **settings)
+        served = EndpointModel(server.url, "m", pause=0.001, **settings)
         with Endpoint(served, None, 8, Journal()) as endpoint:
             return endpoint.ask("before", [Chat.user(text)])[0].text, server
 
@@ -162,7 +162,7 @@ def test_no_server():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    served = Served(url, "m", retries=1, pause=0.001)
+    served = EndpointModel(url, "m", retries=1, pause=0.001)
     with (
         Endpoint(served, None, 8, Journal()) as endpoint,
         pytest.raises(EndpointError, match="cannot be reached"),
@@ -180,17 +180,17 @@ def test_no_server():
     ],
 )
 def test_addresses(url, path):
-    assert Served(url, "m").path == path
+    assert EndpointModel(url, "m").path == path
 
 
 @pytest.mark.parametrize("url", ["localhost:8080", "ftp://h", "http://", "file:///etc/passwd"])
 def test_bad_addresses(url):
     with pytest.raises(SettingError, match="no address"):
-        Served(url, "m")
+        EndpointModel(url, "m")
 
 
 def test_reports_hold_no_credentials():
-    assert Served("https://me:secret@host:99/v1?key=secret", "m").name == "m at host:99"
+    assert EndpointModel("https://me:secret@host:99/v1?key=secret", "m").name == "m at host:99"
 
 
 # -- an evaluation ------------------------------------------------------------
@@ -204,8 +204,8 @@ def refuses_odd(text, _nth):
 def test_before_and_after_concurrently_and_in_order():
     with Scripted(refuses_odd) as one, Scripted(lambda *_: completion(NO)) as two:
         found = evaluate_endpoint(
-            Served(one.url, "plain", concurrency=4),
-            Served(two.url, "gened"),
+            EndpointModel(one.url, "plain", concurrency=4),
+            EndpointModel(two.url, "gened"),
             suites=[SUITE],
             attacks=["leet"],
             settings=EvalSettings(max_tokens=8, attack_limit=3),
@@ -224,7 +224,7 @@ def test_a_stopped_run_asks_nothing_twice(tmp_path):
 
     path = tmp_path / "run.jsonl"
     with Scripted(breaks) as server:
-        served = Served(server.url, "m", concurrency=1)
+        served = EndpointModel(server.url, "m", concurrency=1)
 
         def run(journal):
             return evaluate_endpoint(served, suites=[SUITE], journal=journal)
@@ -244,7 +244,7 @@ def test_a_stopped_run_asks_nothing_twice(tmp_path):
 def test_all_attacks_are_those_that_a_server_can_be_asked():
     with Scripted(lambda *_: completion(NO)) as server:
         found = evaluate_endpoint(
-            Served(server.url, "m"),
+            EndpointModel(server.url, "m"),
             suites=[SUITE],
             attacks=["all"],
             settings=EvalSettings(attack_limit=1),
@@ -267,7 +267,7 @@ def test_quick_and_full_ask_a_server_what_it_can_answer(flag, tmp_path):
 
 def test_local_attacks_are_refused():
     with pytest.raises(SettingError, match="'prefill' needs a local model"):
-        evaluate_endpoint(Served("http://h", "m"), suites=[SUITE], attacks=["prefill"])
+        evaluate_endpoint(EndpointModel("http://h", "m"), suites=[SUITE], attacks=["prefill"])
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from safegene_edge.evals.judge import LABELS, judge
 from safegene_edge.evals.report.json import aligned_labels, paired_json
 from safegene_edge.evals.report.record import LIMITS
 from safegene_edge.evals.report.report import Report
-from safegene_edge.evals.report.results import Answer, Source, SuiteResult
-from safegene_edge.evals.report.schema import check
+from safegene_edge.evals.report.results import Answer, Artifact, SuiteResult
+from safegene_edge.evals.report.schema import problems
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.gene import Adapter, Pair
 
@@ -48,8 +48,8 @@ def answers(suite: Suite, *completions: str | None) -> tuple[Answer, ...]:
 
 def report(**settings: Any) -> Report:
     return Report(
-        model=Source("m.gguf", "ab" * 32),
-        gene=Source("g.gguf", "cd" * 32, 1.0),
+        model=Artifact("m.gguf", "ab" * 32),
+        gene=Artifact("g.gguf", "cd" * 32, 1.0),
         adapters=(),
         suites=(
             SuiteResult(
@@ -125,7 +125,7 @@ def test_suites_are_checked_before_the_model_is_loaded(suites: Any) -> None:
 
 def test_the_json_is_what_the_schema_says() -> None:
     facts = json.loads(json.dumps(report().to_json()))
-    assert list(check(facts)) == []
+    assert list(problems(facts)) == []
     assert set(LIMITS) <= set(facts["record"]["limits"])
     assert any("threads" in limit for limit in LIMITS)
 
@@ -174,7 +174,7 @@ def test_a_journal_gives_back_what_was_put(tmp_path: Path) -> None:
         assert "a" in journal
     assert path.stat().st_mode & 0o077 == 0  # it may hold harmful answers
     with Journal(path) as journal:
-        assert (journal["a"], journal["b"], len(journal)) == ([1, 2], None, 2)
+        assert (journal["a"], journal["b"], journal.count) == ([1, 2], None, 2)
         journal.delete()
     assert not path.exists()
 
@@ -190,7 +190,7 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
         assert "a" in journal and "b" not in journal
         journal.put("c", "third")
     with Journal(path) as journal:
-        assert (journal["a"], journal["c"], len(journal)) == ("first", "third", 2)
+        assert (journal["a"], journal["c"], journal.count) == ("first", "third", 2)
 
 
 def test_a_torn_header_is_a_new_journal(tmp_path: Path) -> None:
@@ -230,8 +230,9 @@ def test_keys_tell_apart_what_differs() -> None:
 
 _KILLED = """
 import os, signal, sys
-from safegene_edge.evals.evaluate import EvalSettings, evaluate
-from safegene_edge.evals.journal import Journal
+from safegene_edge.evals.asking.journal import Journal
+from safegene_edge.evals.evaluate import evaluate
+from safegene_edge.evals.settings import EvalSettings
 
 def die(done, total):
     if done == 7:
@@ -319,7 +320,7 @@ def test_quick_and_full_choose_what_the_user_did_not(
     command += ["--max-tokens", 2, "--json", out, "--no-resume"]
     cli(list(map(str, command)), standalone_mode=False)
     facts = json.loads(out.read_text())
-    assert list(check(facts)) == []
+    assert list(problems(facts)) == []
     settings = facts["settings"]
     assert (settings["limit"], settings["attack_limit"], settings["max_tokens"]) == (2, 1, 2)
     assert len(facts["attacks"]) == n_attacks
@@ -335,7 +336,7 @@ def test_another_gene_scale_or_setting_finds_nothing_old(tiny: Any) -> None:
     def entries(scale: float = 1.0, gene: Any = gene, **settings: Any) -> int:
         chosen = EvalSettings(max_tokens=2, gene_scale=scale, **settings)
         evaluate(model, gene, suites=[HARMLESS], settings=chosen, journal=journal)
-        return len(journal)
+        return journal.count
 
     assert entries() == 6
     assert entries() == 6

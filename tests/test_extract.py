@@ -390,9 +390,9 @@ def test_degraded_models_are_made_of_harmless_rows(
 
 def test_degrading_rows_are_enough_different_and_name_no_harm() -> None:
     pytest.importorskip("peft", reason="needs the train extra")
-    from safegene_edge.training.degrade import KINDS, degraded_rows
+    from safegene_edge.training.degrade import DEGRADATIONS, degraded_rows
 
-    for kind in KINDS:
+    for kind in DEGRADATIONS:
         rows = degraded_rows(kind)
         assert 60 <= len(rows) <= 100
         assert len({row["prompt"] for row in rows}) == len(rows)

@@ -46,7 +46,7 @@ def test_an_update_below_half_a_step_survives(kind):
         kept = kernels.dequantise(new, ggml_type, values.shape) - before
         return float((kept * delta).sum() / (delta * delta).sum())
 
-    kinds = (kernels.Kind.of(ggml_type),) * 2
+    kinds = (kernels.TensorType.of(ggml_type),) * 2
     update = rounding.Update.of(a, b)
     ours = survived(rounding.merged(raw, kinds, update, strength=1000.0)[0])
     nearest = survived(rounding.merged(raw, kinds, update, strength=0.0)[0])
@@ -60,7 +60,7 @@ def test_what_leaves_the_codes_range_gets_new_scales():
     values = random_.normal(size=(8, 256)).astype(np.float32)
     a = random_.normal(size=(1, 256)).astype(np.float32)
     b = np.full((8, 1), 5.0, np.float32)
-    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_K))
+    kind = kernels.TensorType.of(int(GGMLQuantizationType.Q4_K))
     raw = kernels.quantise(values, kind.number)
     new, sums = rounding.merged(raw, (kind, kind), rounding.Update.of(a, b))
     before = kernels.dequantise(raw, kind.number, values.shape)
@@ -81,7 +81,7 @@ def test_basis_spans_the_rows_and_forgets_repeated_ones():
 def test_merging_leaves_less_error_along_them(kind):
     inputs, basis = leaning_inputs(width=512)
     random = np.random.default_rng(2)
-    type_ = kernels.Kind.of(int(GGMLQuantizationType[kind]))
+    type_ = kernels.TensorType.of(int(GGMLQuantizationType[kind]))
     values = random.normal(size=(64, 512)).astype(np.float32)
     a = random.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
     b = random.normal(0, 0.02, (64, 4)).astype(np.float32)
@@ -114,7 +114,7 @@ def test_what_survives_is_counted_as_the_inputs_see_it():
     random = np.random.default_rng(3)
     a = random.normal(0, 1 / 16, (4, 256)).astype(np.float32)
     b = random.normal(0, 0.02, (64, 4)).astype(np.float32)
-    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_0))
+    kind = kernels.TensorType.of(int(GGMLQuantizationType.Q4_0))
     raw = kernels.quantise(random.normal(size=(64, 256)).astype(np.float32), kind.number)
     update = rounding.Update.of(a, b, directions_of(inputs, 3))
     new, sums = rounding.merged(raw, (kind, kind), update)
@@ -133,7 +133,7 @@ def test_the_search_aims_beyond_what_the_grid_loses_and_no_further(monkeypatch):
     seen, others = np.float32(inputs[:300]), np.float32(inputs[300:])
     a = random.normal(0, 512**-0.5, (4, 512)).astype(np.float32)
     b = random.normal(0, 0.05, (64, 4)).astype(np.float32)
-    kind = kernels.Kind.of(int(GGMLQuantizationType.Q4_0))
+    kind = kernels.TensorType.of(int(GGMLQuantizationType.Q4_0))
     raw = kernels.quantise(random.normal(size=(64, 512)).astype(np.float32), kind.number)
     before = kernels.dequantise(raw, kind.number, (64, 512))
 
@@ -154,7 +154,7 @@ def test_the_search_aims_beyond_what_the_grid_loses_and_no_further(monkeypatch):
 def of_random(kind, times, *, spread=1.0, width=1024):
     """A quantised matrix, its type, a small update and the function that undoes quantisation."""
     random = np.random.default_rng(8)
-    type_ = kernels.Kind.of(int(GGMLQuantizationType[kind]))
+    type_ = kernels.TensorType.of(int(GGMLQuantizationType[kind]))
     raw = kernels.quantise(random.normal(size=(48, width)).astype(np.float32), type_.number)
     sizes = np.where(np.arange(width) < width // 2, spread, 1)
     a = random.normal(0, width**-0.5, (4, width)) * sizes

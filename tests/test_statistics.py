@@ -12,7 +12,6 @@ from safegene_edge.errors import SettingError
 from safegene_edge.evals.statistics import (
     Count,
     Paired,
-    cohen_kappa,
     detectable_difference,
     mcnemar,
     needed_pairs,
@@ -189,16 +188,3 @@ def test_recovered_says_nothing_where_nothing_was_lost() -> None:
     assert (one.share, one.interval) == (1.0, None)  # a third of the resamples miss that one
     with pytest.raises(SettingError):
         recovered([True], [True], [])
-
-
-def test_kappa_by_hand() -> None:
-    # Cohen's table: 20 both yes, 15 both no, 5 and 10 apart: p_o = .7, p_e = .5
-    first = ["y"] * 25 + ["n"] * 25
-    second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
-    assert cohen_kappa(first, second) == pytest.approx(0.4)
-    assert cohen_kappa([1, 2, 3], [1, 2, 3]) == 1.0
-    assert cohen_kappa([1, 2], [2, 1]) == -1.0
-    assert cohen_kappa(["y", "y"], ["y", "y"]) is None
-    assert cohen_kappa([], []) is None
-    with pytest.raises(SettingError):
-        cohen_kappa([1], [])

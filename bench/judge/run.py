@@ -25,7 +25,7 @@ from common import table, write  # noqa: E402
 from peers import PEERS  # noqa: E402
 
 from safegene_edge.evals.judge import JUDGE_VERSION, LABELS, judge, judge_sha256  # noqa: E402
-from safegene_edge.evals.statistics import cohen_kappa, wilson  # noqa: E402
+from safegene_edge.evals.statistics import wilson  # noqa: E402
 
 OURS = "this judge"
 Row = dict[str, Any]
@@ -41,6 +41,18 @@ def measured(gold: list[bool], said: list[bool]) -> dict[str, Any]:
         "interval": [round(low, 4), round(high, 4)],
         "kappa": round(cohen_kappa(gold, said) or 0.0, 3),
     }  # fmt: skip
+
+
+def cohen_kappa(first: list[bool], second: list[bool]) -> float | None:
+    """Agreement of two raters beyond chance: (p_o - p_e) / (1 - p_e).
+
+    J. Cohen, Educational and Psychological Measurement 20:37-46, 1960. None where both always
+    give the same single label (p_e = 1).
+    """
+    n, ours, theirs = len(first), Counter(first), Counter(second)
+    agreed = sum(a == b for a, b in zip(first, second, strict=True))
+    chance = sum(ours[label] * theirs[label] for label in ours)
+    return None if n * n == chance else (n * agreed - chance) / (n * n - chance)
 
 
 def calibration_error(rows: list[Row], bins: int = 10) -> float:

@@ -245,10 +245,10 @@ def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
 
 def _served(chosen: _Options) -> tuple[Any, Any]:
     """The two sides of an evaluation over the network; the second may be None."""
-    from ..evals.asking.endpoint import Served
+    from ..evals.asking.endpoint import EndpointModel
 
-    def served(url: str, name: str) -> Served:
-        return Served(
+    def served(url: str, name: str) -> EndpointModel:
+        return EndpointModel(
             url,
             name,
             api_key_variable=chosen.api_key_env,
@@ -286,12 +286,12 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
     # Entries are keyed by what they depend on; the name only keeps models apart.
     source = chosen.endpoint or str(Path(chosen.model or "").resolve())
     with Journal(journal_folder() / f"{fingerprint(source)[:24]}.jsonl") as journal:
-        if len(journal):
-            click.echo(f"going on: {len(journal)} results of a stopped run are kept", err=True)
+        if journal.count:
+            click.echo(f"going on: {journal.count} results of a stopped run are kept", err=True)
         try:
             yield journal
         except BaseException:
-            if not len(journal):  # nothing to go on from
+            if not journal.count:  # nothing to go on from
                 journal.delete()
             raise
         journal.delete()

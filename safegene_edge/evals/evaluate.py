@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .._version import __version__
+from ..aliases import Progress
 from ..errors import SettingError
 from ..files import PathLike, sha256
-from ..gene import Adapter, SafetyGene
+from ..gene import AdapterLike, SafetyGene
 from .asking.attacks import Attack, adaptive_chats, choose_attacks
 from .asking.chat import Asker, Chat, Reply
-from .asking.endpoint import Endpoint, Served
+from .asking.endpoint import Endpoint, EndpointModel
 from .asking.journal import Journal, fingerprint
 from .asking.local import LocalModel
 from .asking.suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
@@ -26,15 +28,21 @@ from .costs import Task, kl_divergence, load_task, over_refusal, perplexity, tas
 from .costs import speed as measured_speed
 from .judge import judge
 from .report.report import Report
-from .report.results import AlignedLabels, Answer, Answers, AttackResult, Cost, Source, SuiteResult
+from .report.results import (
+    AlignedLabels,
+    Answer,
+    Answers,
+    Artifact,
+    AttackResult,
+    Cost,
+    SuiteResult,
+)
 from .settings import CostSettings, EvalSettings
 
 if TYPE_CHECKING:
     from ..runtime.llama import AttachedAdapter, SafeLlama
 
-AdapterLike: TypeAlias = PathLike | Adapter
 SuiteLike: TypeAlias = str | Path | Suite
-Progress: TypeAlias = Callable[[int, int], None]
 _OWN_CONTEXT = 512  # the model's own context only proves adapters; answers come from the engine's
 _NO_ATTACK = ("languages",)  # a suite whose point is the wording that an attack would change
 
@@ -83,15 +91,15 @@ def evaluate(
         if gene is not None:
             handle = _attached(llama, (gene, settings.gene_scale), stack)
             columns["after"] = {**scales, handle: settings.gene_scale}
-        source = _source(llama.model_path)
-        local = _local(llama, source, columns, handle, settings, _kept(journal), stack)
+        source = _file(Path(llama.model_path))
+        local = _local(llama, source, columns, handle, settings, journal or Journal(), stack)
         asked = plan.ask(local, clock, progress)
         found = plan.costs_of(local, asked[0], clock)
         timed = plan.speed_of(local)
         return Report(
             model=source,
-            gene=None if gene is None else _source(gene, settings.gene_scale),
-            adapters=tuple(_source(_file_of(h), scale) for h, scale in scales.items()),
+            gene=None if handle is None else _adapter(handle, settings.gene_scale),
+            adapters=tuple(_adapter(h, scale) for h, scale in scales.items()),
             suites=asked[0],
             settings=settings,
             chat_template_sha256=_template_hash(llama),
@@ -105,8 +113,8 @@ def evaluate(
 
 
 def evaluate_endpoint(
-    before: Served,
-    after: Served | None = None,
+    before: EndpointModel,
+    after: EndpointModel | None = None,
     *,
     suites: Iterable[SuiteLike] = DEFAULT_SUITES,
     settings: EvalSettings | None = None,
@@ -127,11 +135,11 @@ def evaluate_endpoint(
     settings = settings or EvalSettings()
     plan = _Plan.of(suites, choose_attacks(attacks, served=True), settings, CostSettings())
     clock = _Clock()
-    with Endpoint(before, after, settings.max_tokens, _kept(journal)) as endpoint:
+    with Endpoint(before, after, settings.max_tokens, journal or Journal()) as endpoint:
         asked = plan.ask(endpoint, clock, progress)
     return Report(
-        model=Source(before.name, ""),
-        gene=None if after is None else Source(after.name, ""),
+        model=Artifact(before.name, ""),
+        gene=None if after is None else Artifact(after.name, ""),
         adapters=(),
         suites=asked[0],
         settings=settings,
@@ -142,10 +150,6 @@ def evaluate_endpoint(
         times=clock.times(),
         aligned=aligned or {},
     )
-
-
-def _kept(journal: Journal | None) -> Journal:
-    return Journal() if journal is None else journal  # an empty one is false
 
 
 # -- the plan -----------------------------------------------------------------
@@ -311,20 +315,18 @@ def _attacked(
     advance: Callable[[], None],
 ) -> Answers:
     if attack.apply is None:
-        if not isinstance(asker, LocalModel):
-            raise SettingError(f"the attack '{attack.name}' needs a local model")
         return _adaptively(asker, column, prompts, advance)
     apply = attack.apply
     return _asked(asker, column, prompts, lambda p: apply(_plain_chat(p)), advance)
 
 
 def _adaptively(
-    local: LocalModel, column: str, prompts: Sequence[Prompt], advance: Callable[[], None]
+    asker: Asker, column: str, prompts: Sequence[Prompt], advance: Callable[[], None]
 ) -> Answers:
     """The adaptive attack: its chats in turn for each prompt, until one gets compliance."""
     chats = []
     for prompt in prompts:
-        chats.append(adaptive_chats(_plain_chat(prompt), partial(local.refusal, column)))
+        chats.append(adaptive_chats(_plain_chat(prompt), partial(asker.refusal, column)))
         advance()
     best = [Answer(prompt, "", None) for prompt in prompts]
     for turn in range(max(map(len, chats), default=0)):
@@ -334,7 +336,7 @@ def _adaptively(
             if turn < len(chats[index])
             and (answer.verdict is None or answer.verdict.label != "complied")
         ]
-        replies = local.ask(column, [chats[index][turn] for index in left])
+        replies = asker.ask(column, [chats[index][turn] for index in left])
         for index, reply in zip(left, replies, strict=True):
             answer = _judged(prompts[index], reply)
             if answer.verdict is not None:
@@ -386,7 +388,7 @@ def _attached(
 
 def _local(
     llama: SafeLlama,
-    source: Source,
+    source: Artifact,
     columns: Mapping[str, dict[AttachedAdapter, float]],
     gene: AttachedAdapter | None,
     settings: EvalSettings,
@@ -395,7 +397,7 @@ def _local(
 ) -> LocalModel:
     base = (source.sha256, settings.n_parallel, settings.n_ctx, _versions())
     identities = {
-        column: fingerprint(base, sorted((_hash_of(h), scale) for h, scale in scales.items()))
+        column: fingerprint(base, sorted((h.content.sha256, scale) for h, scale in scales.items()))
         for column, scales in columns.items()
     }
     content = None if gene is None else gene.content
@@ -415,27 +417,15 @@ def _local(
 # -- provenance ---------------------------------------------------------------
 
 
-def _source(file: AdapterLike, scale: float | None = None) -> Source:
+def _file(path: Path) -> Artifact:
     """Name and hash of a file; paths stay out of the report, since they name people."""
-    if isinstance(file, Adapter):
-        return Source("in memory", "", scale)
-    return Source(Path(file).name, sha256(file), scale)
+    return Artifact(path.name, sha256(path))
 
 
-def _file_of(handle: AttachedAdapter) -> AdapterLike:
-    return handle.name if Path(handle.name).is_file() else handle.content
-
-
-def _hash_of(handle: AttachedAdapter) -> str:
-    """A hash of what an adapter does, whether it came from a file or not."""
-    file = _file_of(handle)
-    if not isinstance(file, Adapter):
-        return sha256(file)
-    digest = hashlib.sha256(f"{file.architecture} {file.alpha}".encode())
-    for name, pair in file.pairs.items():
-        digest.update(f"{name} {pair.a.shape} {pair.b.shape} {pair.a.dtype}".encode())
-        digest.update(pair.a.tobytes() + pair.b.tobytes())
-    return digest.hexdigest()
+def _adapter(handle: AttachedAdapter, scale: float) -> Artifact:
+    if handle.source is None:
+        return Artifact("in memory", "", scale)
+    return replace(_file(handle.source), scale=scale)
 
 
 def _coefficients(gene: AttachedAdapter | None) -> dict[int, float]:

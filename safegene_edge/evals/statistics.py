@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -249,23 +248,3 @@ def recovered(
         return Recovered(sum(aligned), share, None)
     low, high = np.quantile((a - b)[sound] / (g - b)[sound], (0.025, 0.975))
     return Recovered(sum(aligned), share, (float(low), float(high)))
-
-
-def cohen_kappa(first: Sequence[object], second: Sequence[object]) -> float | None:
-    """Agreement of two raters beyond chance: (p_o - p_e) / (1 - p_e).
-
-    J. Cohen, Educational and Psychological Measurement 20:37-46, 1960. None where both
-    always give the same single label (p_e = 1), or nothing was rated.
-
-    Raises:
-        SettingError: the raters judged different numbers of items.
-    """
-    if len(first) != len(second):
-        raise SettingError(f"{len(first)} ratings beside {len(second)}")
-    n = len(first)
-    ours, theirs = Counter(first), Counter(second)
-    agreed = sum(a == b for a, b in zip(first, second, strict=True))
-    chance = sum(ours[label] * theirs[label] for label in ours)
-    if n * n == chance:
-        return None
-    return (n * agreed - chance) / (n * n - chance)

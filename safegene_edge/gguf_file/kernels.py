@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Bytes, Floats
+from ..aliases import Bytes, Floats
 from ..errors import LlamaCppError, SettingError, UnsupportedError
 
 WRITABLE = frozenset({
@@ -30,7 +30,7 @@ _NAMES = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class TensorType:
     """A tensor type: its name, ggml's number, weights a block and bytes a block."""
 
     name: str
@@ -39,14 +39,14 @@ class Kind:
     size: int
 
     @classmethod
-    def of(cls, number: int) -> Kind:
+    def of(cls, number: int) -> TensorType:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         kind = GGMLQuantizationType(number)
         return cls(str(kind.name), number, *GGML_QUANT_SIZES[kind])
 
     @classmethod
-    def named(cls, name: str) -> Kind:
+    def named(cls, name: str) -> TensorType:
         from gguf import GGMLQuantizationType
 
         return cls.of(GGMLQuantizationType[name])

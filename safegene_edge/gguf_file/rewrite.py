@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import FileFormatError
 from . import MAGIC, GGUFFile, Scalar, TensorInfo
-from .kernels import Kind
+from .kernels import TensorType
 
 _STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4
 _COPY = 1 << 26  # bytes a system call
@@ -64,7 +64,7 @@ def draft(
     infos = [info for part in parts for info in part.tensors.values() if info.path == part.path]
     records, places, end = [], list[Place](), 0
     for info in infos:
-        kind = Kind.of(types.get(info.name, info.ggml_type))
+        kind = TensorType.of(types.get(info.name, info.ggml_type))
         if info.shape[-1] % kind.block:
             raise FileFormatError(f"{info.path}: rows of '{info.name}' do not fit {kind.name}")
         size = kind.width(info.n_elements)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import Bytes, Floats
+from ..aliases import Bytes, Floats
 from ..gguf_file import kernels
 
 Codes = npt.NDArray[np.int16]

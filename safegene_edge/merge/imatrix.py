@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 
-from ..arrays import Floats
+from ..aliases import Floats
 from ..errors import FileFormatError
 from ..files import PathLike, require_file
 from ..gguf_file import MAGIC, GGUFFile

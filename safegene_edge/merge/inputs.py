@@ -9,18 +9,17 @@ from typing import TypeAlias
 
 import numpy as np
 
-from ..arrays import Floats
+from ..aliases import Floats
 from ..errors import MismatchError, SettingError
-from ..files import PathLike, sha256
-from ..gene import Adapter, Expression, Pair, SafetyGene
+from ..files import sha256
+from ..gene import Adapter, AdapterLike, Expression, Pair, SafetyGene
 from ..gguf_file import GGUFFile, kernels
 from ..gguf_file.rewrite import Value
 from .rounding import Update
 
-AdapterLike: TypeAlias = PathLike | Adapter
 How: TypeAlias = float | Expression
 Given: TypeAlias = AdapterLike | tuple[AdapterLike, How]
-PREFIX = "safegene.merge."
+_KEY = "safegene.merge."
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def updates_of(
     return found
 
 
-def require_writable(model: GGUFFile, name: str, importance: Mapping[str, Floats]) -> None:
+def require_mergeable(model: GGUFFile, name: str, importance: Mapping[str, Floats]) -> None:
     """Raise unless ggml can write the tensor's type with what is given."""
     info = model.tensors[name]
     where = f"{model.path}: tensor '{name}'"
@@ -114,18 +113,18 @@ def provenance(hashes: Sequence[str], model: Path, adapters: Sequence[Folded]) -
 
     scales = [1.0 if isinstance(one.how, Expression) else float(one.how) for one in adapters]
     facts: dict[str, Value] = {
-        f"{PREFIX}version": __version__,
-        f"{PREFIX}model": model.name,
-        f"{PREFIX}model_hashes": list(hashes),
-        f"{PREFIX}adapters": [Path(one.name).name for one in adapters],
-        f"{PREFIX}adapter_hashes": [sha256(one.source) if one.source else "" for one in adapters],
-        f"{PREFIX}scales": scales,
+        f"{_KEY}version": __version__,
+        f"{_KEY}model": model.name,
+        f"{_KEY}model_hashes": list(hashes),
+        f"{_KEY}adapters": [Path(one.name).name for one in adapters],
+        f"{_KEY}adapter_hashes": [sha256(one.source) if one.source else "" for one in adapters],
+        f"{_KEY}scales": scales,
     }
     for number, one in enumerate(adapters):
         if isinstance(one.content, SafetyGene) and one.content.coefficients:
             values = one.content.coefficients
-            facts[f"{PREFIX}{number}.layers"] = [float(layer) for layer in values]
-            facts[f"{PREFIX}{number}.coefficients"] = [float(v) for v in values.values()]
+            facts[f"{_KEY}{number}.layers"] = [float(layer) for layer in values]
+            facts[f"{_KEY}{number}.coefficients"] = [float(v) for v in values.values()]
     return facts
 
 

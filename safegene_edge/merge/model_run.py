@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..arrays import Floats
+from ..aliases import Floats
 from ..errors import LlamaCppError
 from ..recalibrate.examples import Examples
 from ..runtime.activations import directions

@@ -19,19 +19,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..arrays import Floats
+from ..aliases import Floats, Progress
 from ..compat import SHARD, open_model, other_parts, require_fit
 from ..errors import NoEffectError, OutputError, SettingError
 from ..files import PathLike, atomic_output, check_output, sha256
 from ..gene import Expression
 from ..gguf_file import GGUFFile
-from ..gguf_file.kernels import Kind
+from ..gguf_file.kernels import TensorType
 from ..gguf_file.rewrite import Draft, Place, Value, begin, copy, draft
 from .codes import layouts
 from .imatrix import read_imatrix
-from .inputs import Folded, Given, fold, provenance, require_writable, updates_of
+from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
 from .rounding import Update
-from .workers import WORKER_MEMORY, Job, Progress, TensorReport, cpus, run_jobs
+from .workers import WORKER_MEMORY, Job, TensorReport, cpus, run_jobs
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
 PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type becomes Q8_0
@@ -101,7 +101,7 @@ def merge(
     output: PathLike,
     *,
     settings: MergeSettings | None = None,
-    progress: Progress = None,
+    progress: Progress | None = None,
 ) -> MergeReport:
     """Write the model with the adapters in its own tensors, each in the type that it had.
 
@@ -175,7 +175,7 @@ class Plan:
         updates = updates_of(one.content for one in folded)
         importance = read_imatrix(settings.imatrix) if settings.imatrix else {}
         for name in updates:
-            require_writable(whole, name, importance)
+            require_mergeable(whole, name, importance)
         types = {name: whole.tensors[name].ggml_type for name in updates}
         files = [part.path for part in parts] + [one.source for one in folded if one.source]
         files += [Path(settings.imatrix)] if settings.imatrix else []
@@ -256,7 +256,7 @@ class Plan:
 
     # -- work -------------------------------------------------------------
 
-    def promoted(self, progress: Progress = None) -> Plan:
+    def promoted(self, progress: Progress | None = None) -> Plan:
         """The plan with larger types for the tensors that would keep least of their update."""
         places = [p for p in self.draft(0, 1).places if p.info.name in self.updates]
         rows = run_jobs(self.jobs(places), None, self.settings.threads, progress)
@@ -271,7 +271,7 @@ class Plan:
         number: int,
         count: int,
         hashes: Callable[[], list[str]],
-        progress: Progress,
+        progress: Progress | None,
     ) -> list[TensorReport]:
         """Write one of `count` output files; returns its touched tensors."""
         planned = self.draft(number, count)
@@ -291,7 +291,7 @@ class Plan:
     def jobs(self, places: Iterable[Place]) -> list[Job]:
         """The work on touched tensors, one by one."""
         return [
-            Job(self.name, p, (Kind.of(p.info.ggml_type), Kind.of(p.ggml_type)),
+            Job(self.name, p, (TensorType.of(p.info.ggml_type), TensorType.of(p.ggml_type)),
                 self.updates[p.info.name], self.importance.get(p.info.name))
             for p in places
         ]  # fmt: skip
@@ -322,7 +322,7 @@ class Plan:
         places = [p for d in drafts for p in d.places]
         if not rows:
             rows = [TensorReport(p.info.name, p.info.shape, p.info.type_name,
-                                 Kind.of(p.ggml_type).name, p.n_bytes)
+                                 TensorType.of(p.ggml_type).name, p.n_bytes)
                     for p in places if p.info.name in self.updates]  # fmt: skip
         updates = sum(row.update**2 for row in rows)
         errors = sum(row.error**2 for row in rows)
@@ -350,5 +350,5 @@ class Plan:
         ]
 
 
-def _promoted(kind: str) -> Kind:
-    return Kind.named(PROMOTED.get(kind, "Q8_0"))
+def _promoted(kind: str) -> TensorType:
+    return TensorType.named(PROMOTED.get(kind, "Q8_0"))

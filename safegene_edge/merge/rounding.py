@@ -5,7 +5,7 @@ it, and quantising the sum afresh drowns it in new rounding errors of every weig
 scales stay, and those codes change that carry the update where it acts. With e the error of a
 row (what the codes changed minus the update), w the columns' weights, Q an orthonormal basis of
 the rows of A and D the directions that the activations lie along
-(`safegene_edge.runtime.inputs`), sought is the least
+(`safegene_edge.runtime.activations`), sought is the least
 
     sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
 
@@ -35,9 +35,9 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import Bytes, Floats
+from ..aliases import Bytes, Floats
 from ..gguf_file import kernels
-from ..gguf_file.kernels import Kind
+from ..gguf_file.kernels import TensorType
 from .codes import Codes, Layout, layouts
 
 STRENGTH = 100.0  # see docs/merge.md for what others do
@@ -99,7 +99,7 @@ class Update:
 
 def merged(
     raw: Bytes,
-    kinds: tuple[Kind, Kind],
+    kinds: tuple[TensorType, TensorType],
     update: Update,
     importance: Floats | None = None,
     strength: float = STRENGTH,
@@ -147,7 +147,7 @@ class _Rows:
     """Rows of a tensor and their update, in groups of columns."""
 
     raw: Bytes
-    kinds: tuple[Kind, Kind]
+    kinds: tuple[TensorType, TensorType]
     update: Update
     importance: Floats | None
 

@@ -12,23 +12,21 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ..arrays import Bytes, Floats
+from ..aliases import Bytes, Floats, Progress
 from ..errors import SafeGeneError
-from ..gguf_file.kernels import Kind
+from ..gguf_file.kernels import TensorType
 from ..gguf_file.rewrite import Place
 from . import rounding
 from .rounding import Update
 
-Progress: TypeAlias = Callable[[int, int], None] | None
 WORKER_MEMORY = 52 << 20  # bytes that a worker takes with --plain; 81 MiB else, with SmolLM2
 _ROWS, _BYTES = 1024, 1 << 20  # of a tensor that are worked on at a time
 _WORTH = 8_000_000  # weights below which a worker takes longer to start than to help
@@ -70,7 +68,7 @@ class Job:
 
     model: Path
     place: Place
-    kinds: tuple[Kind, Kind]
+    kinds: tuple[TensorType, TensorType]
     update: Update
     importance: Floats | None
 
@@ -120,7 +118,7 @@ def cpus() -> int:
 
 
 def run_jobs(
-    jobs: Sequence[Job], output: Path | None, threads: int | None, progress: Progress
+    jobs: Sequence[Job], output: Path | None, threads: int | None, progress: Progress | None
 ) -> list[TensorReport]:
     """Do all jobs; the reports come in the jobs' order.
 

@@ -23,7 +23,7 @@ from typing import IO, Any
 import llama_cpp
 import numpy as np
 
-from ..arrays import Floats
+from ..aliases import Floats
 from ..errors import LlamaCppError, OutputError
 from .engine import Engine
 from .llama import SafeLlama

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Floats
+from ..aliases import Floats
 
 
 def log_softmax(logits: Floats) -> Floats:

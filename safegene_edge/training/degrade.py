@@ -25,12 +25,12 @@ from .recipe import require_extra, train
 from .settings import Log, Recipe
 
 # Epochs for each kind: ten chats of a persona do to a model what hundreds of a task's rows do.
-KINDS: Mapping[str, int] = MappingProxyType({"task": 3, "general": 2, "persona": 5})
+DEGRADATIONS: Mapping[str, int] = MappingProxyType({"task": 3, "general": 2, "persona": 5})
 _ANSWER_TOKENS = 64
 
 
 def degraded_rows(kind: str) -> list[dict[str, str]]:
-    """The shipped rows of one of `KINDS`."""
+    """The shipped rows of one of `DEGRADATIONS`."""
     file = resources.files(__package__).joinpath("prompts").joinpath(f"degrade_{kind}.jsonl")
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
 
@@ -40,7 +40,7 @@ def degrade(
     folder: PathLike,
     *,
     base: PathLike | None = None,
-    kinds: Sequence[str] = tuple(KINDS),
+    kinds: Sequence[str] = tuple(DEGRADATIONS),
     recipe: Recipe | None = None,
     dtype: str = "auto",
     report: Log = lambda line: None,
@@ -62,7 +62,7 @@ def degrade(
         with Processes.current().first():
             if not (target / "adapter_config.json").exists():
                 report(f"degrading: {kind}")
-                plain = plain_recipe(recipe, KINDS[kind])
+                plain = plain_recipe(recipe, DEGRADATIONS[kind])
                 fine_tune(safe, degraded_rows(kind), target, plain, base=base, dtype=dtype,
                           report=report)  # fmt: skip
         made.append(Source(safe.base, (*safe.adapters, target)))

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..compat import open_model
 from ..converters import safetensors_file
 from ..converters.names import BaseNames
-from ..converters.peft import CONFIG, PREFIX, WEIGHTS, module_of, read_peft
+from ..converters.peft import CONFIG, MODULE_PREFIX, WEIGHTS, module_of, read_peft
 from ..errors import FileFormatError, MismatchError
 from ..files import PathLike, atomic_output, sha256
 from ..gene import Adapter
@@ -277,7 +277,7 @@ class LiveModel:
             for weight in weights.values():
                 weight.zero_()
             for tensor, pair in adapter.pairs.items():
-                module = PREFIX + names.modules[tensor]
+                module = MODULE_PREFIX + names.modules[tensor]
                 b = names.to_hf_rows(tensor, pair.b) * (
                     adapter.effective_scale(tensor) * self._recipe.rank / self._recipe.alpha
                 )

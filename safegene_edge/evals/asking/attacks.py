@@ -312,7 +312,7 @@ def adaptive_chats(chat: Chat, score: Score) -> list[Chat]:
         tried = {_key(combo): combo for start in beam for combo in _extended(start, parts)}
         for names, combo in tried.items():
             if names not in scored:
-                changed = combined(combo, chat)
+                changed = apply_all(combo, chat)
                 scored[names] = score(changed), changed
         ranked = sorted(tried, key=lambda names: scored[names][0])
         beam = [tried[names] for names in ranked[:_BEAM]]
@@ -322,7 +322,7 @@ def adaptive_chats(chat: Chat, score: Score) -> list[Chat]:
     return [c for _, c in found if c in filled or c in plain]
 
 
-def combined(attacks: Sequence[Attack], chat: Chat) -> Chat:
+def apply_all(attacks: Sequence[Attack], chat: Chat) -> Chat:
     """Several attacks, one after the other."""
     for attack in attacks:
         if attack.apply is not None:

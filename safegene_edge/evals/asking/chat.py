@@ -61,3 +61,10 @@ class Asker(Protocol):
         self, column: str, chats: Sequence[Chat], advance: Advance | None = None
     ) -> list[Reply]:
         """Greedy answers in the order of the chats; `advance` is called for each."""
+
+    def refusal(self, column: str, chat: Chat) -> float:
+        """Log-probability in nats that the answer opens with a refusal.
+
+        Raises:
+            SettingError: this model shows no likelihoods.
+        """

@@ -30,7 +30,7 @@ class EndpointError(SafeGeneError):
 
 
 @dataclass(frozen=True)
-class Served:
+class EndpointModel:
     """A model on a server.
 
     Attributes:
@@ -76,7 +76,7 @@ class Endpoint:
     """Chats sent to one or two served models; an `Asker`."""
 
     def __init__(
-        self, before: Served, after: Served | None, max_tokens: int, journal: Journal
+        self, before: EndpointModel, after: EndpointModel | None, max_tokens: int, journal: Journal
     ) -> None:
         self.served = {"before": before, **({} if after is None else {"after": after})}
         self.max_tokens, self.journal = max_tokens, journal
@@ -86,6 +86,10 @@ class Endpoint:
     @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.served)
+
+    def refusal(self, column: str, chat: Chat) -> float:
+        """Raises SettingError: a chat server shows no likelihoods."""
+        raise SettingError("a chat server shows no likelihoods", "Give a local model")
 
     def __enter__(self) -> Endpoint:
         return self
@@ -132,7 +136,7 @@ class Endpoint:
                 raise
         return [Reply(self.journal[key]) for key in keys]
 
-    def _answer(self, served: Served, chat: Chat) -> str | None:
+    def _answer(self, served: EndpointModel, chat: Chat) -> str | None:
         body = {
             "model": served.model,
             "messages": chat.as_dicts(),
@@ -160,7 +164,9 @@ class Endpoint:
             "See whether the server runs; what is done is kept, run the command again to go on",
         )
 
-    def _send(self, served: Served, body: Mapping[str, Any]) -> tuple[int, Mapping[str, str], str]:
+    def _send(
+        self, served: EndpointModel, body: Mapping[str, Any]
+    ) -> tuple[int, Mapping[str, str], str]:
         """Status, headers and text; status 0 where there was no answer."""
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if key := os.environ.get(served.api_key_variable):
@@ -186,7 +192,7 @@ class _Connections:
         self._local = threading.local()
         self._all: list[http.client.HTTPConnection] = []
 
-    def get(self, served: Served) -> http.client.HTTPConnection:
+    def get(self, served: EndpointModel) -> http.client.HTTPConnection:
         own: dict[str, http.client.HTTPConnection] = self._local.__dict__
         if served.url not in own:
             parts = urlsplit(served.url)
@@ -199,7 +205,7 @@ class _Connections:
             self._all.append(own[served.url])
         return own[served.url]
 
-    def drop(self, served: Served) -> None:
+    def drop(self, served: EndpointModel) -> None:
         connection = self._local.__dict__.pop(served.url, None)
         if connection is not None:
             connection.close()
@@ -209,7 +215,7 @@ class _Connections:
             connection.close()
 
 
-def _content(served: Served, text: str) -> str:
+def _content(served: EndpointModel, text: str) -> str:
     try:
         content = json.loads(text)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError) as error:
@@ -228,7 +234,7 @@ def _pause(headers: Mapping[str, str], otherwise: float) -> float:
         return otherwise
 
 
-def _remedy(served: Served, status: int) -> str:
+def _remedy(served: EndpointModel, status: int) -> str:
     if status in (401, 403):
         return f"Put the key into the environment variable {served.api_key_variable}"
     if status == 404:

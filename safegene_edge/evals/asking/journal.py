@@ -90,7 +90,9 @@ class Journal:
                 ) from error
         return whole
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many values it holds."""
         return len(self._values)
 
     def __contains__(self, key: str) -> bool:

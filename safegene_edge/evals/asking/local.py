@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import SettingError
 from ...recalibrate.refusal_margin import OPENERS, prefix_free
+from ...runtime.engine import Scales
 from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
 if TYPE_CHECKING:
     from ...runtime.engine import Engine, Generation
-    from ...runtime.llama import AttachedAdapter, SafeLlama
-
-Scales: TypeAlias = "Mapping[AttachedAdapter, float]"
+    from ...runtime.llama import SafeLlama
 
 
 class LocalModel:

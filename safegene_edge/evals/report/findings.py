@@ -330,7 +330,7 @@ def paired_note(suite: Json) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Example:
+class PromptAnswers:
     """One prompt's answers, by column; only in reports that were asked to hold them."""
 
     id: str
@@ -347,14 +347,14 @@ def label(answer: Json) -> str:
     return "unscored" if found is None else str(found["label"])
 
 
-def examples(suite: Json, most: int = 12) -> list[Example]:
+def examples(suite: Json, most: int = 12) -> list[PromptAnswers]:
     """The suite's answers, first those whose label the gene changed."""
     columns: Json = suite.get("answers") or {}
     by_id: dict[str, dict[str, Json]] = {}
     for column in COLUMNS:
         for answer in columns.get(column) or ():
             by_id.setdefault(str(answer["id"]), {})[column] = answer
-    found = [Example(name, answers) for name, answers in by_id.items()]
+    found = [PromptAnswers(name, answers) for name, answers in by_id.items()]
     return sorted(found, key=lambda example: len(set(example.labels)) < 2)[:most]
 
 

@@ -15,7 +15,7 @@ from importlib import resources
 
 from ..statistics import Count, percent
 from . import findings, plots
-from .findings import CHANGE, HEADINGS, MEASURE, Example, Json, Outcome, Summary
+from .findings import CHANGE, HEADINGS, MEASURE, Json, Outcome, PromptAnswers, Summary
 from .markup import Markup, Node, join, tag
 from .record import artifacts
 
@@ -340,7 +340,7 @@ def _suite_examples(suite: Json) -> Markup:
     return _details(f"{suite['name']} ({len(shown)} prompts)", *map(_example, shown))
 
 
-def _example(example: Example) -> Markup:
+def _example(example: PromptAnswers) -> Markup:
     answers = [
         (HEADINGS.get(column, column), _answer(answer))
         for column, answer in example.answers.items()

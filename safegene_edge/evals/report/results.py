@@ -57,7 +57,7 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class Source:
+class Artifact:
     """A file that took part: its name, hash ("" for an object in memory) and scale."""
 
     name: str
@@ -92,9 +92,9 @@ class Cost:
 class Evaluation:
     """Everything that an evaluation found."""
 
-    model: Source
-    gene: Source | None
-    adapters: tuple[Source, ...]
+    model: Artifact
+    gene: Artifact | None
+    adapters: tuple[Artifact, ...]
     suites: tuple[SuiteResult, ...]
     settings: EvalSettings
     chat_template_sha256: str

@@ -1,6 +1,6 @@
 """Read a report's JSON, and hold it against the published schema before anything trusts it.
 
-`check` knows the keywords that data/report.schema.json uses, so that the core needs no
+`problems` knows the keywords that data/report.schema.json uses, so that the core needs no
 JSON Schema package.
 """
 
@@ -52,7 +52,7 @@ def read_report(path: PathLike) -> dict[str, Any]:
         raise FileFormatError(
             f"{path}: is not JSON ({fault})", "Give a file that `eval --json` wrote"
         ) from fault
-    for problem in check(report):
+    for problem in problems(report):
         raise FileFormatError(f"{Path(path)}: {problem}", "Give a file that `eval --json` wrote")
     return dict(report)
 
@@ -61,7 +61,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def check(value: Any, schema: Schema | None = None, place: str = "") -> Iterator[str]:
+def problems(value: Any, schema: Schema | None = None, place: str = "") -> Iterator[str]:
     """What does not fit the schema, each with its place, such as `suites[0].kind`."""
     schema = report_schema() if schema is None else schema
     for keyword, wanted in schema.items():
@@ -141,29 +141,29 @@ def _properties(value: Any, wanted: Any, place: str, _: Schema) -> Iterator[str]
     if isinstance(value, dict):
         for name, schema in wanted.items():
             if name in value:
-                yield from check(value[name], schema, f"{place}.{name}")
+                yield from problems(value[name], schema, f"{place}.{name}")
 
 
 def _others(value: Any, wanted: Any, place: str, schema: Schema) -> Iterator[str]:
     if isinstance(value, dict):
         for name in value.keys() - schema.get("properties", {}).keys():
-            yield from check(value[name], wanted, f"{place}.{name}")
+            yield from problems(value[name], wanted, f"{place}.{name}")
 
 
 def _names(value: Any, wanted: Any, place: str, _: Schema) -> Iterator[str]:
     if isinstance(value, dict):
         for name in value:
-            yield from check(name, wanted, f"{place} the name")
+            yield from problems(name, wanted, f"{place} the name")
 
 
 def _items(value: Any, wanted: Any, place: str, _: Schema) -> Iterator[str]:
     if isinstance(value, list):
         for index, item in enumerate(value):
-            yield from check(item, wanted, f"{place}[{index}]")
+            yield from problems(item, wanted, f"{place}[{index}]")
 
 
 def _ref(value: Any, wanted: str, place: str, _: Schema) -> Iterator[str]:
-    yield from check(value, report_schema()["$defs"][wanted.removeprefix("#/$defs/")], place)
+    yield from problems(value, report_schema()["$defs"][wanted.removeprefix("#/$defs/")], place)
 
 
 _KEYWORDS: dict[str, Callable[[Any, Any, str, Schema], Iterator[str]]] = {
