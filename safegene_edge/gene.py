@@ -31,7 +31,6 @@ OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _RESERVED = {"general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"}
 AdapterT = TypeVar("AdapterT", bound="Adapter")
-AdapterLike: TypeAlias = "PathLike | Adapter"
 
 
 def layer_of(tensor: str) -> int:
@@ -199,6 +198,9 @@ class Adapter:
         for name, pair in self.pairs.items():
             yield f"{name}.lora_a", pair.a
             yield f"{name}.lora_b", pair.b
+
+
+AdapterLike: TypeAlias = PathLike | Adapter
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 
 from .errors import OutputError, SafeGeneError, SettingError
 from .evals.asking.suites import DEFAULT_SUITES
+from .evals.report import findings
+from .evals.report.findings import Json
 from .evals.statistics import Count
 from .files import PathLike, sha256, write_text
 from .gene import SafetyGene
@@ -25,6 +27,7 @@ from .hub import resolve
 from .recalibrate.settings import RecalibrationSettings
 
 _DONE = "result.json"
+_NONE = Count(0, 0), Count(0, 0)
 
 
 @dataclass(frozen=True)
@@ -234,17 +237,11 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
 BeforeAfter: TypeAlias = tuple[Count, Count]
 
 
-def counts(report: Mapping[str, Any]) -> tuple[BeforeAfter, BeforeAfter]:
-    """Refused of the harmful and of the harmless prompts of a report, each before and after."""
-
-    def count(kind: str, column: str) -> Count:
-        cells = [suite[column] for suite in report["suites"] if suite["kind"] == kind]
-        return Count(sum(cell["refused"] for cell in cells), sum(cell["total"] for cell in cells))
-
-    harmful, harmless = (
-        (count(kind, "before"), count(kind, "after")) for kind in ("harmful", "harmless")
-    )
-    return harmful, harmless
+def counts(report: Json) -> tuple[BeforeAfter, BeforeAfter]:
+    """Refused harmful and over-refused harmless prompts of a report, each before and after."""
+    found = findings.refusals(report), findings.over_refusals(report)
+    refused, over = ((row.before, row.after or row.before) if row else _NONE for row in found)
+    return refused, over
 
 
 def table(rows: Sequence[PortfolioRow]) -> str:

@@ -127,7 +127,7 @@ def test_several_adapters_add_up(quantised, tmp_path):
 def test_a_gene_goes_in_with_its_expression(quantised, tmp_path):
     source = quantised("F32")
     gene = adapter_for(source, tmp_path, family="tiny")
-    expression = Expression({0: 0.0, 1: 1.5, 2: 0.3}, hashlib.sha256(gene.read_bytes()).hexdigest())
+    expression = Expression({0: 0.0, 1: 1.5, 2: 0.3}, SafetyGene.load(gene).sha256)
     output = tmp_path / "out.gguf"
     report = merge(source, [(gene, expression)], output)
     assert not any(t.name.startswith("blk.0.") for t in report.tensors)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SettingError
+from ..evals.settings import CostSettings, EndpointModel, EvalSettings
+from .options import default_of, setting
 
 if TYPE_CHECKING:
     from ..evals.asking.journal import Journal
     from ..evals.report.report import Report
     from ..evals.report.results import AlignedLabels
-    from ..evals.settings import CostSettings, EvalSettings
 
 # What --quick and --full choose where the user chose nothing.
 _QUICK: dict[str, Any] = {
@@ -35,7 +36,11 @@ _FULL: dict[str, Any] = {
     "kl": 64,
     "speed": True,
 }
-_FALLBACK: dict[str, Any] = {"max_tokens": 48, "attack_limit": 60, "kl": 0}
+_FALLBACK: dict[str, Any] = {
+    "max_tokens": default_of(EvalSettings, "max_tokens"),
+    "attack_limit": default_of(EvalSettings, "attack_limit"),
+    "kl": default_of(CostSettings, "kl_prompts"),
+}
 
 
 @dataclass
@@ -113,8 +118,6 @@ class _Options:
         return [name for item in self.attacks for name in item.split(",") if name.strip()]
 
     def settings(self) -> EvalSettings:
-        from ..evals.settings import EvalSettings
-
         return EvalSettings(
             max_tokens=self.max_tokens or 1,
             limit=self.limit,
@@ -123,8 +126,6 @@ class _Options:
         )
 
     def costs(self) -> CostSettings:
-        from ..evals.settings import CostSettings
-
         return CostSettings(
             kl_prompts=self.kl or 0,
             perplexity=self.perplexity,
@@ -151,23 +152,21 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
-@click.option("--limit", type=click.IntRange(min=1), help="At most N a suite, evenly spread.")
-@click.option("--max-tokens", type=click.IntRange(min=1), help="Tokens an answer.  [default: 48]")
-@click.option("--parallel", default=16, show_default=True, type=click.IntRange(1, 255))
+@setting(EvalSettings, "limit", metavar="N", type=click.IntRange(min=1))
+@setting(EvalSettings, "max_tokens", preset=True, type=click.IntRange(min=1))
+@setting(EvalSettings, "n_parallel", "--parallel", "parallel", type=click.IntRange(1, 255))
 @click.option("--quick", is_flag=True, help="Under a minute for a small model.")
 @click.option("--full", is_flag=True, help="Every suite, attack and cost.")
 @click.option(
     "--attack", "attacks", multiple=True, metavar="all|NAME", help="On the harmful suites."
 )
-@click.option(
-    "--attack-limit", type=click.IntRange(min=1), help="Prompts an attack.  [default: 60]"
+@setting(EvalSettings, "attack_limit", preset=True, type=click.IntRange(min=1))
+@setting(
+    CostSettings, "kl_prompts", "--kl", "kl", preset=True, metavar="N", type=click.IntRange(min=0)
 )
-@click.option(
-    "--kl", type=click.IntRange(min=0), metavar="N", help="KL divergence on N harmless prompts."
-)
-@click.option("--perplexity", metavar="FILE", help="Perplexity of a text.")
-@click.option("--task", multiple=True, metavar="FILE", help="Accuracy on JSONL; may be repeated.")
-@click.option("--speed", is_flag=True, help="Time single answers.")
+@setting(CostSettings, "perplexity", metavar="FILE")
+@setting(CostSettings, "tasks", "--task", "task", multiple=True, metavar="FILE")
+@setting(CostSettings, "speed", is_flag=True)
 @click.option(
     "--aligned", metavar="REPORT.json", help="The aligned model's report: what share came back?"
 )
@@ -177,9 +176,9 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option("--model-name", metavar="NAME", help="The server's name of the model.")
 @click.option("--endpoint-after", metavar="URL", help="Another server for the second column.")
 @click.option("--model-name-after", metavar="NAME", help="The second column's model.")
-@click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True, metavar="VARIABLE")
-@click.option("--concurrency", default=8, show_default=True, type=click.IntRange(1, 256))
-@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(min=1))
+@setting(EndpointModel, "api_key_variable", "--api-key-env", "api_key_env", metavar="VARIABLE")
+@setting(EndpointModel, "concurrency", type=click.IntRange(1, 256))
+@setting(EndpointModel, "timeout", type=click.FloatRange(min=1))
 @click.option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
 @click.option("--html", metavar="FILE", help="Write it as one HTML file.")
 @click.option("--markdown", metavar="FILE", help="Write it as Markdown.")
@@ -245,7 +244,6 @@ def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
 
 def _served(chosen: _Options) -> tuple[Any, Any]:
     """The two sides of an evaluation over the network; the second may be None."""
-    from ..evals.asking.endpoint import EndpointModel
 
     def served(url: str, name: str) -> EndpointModel:
         return EndpointModel(

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import click
 
+from ..training.settings import ExtractSettings
+from .options import comma_separated, setting
+
 
 @click.command()
 @click.option("--aligned", required=True, metavar="MODEL", help="The model that refuses harm.")
@@ -20,17 +23,14 @@ import click
 @click.option("--method", type=click.Choice(["distil", "delta"]), default="distil",
               show_default=True, help="Learn, or take the weights' difference.")  # fmt: skip
 @click.option("--family", default="", help="The family's name; default: the base's.")
-@click.option("--rank", type=click.IntRange(min=1), default=4, show_default=True)
-@click.option("--targets", default="q_proj,v_proj,o_proj,down_proj", show_default=True,
-              help="Linear layers that the gene changes.")  # fmt: skip
-@click.option("--epochs", type=click.IntRange(min=1), default=2, show_default=True)
-@click.option("--learning-rate", type=float, default=1.5e-3, show_default=True)
-@click.option("--batch", type=click.IntRange(min=1), default=16, show_default=True)
-@click.option("--budget", type=click.IntRange(min=1),
-              help="Parameters; default: min(600000, 1 % of the model).")  # fmt: skip
-@click.option("--select/--no-select", default=True, show_default=True,
-              help="Keep only the layers that matter.")  # fmt: skip
-@click.option("--seed", type=int, default=7, show_default=True)
+@setting(ExtractSettings, "rank", type=click.IntRange(min=1))
+@setting(ExtractSettings, "targets", type=comma_separated, metavar="A,B")
+@setting(ExtractSettings, "epochs", type=click.IntRange(min=1))
+@setting(ExtractSettings, "learning_rate", type=float)
+@setting(ExtractSettings, "batch", type=click.IntRange(min=1))
+@setting(ExtractSettings, "budget", type=click.IntRange(min=1))
+@setting(ExtractSettings, "select", "--select/--no-select")
+@setting(ExtractSettings, "seed", type=int)
 def extract(
     aligned: str,
     degraded: tuple[str, ...],
@@ -41,7 +41,7 @@ def extract(
     method: str,
     family: str,
     rank: int,
-    targets: str,
+    targets: tuple[str, ...],
     epochs: int,
     learning_rate: float,
     batch: int,
@@ -58,12 +58,11 @@ def extract(
     from ..files import check_output
     from ..training.extract import extract as run
     from ..training.processes import Processes
-    from ..training.settings import ExtractSettings
 
     if not degraded and not degrade:
         raise click.UsageError("give --degraded MODEL, or --degrade auto")
     settings = ExtractSettings(
-        rank=rank, alpha=2 * rank, targets=tuple(targets.split(",")), epochs=epochs,
+        rank=rank, alpha=2 * rank, targets=targets, epochs=epochs,
         learning_rate=learning_rate, batch=batch, budget=budget, select=select, seed=seed,
     )  # fmt: skip
     inputs = [Path(part) for text in (aligned, *degraded) for part in text.split(",")]

@@ -10,26 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..merge.settings import MergeSettings
+from .options import setting
+
 if TYPE_CHECKING:
     from ..merge.inputs import Given
     from ..merge.plan import MergeReport
 
 _ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
-_TOOLS = ("ollama", "llama-server", "lm-studio")
 
 
 @click.command()
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
 @click.option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
-@click.option("--imatrix", metavar="FILE", help="Importance matrix; some types need one.")
-@click.option("--promote", default=0, show_default=True, metavar="N",
-              help="Give the N tensors that keep least of their update a larger type.")  # fmt: skip
-@click.option(
-    "--run/--plain", "run", default=None,
-    help="Run the model first, which is more exact, or do not, which is fast and takes little "
-    "memory. Default: run a model of up to 160 MB.",
-)  # fmt: skip
+@setting(MergeSettings, "imatrix", metavar="FILE")
+@setting(MergeSettings, "promote", metavar="N", type=int)
+@setting(MergeSettings, "run", "--run/--plain", "run")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def merge(
@@ -48,7 +45,7 @@ def merge(
     the model reads a few prompts first, so that rounding errors keep off what its tensors read.
     There is no way back from a merged file: keep the model and the adapters.
     """
-    from ..merge import MergeSettings, Plan
+    from ..merge import Plan
     from ..merge import merge as run_merge
 
     if not output and not dry_run:
@@ -82,11 +79,11 @@ def merge(
 
 
 @click.command()
-@click.argument("tool", type=click.Choice(_TOOLS))
+@click.argument("tool")
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
 @click.option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")
-@click.option("--imatrix", metavar="FILE", help="For LM Studio's merged model.")
+@setting(MergeSettings, "imatrix", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print files and commands as JSON.")
 def export(
     tool: str,
@@ -96,13 +93,12 @@ def export(
     imatrix: str | None,
     as_json: bool,
 ) -> None:
-    """Write what Ollama, llama-server or LM Studio need to run MODEL.gguf with adapters.
+    """Write what a TOOL needs to run MODEL.gguf with adapters: ollama, llama-server, lm-studio.
 
     Files go to DIR; the commands that use them are printed. LM Studio loads no adapters: it
     gets a merged model.
     """
     from ..export import export as run
-    from ..merge import MergeSettings
 
     given = [parse_adapter(text) for text in adapters]
     made = run(tool, model, given, output, settings=MergeSettings(imatrix))

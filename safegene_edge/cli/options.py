@@ -14,27 +14,35 @@ from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+Command = TypeVar("Command", bound=Callable[..., Any])
 _ENTRY = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
-def setting(of: type, name: str, *flags: str, help: str = "", **more: Any) -> Callable[[F], F]:
+def setting(
+    of: type, name: str, *flags: str, preset: bool = False, **more: Any
+) -> Callable[[Command], Command]:
     """A click option for a field of a settings class.
 
     Args:
         flags: as for `click.option`; default: the field's name.
-        help: what only the command line has to add.
-        more: further arguments of `click.option`; `default` replaces the field's.
+        preset: the option is None where the user gives none, since a preset may choose then;
+            the help shows the field's default all the same.
+        more: further arguments of `click.option`.
     """
-    default = more.pop("default", default_of(of, name))
-    words = [described(of).get(name, ""), help]
-    return click.option(
-        *(flags or (f"--{name.replace('_', '-')}",)),
-        default=default,
-        show_default=default not in (None, False, ()),
-        help=" ".join(filter(None, words)),
-        **more,
-    )
+    default = default_of(of, name)
+    if preset:
+        more |= {"default": None, "show_default": str(default) if default else False}
+    else:
+        shown: Any = default not in (None, False, (), "")
+        shown = ",".join(default) if shown and isinstance(default, tuple) else shown
+        more |= {"default": default, "show_default": shown}
+    flags = flags or (f"--{name.replace('_', '-')}",)
+    return click.option(*flags, help=described(of)[name], **more)
+
+
+def comma_separated(value: Any) -> tuple[str, ...]:
+    """An option's type: words, given as "one,two"."""
+    return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
 
 
 def default_of(of: type, name: str) -> Any:
@@ -44,5 +52,9 @@ def default_of(of: type, name: str) -> Any:
 
 @cache
 def described(of: type) -> dict[str, str]:
-    """Field to its description."""
-    return {name: " ".join(text.split()) for name, text in _ENTRY.findall(of.__doc__ or "")}
+    """Field to its description, as a sentence."""
+    entries = [
+        entry for kind in reversed(of.__mro__) for entry in _ENTRY.findall(kind.__doc__ or "")
+    ]
+    found = {name: " ".join(text.split()) for name, text in entries}
+    return {name: f"{text[0].upper()}{text[1:].rstrip('.')}." for name, text in found.items()}

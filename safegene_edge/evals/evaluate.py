@@ -20,7 +20,7 @@ from ..files import PathLike, sha256
 from ..gene import AdapterLike, SafetyGene
 from .asking.attacks import Attack, adaptive_chats, choose_attacks
 from .asking.chat import Asker, Chat, Reply
-from .asking.endpoint import Endpoint, EndpointModel
+from .asking.endpoint import Endpoint
 from .asking.journal import Journal, fingerprint
 from .asking.local import LocalModel
 from .asking.suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
@@ -37,7 +37,7 @@ from .report.results import (
     Cost,
     SuiteResult,
 )
-from .settings import CostSettings, EvalSettings
+from .settings import CostSettings, EndpointModel, EvalSettings
 
 if TYPE_CHECKING:
     from ..runtime.llama import AttachedAdapter, SafeLlama

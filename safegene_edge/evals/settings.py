@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from ..errors import SettingError
 from ..files import PathLike
@@ -14,8 +15,8 @@ class EvalSettings:
 
     Attributes:
         max_tokens: new tokens an answer; more show more of what an answer does.
-        limit: prompts a suite at most, spread evenly over it; None takes all.
-        attack_limit: the same for each attack.
+        limit: prompts a suite at most, spread evenly over it; by default all.
+        attack_limit: prompts an attack at most.
         n_parallel: answers generated together.
         n_ctx: KV cells for all of them together.
         gene_scale: the gene's scale in the "after" column.
@@ -42,11 +43,11 @@ class CostSettings:
     """Which costs to measure, beside over-refusal, which the suites give.
 
     Attributes:
-        kl_prompts: harmless prompts for the KL divergence; 0 leaves it out.
+        kl_prompts: harmless prompts to measure the KL divergence on; 0 leaves it out.
         kl_tokens: opening tokens of each answer that it is taken over.
-        perplexity: a text file.
+        perplexity: a text file to measure the perplexity of.
         perplexity_tokens: how much of it to read at most.
-        tasks: JSONL files; see `load_task`.
+        tasks: JSONL files of questions with answers, to measure accuracy on.
         speed: time single answers, without and with the gene.
     """
 
@@ -61,3 +62,46 @@ class CostSettings:
         for name, least in (("kl_prompts", 0), ("kl_tokens", 1), ("perplexity_tokens", 2)):
             if getattr(self, name) < least:
                 raise SettingError(f"{name} is {getattr(self, name)}", f"Give {least} or more")
+
+
+@dataclass(frozen=True)
+class EndpointModel:
+    """A model on a server.
+
+    Attributes:
+        url: where the API is, such as "http://localhost:8080" or ".../v1".
+        model: the name that the server knows it by.
+        api_key_variable: environment variable that holds the API key; none is sent if it is unset.
+        concurrency: requests to the server under way at once.
+        timeout: seconds for one request to the server.
+        retries: further tries after a busy or failing server.
+        pause: seconds before the second try; doubled for each one after.
+    """
+
+    url: str
+    model: str
+    api_key_variable: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 120.0
+    retries: int = 5
+    pause: float = 0.5
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SettingError(f"'{self.url}' is no address of a server", "Give http://HOST:PORT")
+        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
+            raise SettingError("concurrency, timeout or retries make no sense")
+
+    @property
+    def name(self) -> str:
+        """For reports: the model and its host, without credentials."""
+        parts = urlsplit(self.url)
+        port = f":{parts.port}" if parts.port else ""
+        return f"{self.model} at {parts.hostname}{port}"
+
+    @property
+    def path(self) -> str:
+        """The path of the chat API; "/v1" is added where the URL has no path."""
+        path = urlsplit(self.url).path.rstrip("/").removesuffix("/chat/completions")
+        return f"{path or '/v1'}/chat/completions"

@@ -19,11 +19,11 @@ from .._lazy import LazyPackage
 
 if TYPE_CHECKING:
     from .plan import MergeReport as MergeReport
-    from .plan import MergeSettings as MergeSettings
     from .plan import Plan as Plan
     from .plan import merge as merge
+    from .settings import MergeSettings as MergeSettings
 
-_HOMES = dict.fromkeys(("MergeReport", "MergeSettings", "Plan", "merge"), "plan")
+_HOMES = dict.fromkeys(("MergeReport", "Plan", "merge"), "plan") | {"MergeSettings": "settings"}
 __all__ = sorted(_HOMES)
 
 sys.modules[__name__].__class__ = LazyPackage

@@ -21,7 +21,7 @@ import numpy as np
 
 from ..aliases import Floats, Progress
 from ..compat import SHARD, open_model, other_parts, require_fit
-from ..errors import NoEffectError, OutputError, SettingError
+from ..errors import NoEffectError, OutputError
 from ..files import PathLike, atomic_output, check_output, sha256
 from ..gene import Expression
 from ..gguf_file import GGUFFile
@@ -31,6 +31,7 @@ from .codes import layouts
 from .imatrix import read_imatrix
 from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
 from .rounding import Update
+from .settings import MergeSettings
 from .workers import WORKER_MEMORY, Job, TensorReport, cpus, run_jobs
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
@@ -38,31 +39,6 @@ PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type be
 _COPIED = 500e6  # bytes a second, hashed and copied: a laptop's disk
 RUN_UP_TO = 160_000_000  # bytes of a model: of SmolLM2's 145 MB in Q8_0 a merge takes 389 MB
 _BASE_MEMORY = 100 << 20  # 71 MiB were measured with SmolLM2, 97 with the vocabulary of Qwen2.5
-
-
-@dataclass(frozen=True)
-class MergeSettings:
-    """Settings of a merge.
-
-    Attributes:
-        imatrix: file of an importance matrix; some types need one.
-        promote: how many of the touched tensors that keep least of their update get a larger type.
-        run: whether the model is run first, so that rounding errors keep off what its tensors
-            read. False takes little memory whatever the model's size. None runs a model of up to
-            160 MB.
-        threads: default: the processors that this process may use.
-    """
-
-    imatrix: PathLike | None = None
-    promote: int = 0
-    run: bool | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.promote < 0:
-            raise SettingError(f"promote is {self.promote}", "Give 0 or more")
-        if self.threads is not None and self.threads < 1:
-            raise SettingError(f"threads is {self.threads}", "Give 1 or more")
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,19 @@ class Recipe:
     """Settings of the training; each is a flag of the command.
 
     Attributes:
-        rank: of every LoRA pair; alpha: its scale is alpha / rank.
-        targets: the linear layers that get a pair, in every block.
+        rank: rank of every LoRA pair.
+        alpha: a pair's scale is alpha / rank.
+        targets: linear layers that get a pair, in every block.
         epochs: passes over the prompts.
-        learning_rate: at its peak; warmed up, then lowered along a cosine.
+        learning_rate: the rate at its peak; warmed up, then lowered along a cosine.
         batch: prompts a step, harmful and harmless mixed.
-        refusal_tokens: how much of a refusal is learnt; kept_tokens: how much of the model's own
-            answer is held.
-        first_tokens: how many of them decide, with weight first_weight; the others rest_weight.
+        refusal_tokens: tokens of a refusal that are learnt.
+        kept_tokens: tokens of the model's own answer that are held.
+        first_tokens: tokens that decide, with weight first_weight; the others have rest_weight.
         keep: weight of the KL term against the refusal term.
         borderline: weight of a borderline prompt against a plain one.
         held_out: prompts of each kind kept back to watch the training.
-        seed: of the order, of A's start and of the refusals' wording.
+        seed: seed of the order, of A's start and of the refusals' wording.
     """
 
     rank: int = 8
@@ -64,15 +65,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ExtractSettings(Recipe):
-    """ExtractSettings of an extraction: the recipe's, and its own.
+    """Settings of an extraction: the recipe's, and its own.
 
     Attributes:
         top_k: tokens of a teacher's distribution that are stored; the others share a bin.
-        select: whether to keep only the layers that matter.
-        budget: parameters that the gene may have; None for min(600,000, 1 % of the model).
+        select: keep only the layers that matter.
+        budget: parameters that the gene may have; by default 600,000 or 1 % of the model,
+            whichever is less.
         contrast: prompts of each kind that the layers are scored with.
         checkpoint: steps from one checkpoint to the next.
-        dtype: of the base weights while learning, see `learning_dtype`; gene_dtype: of the gene.
+        dtype: type of the base weights while learning, see `learning_dtype`.
+        gene_dtype: type of the gene.
     """
 
     rank: int = 4

@@ -12,11 +12,11 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import SafeGeneError, SettingError
+from ..settings import EndpointModel
 from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
@@ -27,49 +27,6 @@ _LONGEST_PAUSE = 30.0
 
 class EndpointError(SafeGeneError):
     """A server cannot be reached, refuses, or answers something else than a chat."""
-
-
-@dataclass(frozen=True)
-class EndpointModel:
-    """A model on a server.
-
-    Attributes:
-        url: where the API is, such as "http://localhost:8080" or ".../v1".
-        model: the name that the server knows it by.
-        api_key_variable: environment variable with the key; none is sent if it is unset.
-        concurrency: requests under way at once.
-        timeout: seconds for one request.
-        retries: further tries after a busy or failing server.
-        pause: seconds before the second try; doubled for each one after.
-    """
-
-    url: str
-    model: str
-    api_key_variable: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 5
-    pause: float = 0.5
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingError(f"'{self.url}' is no address of a server", "Give http://HOST:PORT")
-        if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
-            raise SettingError("concurrency, timeout or retries make no sense")
-
-    @property
-    def name(self) -> str:
-        """For reports: the model and its host, without credentials."""
-        parts = urlsplit(self.url)
-        port = f":{parts.port}" if parts.port else ""
-        return f"{self.model} at {parts.hostname}{port}"
-
-    @property
-    def path(self) -> str:
-        """The path of the chat API; "/v1" is added where the URL has no path."""
-        path = urlsplit(self.url).path.rstrip("/").removesuffix("/chat/completions")
-        return f"{path or '/v1'}/chat/completions"
 
 
 class Endpoint:
