@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import llama_cpp
 import numpy as np
 
-from ..arrays import Floats
+from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Batch, common, trim
 from .llama import AttachedAdapter, SafeLlama

@@ -19,7 +19,7 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from ..compat import open_model, require_fit
 from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
 from ..files import PathLike
-from ..gene import Adapter, SafetyGene
+from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
 from .controls import ControlTexts
 from .devices import physical_cores
@@ -27,7 +27,6 @@ from .devices import physical_cores
 DEFAULT_CONTEXT = 2048
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
-AdapterLike = str | os.PathLike[str] | Adapter
 
 
 @dataclass(eq=False)
@@ -37,6 +36,8 @@ class AttachedAdapter:
     name: str
     scale: float
     content: Adapter = field(repr=False)
+    source: Path | None = None
+    """The file it was read from."""
     pointer: Any = field(default=None, repr=False)
 
 
@@ -142,7 +143,8 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         content = adapter if isinstance(adapter, Adapter) else SafetyGene.load(adapter)
         name = name or ("an adapter in memory" if content is adapter else str(adapter))
         require_fit(content, self._file, name)
-        handle = AttachedAdapter(name, scale, content)
+        source = None if isinstance(adapter, Adapter) else Path(adapter)
+        handle = AttachedAdapter(name, scale, content, source)
         before = self._probe() if prove else None
         handle.pointer = self._load(adapter, name)
         self._attached.append(handle)
