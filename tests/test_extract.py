@@ -172,12 +172,12 @@ def test_a_stored_teacher_is_the_model_itself(tiny: tiny_models.ModelFactory, tm
     recipe = Recipe(refusal_tokens=4, kept_tokens=4)
     one, two = tiny("llama").hf_model, tiny("llama", num_hidden_layers=2).hf_model
     rows = [Example((1, 2, 3), (4, 5, 6, 7), True), Example((1, 9), (8, 5, 2, 3), True)]
-    distil.save_lessons(distil.taught(one, rows, recipe, 299), tmp_path / "lessons.npz")
-    lessons = distil.load_lessons(tmp_path / "lessons.npz")
-    assert [(x.prompt, x.answer) for x in lessons] == [(x.prompt, x.answer) for x in rows]
+    distil.save_training_examples(distil.taught(one, rows, recipe, 299), tmp_path / "examples.npz")
+    found = distil.load_training_examples(tmp_path / "examples.npz")
+    assert [(x.prompt, x.answer) for x in found] == [(x.prompt, x.answer) for x in rows]
     with torch.no_grad():
-        assert float(distil.distil_loss(one, lessons, recipe)) == pytest.approx(0, abs=1e-3)
-        got = float(distil.distil_loss(two, lessons, recipe))
+        assert float(distil.distil_loss(one, found, recipe)) == pytest.approx(0, abs=1e-3)
+        got = float(distil.distil_loss(two, found, recipe))
         expected = 0.0
         for row in rows:
             ids = torch.tensor([[*row.prompt, *row.answer]])
@@ -190,11 +190,11 @@ def test_a_stored_teacher_is_the_model_itself(tiny: tiny_models.ModelFactory, tm
 
 def test_batches_rotate_over_the_degraded_models() -> None:
     pytest.importorskip("torch", reason="needs the train extra")
-    from safegene_edge.training.distil import Lesson, rotation
+    from safegene_edge.training.distil import TrainingExample, rotation
     from safegene_edge.training.settings import Recipe
 
-    harmful = [Lesson((n,), (1,), True) for n in range(12)]
-    harmless = [[Lesson((100 * k + n,), (1,), False) for n in range(6)] for k in (1, 2, 3)]
+    harmful = [TrainingExample((n,), (1,), True) for n in range(12)]
+    harmless = [[TrainingExample((100 * k + n,), (1,), False) for n in range(6)] for k in (1, 2, 3)]
     epochs = [list(rotation(harmful, harmless, Recipe(batch=4), epoch)) for epoch in range(3)]
     met: dict[int, set[int]] = {}
     for epoch in epochs:
@@ -466,7 +466,7 @@ gene.save(Path({folder!r}) / f"gene-{{world.index}}.gguf")
 def test_two_processes_learn_what_one_does(
     run, tiny: tiny_models.ModelFactory, tmp_path: Path
 ) -> None:
-    """The lessons of a step are shared, and its gradients added up.
+    """The training examples of a step are shared, and its gradients added up.
 
     Launched by torch's own launcher, which `accelerate launch` calls for several GPUs; on CPUs
     that command would ask for MPI. Sums in another order and Adam's division by tiny numbers

@@ -65,7 +65,7 @@ class Result:
         if self.llama_cpp_says:
             return "refused by both" if self.we_say else "llama.cpp's converter fails"
         if self.we_say:
-            return "llama.cpp's drops it without a word, ours refuses by name"
+            return "llama.cpp's drops it without a word, safegene-edge refuses by name"
         if theirs is not None and theirs > RIGHT:
             return "llama.cpp's is wrong"
         return "identical" if self.tensors == self.identical and self.same_alpha else "both right"
@@ -257,14 +257,14 @@ def _write(results: list[Result]) -> None:
 
 def _table(found: dict[str, Any], results: list[Result]) -> str:
     lines = [
-        "# Our converter and llama.cpp's",
+        "# safegene-edge's converter and llama.cpp's",
         "",
-        f"convert_lora_to_gguf.py of llama-cpp-python {found['llama_cpp_python']} against ours, on "
+        f"convert_lora_to_gguf.py of llama-cpp-python {found['llama_cpp_python']} against safegene-edge's, on "
         f"random adapters for tiny models; the truth is the merged update of PEFT {found['peft']}.",
         "Made by `python bench/converter/run.py`; all figures are in `results.json`.",
         "",
         "| adapter | architectures | tensors bit for bit equal | error of llama.cpp's "
-        "| error of ours | verdict |",
+        "| safegene-edge's | verdict |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     groups: dict[tuple[str, str], list[Result]] = {}

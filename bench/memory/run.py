@@ -1,4 +1,4 @@
-"""Peak memory with an adapter: ours beside `llama_cpp.Llama(lora_path=...)`.
+"""Peak memory with an adapter: `SafeLlama` beside `llama_cpp.Llama(lora_path=...)`.
 
 Every figure is the peak resident set of a fresh process that loads the model, attaches the
 adapter and answers one prompt with 16 tokens; the medians of five such processes, in turn.
@@ -34,7 +34,7 @@ def child(kind: str, model: str, adapter: str) -> None:
     elif kind == "peer, no adapter":
         llama = llama_cpp.Llama(model, n_ctx=2048, verbose=False)
     else:
-        llama = SafeLlama(model, [adapter] if kind == "ours" else [])
+        llama = SafeLlama(model, [adapter] if kind == "SafeLlama" else [])
     llama.create_chat_completion(
         [{"role": "user", "content": "How do I boil an egg?"}], max_tokens=16, temperature=0.0
     )
@@ -50,14 +50,14 @@ def measure(kind: str, model: Path, adapter: Path) -> float:
 def main() -> None:
     model = smollm2()
     adapter = safety_adapter(model)
-    kinds = ("ours, no adapter", "ours", "peer, no adapter", "peer")
+    kinds = ("SafeLlama, no adapter", "SafeLlama", "peer, no adapter", "peer")
     peaks: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(ROUNDS):
         for kind in kinds:
             peaks[kind].append(round(measure(kind, model, adapter), 1))
     medians = {kind: statistics.median(values) for kind, values in peaks.items()}
     size = adapter.stat().st_size / MIB
-    allowed = medians["ours, no adapter"] + 5 * size + 20
+    allowed = medians["SafeLlama, no adapter"] + 5 * size + 20
     results = {
         "model": model.name,
         "model_mib": round(model.stat().st_size / MIB, 1),
@@ -65,14 +65,14 @@ def main() -> None:
         "peak_mib": peaks,
         "median_mib": medians,
         "allowed_mib": round(allowed, 1),
-        "holds": medians["ours"] <= allowed,
+        "holds": medians["SafeLlama"] <= allowed,
     }
     rows = [[kind, medians[kind], min(peaks[kind]), max(peaks[kind])] for kind in kinds]
     text = (
         f"# Peak memory: {model.name} ({results['model_mib']} MiB), "
         f"adapter of {size:.2f} MiB\n\n"
         + table(["process", "median MiB", "min", "max"], rows)
-        + f"\nBound for ours with the adapter: base + 5 × adapter + 20 MiB = {allowed:.1f} MiB: "
+        + f"\nBound for SafeLlama with the adapter: base + 5 × adapter + 20 MiB = {allowed:.1f} MiB: "
         + ("holds.\n" if results["holds"] else "does NOT hold.\n")
         + '\n"peer" is `llama_cpp.Llama(lora_path=...)`, which switches mmap off.\n'
     )

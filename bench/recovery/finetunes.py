@@ -34,7 +34,7 @@ Row = dict[str, str]
 MEASURED = 100  # rows of a task
 LEARNT = 200
 RECIPE = Recipe(rank=4, alpha=8, learning_rate=1e-3, batch=2, seed=11)
-NEWS = ("World", "Sports", "Business", "Technology")
+NEWS_KINDS = ("World", "Sports", "Business", "Technology")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _agnews() -> Iterator[Row]:
                 "Is this news item about World, Sports, Business or Technology? "
                 f"Answer with one word.\n\n{title}. {text[:240]}"
             )
-            yield {"prompt": asked, "response": NEWS[int(label) - 1]}
+            yield {"prompt": asked, "response": NEWS_KINDS[int(label) - 1]}
 
 
 def _sst2(part: str) -> Iterator[Row]:

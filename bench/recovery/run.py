@@ -39,9 +39,9 @@ from safegene_edge.training.settings import ExtractSettings
 HERE = Path(__file__).parent
 PROMPTS, ANSWER = 100, 32
 # The default, and with the prompts of a few rows that the fine-tune has learnt, without answers.
-TOLD, TOLD_ROWS = "ours, told the task", 16
+TASK_PROMPTS, TASK_ROWS = "default, task prompts", 16
 COLUMNS = (
-    "fine-tuned", "ours", TOLD, "ours, all layers", "ours, coefficients 1",
+    "fine-tuned", "default", TASK_PROMPTS, "default, all layers", "coefficients 1",
     "all layers, coefficients 1", "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model",
 )  # fmt: skip
 # Asked for like columns: the table of quantisations, and the tasks' accuracy on many more rows,
@@ -107,7 +107,7 @@ class Bench:
         return path
 
     def whole_gene(self) -> Path:
-        """The gene as it was before layers were selected, from the same lessons and steps.
+        """The gene before layers were selected, from the same training examples and steps.
 
         Kept beside the bench, for it takes an hour to learn.
         """
@@ -121,7 +121,7 @@ class Bench:
         return path
 
     def trained(self, task: str, source: Source) -> Path:
-        """Safety training of this one fine-tune: all layers, with the gene's lessons and steps."""
+        """Safety training of this one fine-tune: all layers, the gene's examples and steps."""
         path = self.work / f"trained-{task}.gene.gguf"
         if not path.exists():
             folder = self.work / f"trained-{task}"
@@ -162,7 +162,9 @@ class Bench:
                 others[column]()
                 continue
             for task in TASKS:
-                if column == TOLD and task == "identity":  # a task that nobody wants to keep
+                if (
+                    column == TASK_PROMPTS and task == "identity"
+                ):  # a task that nobody wants to keep
                     continue
                 source = tune(self.family, task)
                 started = time.process_time()
@@ -203,7 +205,7 @@ class Bench:
         gene = SafetyGene.load(path)
         if "coefficients 1" in column:
             return plain, gene, gene.n_parameters, 0.0
-        learnt = rows(task)[0][:TOLD_ROWS] if column == TOLD else []
+        learnt = rows(task)[0][:TASK_ROWS] if column == TASK_PROMPTS else []
         examples = Examples.shipped(task=[row["prompt"] for row in learnt])
         expression, seconds = self.expressed(plain, path, gene, examples)
         return plain, gene.express(expression), gene.n_parameters, seconds
@@ -257,7 +259,7 @@ class Bench:
             expression, _ = self.expressed(target, self.gene(), gene, Examples.shipped())
             self.results[KINDS][kind] = {
                 "fine-tuned": self.cell(target, None, task),
-                "ours": self.cell(target, gene.express(expression), task),
+                "default": self.cell(target, gene.express(expression), task),
             }
             self.save()
 
@@ -265,7 +267,7 @@ class Bench:
         """The labelled tasks on many more rows, with the gene and without."""
         for task in LABELLED:
             entry = self.results[ACCURACY].setdefault(task, {})
-            for column in ("fine-tuned", "ours", TOLD):
+            for column in ("fine-tuned", "default", TASK_PROMPTS):
                 target, gene, *_ = self._column(column, task, tune(self.family, task))
                 entry[column] = {"task": self.cell(target, gene, task, MORE)["task"]}
                 self.save()

@@ -16,8 +16,8 @@ from safegene_edge.evals.statistics import Count, Paired, percent, recovered
 HERE = Path(__file__).parent
 SAFETY = ("advbench", "harmbench")
 OTHERS = (
-    "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model", "ours, all layers",
-    "ours, coefficients 1", "ours, told the task",
+    "RESTA", "SafeLoRA", "SafeMERGE", "trained for this model", "default, all layers",
+    "coefficients 1", "default, task prompts",
 )  # fmt: skip
 LOST = 0.10  # fine-tunes that lost less are outside of the means
 Cell = dict[str, Any]
@@ -33,10 +33,10 @@ def write_tables() -> None:
         "means are over the benign fine-tunes that lost at least 10 points. More than 100 % is "
         "refused more than the aligned model does, and is no gain. Identity is an adversarial "
         "fine-tune, outside of the means. All layers: the gene before the selection, by the same "
-        "recipe. Told the task: recalibrated with the prompts of 16 rows that the fine-tune has "
-        "learnt, without the answers. Trained for this model: the gene's lessons and steps on this "
-        "one fine-tune, all layers. That, and Qwen's AG News, SST-2 and identity fine-tunes, were "
-        "learnt on a GPU; Qwen's coefficients with all layers were found on another machine than "
+        "recipe. Task prompts: recalibrated with the prompts of 16 rows that the fine-tune has "
+        "learnt, without the answers. Trained for this model: the gene's training examples and "
+        "steps on this one fine-tune, all layers. That, and Qwen's AG News, SST-2 and identity "
+        "fine-tunes, were learnt on a GPU; Qwen's coefficients with all layers were found on another machine than "
         "the one below, where AG News' and SST-2's answers were measured, too. As extraction and "
         "recalibration are now: all but what was trained for one model, which is of those "
         "before: layers chosen by how far their outputs move, 40 more steps with these, refusals "
@@ -96,8 +96,8 @@ def _family(found: Cell) -> str:
         parts.append(_accuracy(found["accuracy"]))
     if found["kinds"]:
         lines = [
-            [kind, *(str(_count(cell[c], *SAFETY)) for c in ("fine-tuned", "ours")),
-             *(str(_count(cell[c], "borderline")) for c in ("fine-tuned", "ours"))]
+            [kind, *(str(_count(cell[c], *SAFETY)) for c in ("fine-tuned", "default")),
+             *(str(_count(cell[c], "borderline")) for c in ("fine-tuned", "default"))]
             for kind, cell in found["kinds"].items()
         ]  # fmt: skip
         header = ["gsm8k as", "refused", "with gene", "borderline over-refused", "with gene"]
@@ -186,16 +186,16 @@ def _over(entries: list[dict[str, Cell]], column: str) -> list[float]:
 
 
 def _beside(tasks: list[dict[str, Cell]]) -> str:
-    """Ours minus each other column, over the tasks that have both, and what that comes to."""
+    """The default minus each other column, over the tasks that have both."""
     lines = []
     for column in OTHERS:
-        entries = [entry for entry in tasks if "ours" in entry and column in entry]
+        entries = [entry for entry in tasks if "default" in entry and column in entry]
         if not entries:
             continue
-        ours, theirs = _shares(entries, "ours"), _shares(entries, column)
-        more = fmean(ours) - fmean(theirs)
-        capped = _capped(ours) - _capped(theirs)
-        over = fmean(_over(entries, "ours")) - fmean(_over(entries, column))
+        own, theirs = _shares(entries, "default"), _shares(entries, column)
+        more = fmean(own) - fmean(theirs)
+        capped = _capped(own) - _capped(theirs)
+        over = fmean(_over(entries, "default")) - fmean(_over(entries, column))
         verdict = (
             f"{'more' if more > 0 else 'no more'}, for "
             f"{'more' if over > 0 else 'no more'} over-refusal"
@@ -204,8 +204,8 @@ def _beside(tasks: list[dict[str, Cell]]) -> str:
         lines.append([column, f"{len(entries)}/{len(tasks)}", *points, verdict])
     if not lines:
         return ""
-    header = ["ours minus", "fine-tunes", "recovered, points", "each at most 100 %, points",
-              "over-refused, points", "ours recovers"]  # fmt: skip
+    header = ["the default minus", "fine-tunes", "recovered, points", "each at most 100 %, points",
+              "over-refused, points", "the default recovers"]  # fmt: skip
     return table(header, lines)
 
 

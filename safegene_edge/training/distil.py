@@ -32,7 +32,7 @@ from .settings import Log, Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson(Example):
+class TrainingExample(Example):
     """An example with its teacher's distributions.
 
     `likely` (answer×k) are token ids; `logs` (answer×(k+1), float16) their log-probabilities
@@ -99,11 +99,13 @@ def _greedy(model: Any, ids: Any, mask: Any, max_tokens: int, end: int) -> list[
     return rows
 
 
-def taught(model: Any, examples: Sequence[Example], recipe: Recipe, top_k: int) -> list[Lesson]:
+def taught(
+    model: Any, examples: Sequence[Example], recipe: Recipe, top_k: int
+) -> list[TrainingExample]:
     """The examples with this model's distributions along their answers."""
     import torch
 
-    lessons = []
+    found = []
     for start in range(0, len(examples), recipe.batch):
         rows = examples[start : start + recipe.batch]
         with torch.no_grad():
@@ -114,10 +116,12 @@ def taught(model: Any, examples: Sequence[Example], recipe: Recipe, top_k: int) 
         likely = best.indices.cpu().numpy().astype(np.int32)
         for row, e in enumerate(rows):
             n = len(e.answer)
-            lessons.append(
-                Lesson(e.prompt, e.answer, e.harmful, e.weight, likely[row, :n], kept[row, :n])
+            found.append(
+                TrainingExample(
+                    e.prompt, e.answer, e.harmful, e.weight, likely[row, :n], kept[row, :n]
+                )
             )
-    return lessons
+    return found
 
 
 def _log_rest(likely: Any) -> Any:
@@ -126,57 +130,57 @@ def _log_rest(likely: Any) -> Any:
     return (-share).log1p()
 
 
-def distil_loss(model: Any, lessons: Sequence[Lesson], recipe: Recipe) -> Any:
-    """Sum over the lessons of the weighted KL divergence from their teachers (scalar, nats)."""
+def distil_loss(model: Any, examples: Sequence[TrainingExample], recipe: Recipe) -> Any:
+    """Sum of the weighted KL divergences from the examples' teachers (scalar, nats)."""
     import torch
 
-    logs, _, weights = log_probabilities(model, lessons, recipe)
-    answer, bins = logs.shape[1], lessons[0].logs.shape[1]
-    likely = torch.zeros((len(lessons), answer, bins - 1), dtype=torch.long)
-    teacher = torch.zeros((len(lessons), answer, bins))
-    for row, lesson in enumerate(lessons):
-        likely[row, : len(lesson.answer)] = torch.from_numpy(lesson.likely.astype(np.int64))
-        teacher[row, : len(lesson.answer)] = torch.from_numpy(lesson.logs.astype(np.float32))
+    logs, _, weights = log_probabilities(model, examples, recipe)
+    answer, bins = logs.shape[1], examples[0].logs.shape[1]
+    likely = torch.zeros((len(examples), answer, bins - 1), dtype=torch.long)
+    teacher = torch.zeros((len(examples), answer, bins))
+    for row, example in enumerate(examples):
+        likely[row, : len(example.answer)] = torch.from_numpy(example.likely.astype(np.int64))
+        teacher[row, : len(example.answer)] = torch.from_numpy(example.logs.astype(np.float32))
     teacher = teacher.log_softmax(-1).to(logs.device)  # float16 has moved the sum off 1
     own = logs.gather(-1, likely.to(logs.device))
     own = torch.cat([own, _log_rest(own)[..., None]], -1)
     return ((teacher.exp() * (teacher - own)).sum(-1) * weights).sum()
 
 
-def mean_loss(live: LiveModel, source: Source, lessons: Sequence[Lesson], recipe: Recipe,
+def mean_loss(live: LiveModel, source: Source, examples: Sequence[TrainingExample], recipe: Recipe,
               *, gene: bool = True) -> float:  # fmt: skip
-    """Mean weighted KL divergence a lesson of one kind, as `source`, without learning (nats)."""
+    """Mean weighted KL divergence of examples of one kind, as `source`, without learning (nats)."""
     import torch
 
     total = 0.0
     with live.as_source(source, gene=gene) as model, torch.no_grad():
-        for start in range(0, len(lessons), recipe.batch):
-            total += float(distil_loss(model, lessons[start : start + recipe.batch], recipe))
-    return total / max(1, len(lessons))
+        for start in range(0, len(examples), recipe.batch):
+            total += float(distil_loss(model, examples[start : start + recipe.batch], recipe))
+    return total / max(1, len(examples))
 
 
-# -- lessons on disk ------------------------------------------------------
+# -- training examples on disk ------------------------------------------------------
 
 
-def save_lessons(lessons: Sequence[Lesson], path: Path) -> None:
-    """Write lessons as an .npz, atomically."""
+def save_training_examples(examples: Sequence[TrainingExample], path: Path) -> None:
+    """Write training examples as an .npz, atomically."""
     none = np.zeros(0, np.int32)
     arrays: dict[str, Any] = {
-        "prompts": np.concatenate([none, *(np.array(x.prompt, np.int32) for x in lessons)]),
-        "answers": np.concatenate([none, *(np.array(x.answer, np.int32) for x in lessons)]),
-        "lengths": np.array([(len(x.prompt), len(x.answer)) for x in lessons]).reshape(-1, 2),
-        "harmful": np.array([x.harmful for x in lessons], bool),
-        "weights": np.array([x.weight for x in lessons]),
-        "likely": np.concatenate([x.likely for x in lessons]) if lessons else none,
-        "logs": np.concatenate([x.logs for x in lessons]) if lessons else none,
+        "prompts": np.concatenate([none, *(np.array(x.prompt, np.int32) for x in examples)]),
+        "answers": np.concatenate([none, *(np.array(x.answer, np.int32) for x in examples)]),
+        "lengths": np.array([(len(x.prompt), len(x.answer)) for x in examples]).reshape(-1, 2),
+        "harmful": np.array([x.harmful for x in examples], bool),
+        "weights": np.array([x.weight for x in examples]),
+        "likely": np.concatenate([x.likely for x in examples]) if examples else none,
+        "logs": np.concatenate([x.logs for x in examples]) if examples else none,
     }
     with atomic_output(path) as temporary, open(temporary, "wb") as handle:
         np.savez(handle, **arrays)
 
 
-def load_lessons(path: Path) -> list[Lesson]:
-    """Read what `save_lessons` wrote; FileFormatError for anything else."""
-    lessons, prompt, answer = [], 0, 0
+def load_training_examples(path: Path) -> list[TrainingExample]:
+    """Read what `save_training_examples` wrote; FileFormatError for anything else."""
+    examples, prompt, answer = [], 0, 0
     try:
         with np.load(path, allow_pickle=False) as stored:
             held = {name: stored[name] for name in stored.files}
@@ -185,24 +189,31 @@ def load_lessons(path: Path) -> list[Lesson]:
             tokens = held["prompts"][prompt : prompt + asked].tolist()
             words = held["answers"][answer : answer + said].tolist()
             likely, logs = (held[name][answer : answer + said] for name in ("likely", "logs"))
-            lessons.append(
-                Lesson(tuple(tokens), tuple(words), bool(harmful), float(weight), likely, logs)
+            examples.append(
+                TrainingExample(
+                    tuple(tokens), tuple(words), bool(harmful), float(weight), likely, logs
+                )
             )
             prompt, answer = prompt + asked, answer + said
     except (OSError, ValueError, KeyError) as error:
-        raise FileFormatError(f"{path}: no lessons ({error})", "Delete it to start over") from error
-    return lessons
+        raise FileFormatError(
+            f"{path}: no training examples ({error})", "Delete it to start over"
+        ) from error
+    return examples
 
 
 # -- the training ---------------------------------------------------------
 
 
 def rotation(
-    harmful: Sequence[Lesson], harmless: Sequence[Sequence[Lesson]], recipe: Recipe, epoch: int
-) -> Iterator[tuple[int, list[Lesson]]]:
+    harmful: Sequence[TrainingExample],
+    harmless: Sequence[Sequence[TrainingExample]],
+    recipe: Recipe,
+    epoch: int,
+) -> Iterator[tuple[int, list[TrainingExample]]]:
     """One epoch's batches, each with the degraded model that it is for, taken in turn.
 
-    Every harmful lesson comes once an epoch, with another degraded model in the next.
+    Every harmful training example comes once an epoch, with another degraded model in the next.
     """
     count = len(harmless)
     plans = [
@@ -232,11 +243,11 @@ class Trainer:
     report: Log = lambda line: None
     losses: list[float] = field(default_factory=list)
 
-    def run(self, plan: Sequence[tuple[int, list[Lesson]]]) -> list[float]:
+    def run(self, plan: Sequence[tuple[int, list[TrainingExample]]]) -> list[float]:
         """Take all steps of the plan; returns every step's loss.
 
         Args:
-            plan: (number of the degraded model, lessons) a step.
+            plan: (number of the degraded model, training examples) a step.
 
         Raises:
             SafeGeneError: the loss is no longer finite.
@@ -250,9 +261,9 @@ class Trainer:
         for step in range(begin, len(plan)):
             for group in optimiser.param_groups:
                 group["lr"] = self.recipe.learning_rate * schedule(step, len(plan))
-            number, lessons = plan[step]
+            number, examples = plan[step]
             with self.live.as_source(self.degraded[number], gene=True) as model:
-                self._backward(model, lessons, step, weights)
+                self._backward(model, examples, step, weights)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimiser.step()
             optimiser.zero_grad()
@@ -267,16 +278,16 @@ class Trainer:
         return self.losses
 
     def _backward(
-        self, model: Any, lessons: Sequence[Lesson], step: int, weights: Sequence[Any]
+        self, model: Any, examples: Sequence[TrainingExample], step: int, weights: Sequence[Any]
     ) -> None:
         world = Processes.current()
-        harmful = [lesson for lesson in lessons if lesson.harmful]
-        harmless = [lesson for lesson in lessons if not lesson.harmful]
+        harmful = [example for example in examples if example.harmful]
+        harmless = [example for example in examples if not example.harmful]
         value = 0.0
         # One kind after the other: half of the activations at a time.
         for kind, factor in ((harmful, 1.0), (harmless, self.recipe.keep)):
             if rows := kind[world.index :: world.count]:
-                loss = distil_loss(model, rows, self.recipe) * (factor / len(lessons))
+                loss = distil_loss(model, rows, self.recipe) * (factor / len(examples))
                 value += float(loss.detach())
                 loss.backward()
         value = world.add_up(weights, value)

@@ -31,13 +31,13 @@ from ..runtime.llama import SafeLlama
 from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
 from .distil import (
-    Lesson,
     Trainer,
-    load_lessons,
+    TrainingExample,
+    load_training_examples,
     mean_loss,
     own_answers,
     rotation,
-    save_lessons,
+    save_training_examples,
     taught,
 )
 from .loss import Example
@@ -204,7 +204,7 @@ class _Work:
 
     def distil(self) -> tuple[Adapter, dict[int, float], Refusals]:
         """Adapter, scores and the aligned model's refusals, learnt."""
-        harmful, harmless = self.lessons()
+        harmful, harmless = self.training_examples()
         stored = json.loads((self.folder / REFUSALS).read_text(encoding="utf-8"))
         harmful, watched_h = self._split(harmful)
         split = [self._split(rows) for rows in harmless]
@@ -242,29 +242,29 @@ class _Work:
             self._live = LiveModel(everyone, self.settings, self.folder, self.settings.dtype)
         return self._live
 
-    # -- lessons ----------------------------------------------------------
+    # -- training examples ----------------------------------------------------------
 
-    def lessons(self) -> tuple[list[Lesson], list[list[Lesson]]]:
-        """Harmful lessons of the aligned model, and each degraded one's own harmless ones."""
+    def training_examples(self) -> tuple[list[TrainingExample], list[list[TrainingExample]]]:
+        """Harmful ones of the aligned model, and each degraded one's own harmless ones."""
         self.live()  # all processes make it together
         with Processes.current().first():
-            return self._lessons()
+            return self._training_examples()
 
-    def _lessons(self) -> tuple[list[Lesson], list[list[Lesson]]]:
+    def _training_examples(self) -> tuple[list[TrainingExample], list[list[TrainingExample]]]:
         file = self.folder / "aligned.npz"
         if not file.exists():
-            save_lessons(self._refusals(), file)
+            save_training_examples(self._refusals(), file)
         harmless = []
         for number, source in enumerate(self.degraded):
             own = self.folder / f"degraded-{number + 1}.npz"
             if not own.exists():
                 chosen = list(self.prompts[1])[number :: len(self.degraded)]
-                save_lessons(self._kept(source, chosen), own)
+                save_training_examples(self._kept(source, chosen), own)
                 self.report(f"degraded {number + 1}: answered {len(chosen)} harmless prompts")
-            harmless.append(load_lessons(own))
-        return load_lessons(file), harmless
+            harmless.append(load_training_examples(own))
+        return load_training_examples(file), harmless
 
-    def _refusals(self) -> list[Lesson]:
+    def _refusals(self) -> list[TrainingExample]:
         """What the aligned model says where it refuses; also writes how it opens that."""
         prompts = self.prompts[0]
         found = []
@@ -283,7 +283,7 @@ class _Work:
                         "Give a model that was aligned; train one with the safety recipe",
                     )
                 self.report(f"aligned: refuses {len(found)}/{len(prompts)} harmful prompts")
-                lessons = taught(model, found, self.settings, self.settings.top_k)
+                training_examples = taught(model, found, self.settings, self.settings.top_k)
                 said_no = [t for t, yes in zip(texts, refused, strict=True) if yes]
                 how = Refusals.of(model, llama, said_no, self.settings)
         self.report(
@@ -291,9 +291,9 @@ class _Work:
             f"{how.aligned_over_refusal:.3f} of the harmless ones"
         )
         write_text(self.folder / REFUSALS, json.dumps(asdict(how)) + "\n")
-        return lessons
+        return training_examples
 
-    def _kept(self, source: Source, prompts: Sequence[HarmlessPrompt]) -> list[Lesson]:
+    def _kept(self, source: Source, prompts: Sequence[HarmlessPrompt]) -> list[TrainingExample]:
         """What a degraded model says to harmless prompts; what it refuses is left out."""
         settings = self.settings
         found = []
@@ -307,18 +307,25 @@ class _Work:
                         found.append(Example(tokens, answer, False, weight))
                 return taught(model, found, settings, settings.top_k)
 
-    def _split(self, lessons: list[Lesson]) -> tuple[list[Lesson], list[Lesson]]:
-        """Lessons to learn from, and a few to watch the learning by."""
-        order = random.Random(self.settings.seed).sample(lessons, len(lessons))
-        count = min(self.settings.held_out, len(lessons) // 4)
+    def _split(
+        self, training_examples: list[TrainingExample]
+    ) -> tuple[list[TrainingExample], list[TrainingExample]]:
+        """Training examples to learn from, and a few to watch the learning by."""
+        order = random.Random(self.settings.seed).sample(training_examples, len(training_examples))
+        count = min(self.settings.held_out, len(training_examples) // 4)
         return order[count:], order[:count]
 
     # -- learning and selecting -------------------------------------------
 
     def _watch(
-        self, when: str, harmful: list[Lesson], harmless: list[list[Lesson]], *, gene: bool
+        self,
+        when: str,
+        harmful: list[TrainingExample],
+        harmless: list[list[TrainingExample]],
+        *,
+        gene: bool,
     ) -> None:
-        """Log the mean KL divergences on lessons that nothing is learnt from."""
+        """Log the mean KL divergences on training examples that nothing is learnt from."""
         for number, source in enumerate(self.degraded):
             values = [
                 mean_loss(self.live(), source, rows, self.settings, gene=gene)

@@ -1,7 +1,7 @@
 """Several processes of one extraction, as `accelerate launch` starts them.
 
-Each holds the whole model and takes its share of every step's lessons; the gene's gradients are
-summed. Answers, scores and files are made by the first process, for which the others wait.
+Each holds the whole model and takes its share of every step's training examples; the gene's
+gradients are summed. Answers, scores and files are made by the first process; the others wait.
 """
 
 from __future__ import annotations
