@@ -259,8 +259,9 @@ def _table(found: dict[str, Any], results: list[Result]) -> str:
     lines = [
         "# safegene-edge's converter and llama.cpp's",
         "",
-        f"convert_lora_to_gguf.py of llama-cpp-python {found['llama_cpp_python']} against safegene-edge's, on "
-        f"random adapters for tiny models; the truth is the merged update of PEFT {found['peft']}.",
+        f"convert_lora_to_gguf.py of llama-cpp-python {found['llama_cpp_python']} against "
+        "safegene-edge's, on random adapters for tiny models; the truth is the merged update of "
+        f"PEFT {found['peft']}.",
         "Made by `python bench/converter/run.py`; all figures are in `results.json`.",
         "",
         "| adapter | architectures | tensors bit for bit equal | error of llama.cpp's "

@@ -72,7 +72,8 @@ def main() -> None:
         f"# Peak memory: {model.name} ({results['model_mib']} MiB), "
         f"adapter of {size:.2f} MiB\n\n"
         + table(["process", "median MiB", "min", "max"], rows)
-        + f"\nBound for SafeLlama with the adapter: base + 5 × adapter + 20 MiB = {allowed:.1f} MiB: "
+        + f"\nBound for SafeLlama with the adapter: base + 5 × adapter + 20 MiB = {allowed:.1f} "
+        + "MiB: "
         + ("holds.\n" if results["holds"] else "does NOT hold.\n")
         + '\n"peer" is `llama_cpp.Llama(lora_path=...)`, which switches mmap off.\n'
     )

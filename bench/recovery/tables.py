@@ -36,11 +36,11 @@ def write_tables() -> None:
         "recipe. Task prompts: recalibrated with the prompts of 16 rows that the fine-tune has "
         "learnt, without the answers. Trained for this model: the gene's training examples and "
         "steps on this one fine-tune, all layers. That, and Qwen's AG News, SST-2 and identity "
-        "fine-tunes, were learnt on a GPU; Qwen's coefficients with all layers were found on another machine than "
-        "the one below, where AG News' and SST-2's answers were measured, too. As extraction and "
-        "recalibration are now: all but what was trained for one model, which is of those "
-        "before: layers chosen by how far their outputs move, 40 more steps with these, refusals "
-        "smoothed by a nat, other calibration prompts.\n",
+        "fine-tunes, were learnt on a GPU; Qwen's coefficients with all layers were found on "
+        "another machine than the one below, where AG News' and SST-2's answers were measured, "
+        "too. As extraction and recalibration are now: all but what was trained for one model, "
+        "which is of those before: layers chosen by how far their outputs move, 40 more steps "
+        "with these, refusals smoothed by a nat, other calibration prompts.\n",
     ]
     both: dict[str, dict[str, Cell]] = {}
     for name in ("smollm2", "qwen"):

@@ -204,7 +204,8 @@ def shown(model: Path, results: dict[str, Any]) -> str:
     header = ["server", "requests", "errors", "tokens/s in each round", "first token, s (median)",
               "RSS, MiB, second quarter", "last quarter"]  # fmt: skip
     ratio = results["median_ratio"]
-    beside = f"Median of safegene-edge over llama-server within a round: {ratio:.2f}.\n" if ratio else ""
+    of = "Median of safegene-edge over llama-server within a round"
+    beside = f"{of}: {ratio:.2f}.\n" if ratio else ""
     check = results["crossing"]
     return (
         f"# Server: {CLIENTS} clients, {results['seconds']:g} s, {model.name} with the gene\n\n"
@@ -212,9 +213,9 @@ def shown(model: Path, results: dict[str, Any]) -> str:
         + f"\n{beside}Half of the requests stream; {TOKENS} tokens at most each, "
         f"{CLIENTS} slots; clients and server share the machine. The servers are loaded in turn. "
         "No prompt comes twice to a server: llama-server keeps the states of earlier prompts.\n"
-        f"\nOf {check['checked']} different answers of safegene-edge, {check['crossed_over']} were likelier "
-        f"by {NATS:g} nats after another client's prompt than after their own; of as many swapped "
-        f"on purpose the same check finds {check['caught']} (refusals are alike). That answers in "
+        f"\nOf {check['checked']} different answers of safegene-edge, {check['crossed_over']} were "
+        f"likelier by {NATS:g} nats after another client's prompt than after their own; of as many "
+        f"swapped on purpose the same check finds {check['caught']} (refusals are alike). That answers in "
         "company are exactly those given alone, the tests hold with a float32 model: here batching "
         "changes the order of sums.\n"
     )

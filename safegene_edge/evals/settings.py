@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
 from ..errors import SettingError
-from ..files import PathLike
+
+if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
+    from ..files import PathLike
 
 
 @dataclass(frozen=True)
@@ -87,21 +91,27 @@ class EndpointModel:
     pause: float = 0.5
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
+        parts = self._parts
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise SettingError(f"'{self.url}' is no address of a server", "Give http://HOST:PORT")
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise SettingError("concurrency, timeout or retries make no sense")
 
     @property
+    def _parts(self) -> SplitResult:
+        from urllib.parse import urlsplit  # here, so that `--help` does without
+
+        return urlsplit(self.url)
+
+    @property
     def name(self) -> str:
         """For reports: the model and its host, without credentials."""
-        parts = urlsplit(self.url)
+        parts = self._parts
         port = f":{parts.port}" if parts.port else ""
         return f"{self.model} at {parts.hostname}{port}"
 
     @property
     def path(self) -> str:
         """The path of the chat API; "/v1" is added where the URL has no path."""
-        path = urlsplit(self.url).path.rstrip("/").removesuffix("/chat/completions")
+        path = self._parts.path.rstrip("/").removesuffix("/chat/completions")
         return f"{path or '/v1'}/chat/completions"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import SettingError
-from ..files import PathLike
+
+if TYPE_CHECKING:
+    from ..files import PathLike
 
 
 @dataclass(frozen=True)
