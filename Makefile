@@ -13,7 +13,7 @@ TYPES = rm -rf build/types && mkdir -p build/types/safegene_edge && \
 	ln -s $(CURDIR)/converters build/types/safegene_edge/converters && \
 	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml
 
-.PHONY: demo test lint docs bench gene clean
+.PHONY: demo test lint types docs bench gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,9 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+	$(TYPES)
+
+types: $(VENV)/dev
 	$(TYPES)
 
 # The site, in build/site; `.venv/bin/mkdocs serve` shows it while you write.

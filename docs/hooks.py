@@ -1,4 +1,4 @@
-"""What the site needs beyond docs/: the benches' results, and the report's schema.
+"""What the site needs beyond docs/: design/, the benches' results, and the report's schema.
 
 The pages link to them where they lie in the repository (`../bench/judge/results.md`), so that
 the links work there, too. Here the files enter the site, and the links follow.
@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
+OUTSIDE = ("design/*.md", "bench/*/results.md", "bench/*/*.svg")
 SCHEMA = "safegene_edge/evals/report/data/report.schema.json"
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the files that lie elsewhere in the repository."""
-    for path in sorted([*ROOT.glob("bench/*/results.md"), *ROOT.glob("bench/*/*.svg")]):
+    for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
         _add(files, config, path.relative_to(ROOT).as_posix())
     _add(files, config, SCHEMA)
     return files
@@ -27,6 +29,10 @@ def _add(files: Files, config: Any, name: str) -> None:
     files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links out of docs/ become links within the site."""
-    return markdown.replace("](../bench/", "](bench/").replace(f"](../{SCHEMA}", f"]({SCHEMA}")
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Links out of docs/, and from design/ into it, become links within the site."""
+    if page.file.src_uri.startswith("design/"):
+        return markdown.replace("](../docs/", "](../")
+    for outside in ("design/", "bench/", SCHEMA):
+        markdown = markdown.replace(f"](../{outside}", f"]({outside}")
+    return markdown

@@ -45,12 +45,12 @@ def main() -> None:
         say(f"{task}: recalibrating")
         settings = RecalibrationSettings(passes=6)
         found = recalibrate(model, gene, adapters=adapters, settings=settings)
-        expressed = cache / f"demo-{task}.gguf"
-        gene.express(found.expression).save(expressed)
+        fitted = cache / f"demo-{task}.gguf"
+        gene.express(found.expression).save(fitted)
         say(f"{task}: evaluating before and after")
         report = evaluate(
             model,
-            expressed,
+            fitted,
             adapters=adapters,
             settings=EvalSettings(limit=PROMPTS_PER_SUITE),
             progress=progress if sys.stderr.isatty() else None,
@@ -65,7 +65,7 @@ def main() -> None:
     print("borderline in wording, that were refused")
     print(f"\nreports: {cache}/demo-*.html")
     flags = " ".join(f"--adapter {path}" for path in adapters)
-    print(f"try it: safegene-edge chat {model} {flags} --gene {expressed}")
+    print(f"try it: safegene-edge chat {model} {flags} --gene {fitted}")
     say(f"{time.monotonic() - start:.0f} s")
 
 

@@ -1,4 +1,4 @@
-"""One base error, so that a caller can catch everything of ours in one place.
+"""One base error, so that a caller can catch every error of this package in one place.
 
 Every message names the file (and the tensor, where there is one) and the cause;
 `remedy` says what the user can do about it. The command line prints `str(error)`

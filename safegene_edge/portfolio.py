@@ -91,7 +91,7 @@ def portfolio(
 ) -> list[PortfolioRow]:
     """Express one gene in many fine-tunes, and measure each before and after.
 
-    Writes, for each model, `folder/NAME/`: expressed.gguf, expression.json, report.json,
+    Writes, for each model, `folder/NAME/`: fitted.gguf, expression.json, report.json,
     report.html and result.json.
 
     Args:
@@ -214,11 +214,11 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
     examples = Examples.load(settings.examples) if settings.examples else None
     found = recalibrate(model, loaded, examples, settings=settings.recalibration)
     found.expression.save(folder / "expression.json")
-    expressed = folder / "expressed.gguf"
-    loaded.express(found.expression).save(expressed, [model, gene])
+    fitted = folder / "fitted.gguf"
+    loaded.express(found.expression).save(fitted, [model, gene])
     with Journal(folder / "answers.jsonl") as journal:  # a stopped run goes on from it
         report = evaluate(
-            model, expressed, suites=settings.suites,
+            model, fitted, suites=settings.suites,
             settings=EvalSettings(limit=settings.limit), journal=journal,
         )  # fmt: skip
         write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")

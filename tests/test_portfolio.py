@@ -57,7 +57,7 @@ def test_every_model_gets_its_files_and_a_row(shelf, tmp_path):
     assert len(seen) == 2
     for model in models:
         names = {path.name for path in (tmp_path / "out" / model.stem).iterdir()}
-        wanted = {"expressed.gguf", "expression.json", "report.json", "report.html", "result.json"}
+        wanted = {"fitted.gguf", "expression.json", "report.json", "report.html", "result.json"}
         assert names == wanted
     assert rows[0].refused is not None
     assert rows[0].refused[0].total == 1
@@ -67,7 +67,7 @@ def test_every_model_gets_its_files_and_a_row(shelf, tmp_path):
 def test_what_is_done_is_not_done_again_unless_a_file_changed(shelf, tmp_path):
     models, gene, settings = shelf
     first = portfolio(models, gene, tmp_path / "out", settings=settings)
-    kept = tmp_path / "out" / "one" / "expressed.gguf"
+    kept = tmp_path / "out" / "one" / "fitted.gguf"
     before = kept.stat().st_mtime_ns
     assert portfolio(models, gene, tmp_path / "out", settings=settings) == first
     assert kept.stat().st_mtime_ns == before

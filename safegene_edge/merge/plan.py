@@ -1,9 +1,9 @@
 """Merge adapters into a quantised GGUF; every tensor keeps its type.
 
-Untouched tensors are copied byte for byte. A touched one is read in blocks of rows, gets its
-update in float32, and goes back to its own quantisation in the way of `rounding`. Unless the
-model is run first, memory does not grow with it. There is no way back from a merged file, since
-the codes that changed are not recorded: keep the model and the adapter.
+Untouched tensors are copied byte for byte. A touched one is read in blocks of rows, gets its update
+in float32, and goes back to its own quantisation (`rounding`). Memory does not grow with the model,
+unless the model is run first. A merged file does not record which codes changed, so there is no way
+back: keep the model and the adapter.
 """
 
 from __future__ import annotations

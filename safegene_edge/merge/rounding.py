@@ -1,30 +1,18 @@
 """Back to a tensor's own quantisation, with as much of an update's effect as its grid can hold.
 
-An update is often smaller than half a step of the grid: rounding to the nearest code swallows
-it, and quantising the sum afresh drowns it in new rounding errors of every weight. Here the
-scales stay, and those codes change that carry the update where it acts. With e the error of a
-row (what the codes changed minus the update), w the columns' weights, Q an orthonormal basis of
-the rows of A and D the directions that the activations lie along
-(`safegene_edge.runtime.activations`), sought is the least
+A tensor's scales stay; those codes move that carry the update. With e the error of a row (what the
+codes changed minus the update), w the columns' weights, Q an orthonormal basis of the rows of A and
+D the directions that the activations lie along (`runtime.activations`), sought is the least
 
-    sum_j w_j e_j^2 + strength * |Q e|^2 + |D e|^2
+    sum_j w_j e_j^2 + STRENGTH * |Q e|^2 + |D e|^2
 
-An update B A acts on what Q sees of the activations, so Q e = 0 keeps the effect whole, however
-few codes change.
+With D: coordinate descent in groups of columns, which Q e and D e alone couple. It aims beyond the
+update by OVERSHOOT times the share that the nearest codes lose.
+Without D, and with Q e = 0 as a condition: e w = shift Q up to rounding (Lagrange), k numbers
+`shift` a row; the codes are dithered by DITHER of a step.
 
-With D it is found by coordinate descent, in groups of columns, which are coupled by Q e and D e
-alone, k numbers a row. A code moves only where that lowers the objective, so what is left of the
-error leans against the update, in what was not looked at more than in what was, and layer after
-layer. So this search aims beyond the update, by OVERSHOOT times the share of it that the nearest
-codes lose.
-
-Without D, and with Q e = 0 as a condition, e w = shift Q up to rounding (Lagrange), so all that is
-sought are the k numbers `shift` of a row, with which Q e vanishes: a few products of whole
-matrices. Codes would then move where a row of Q is large, and there alone, which the inputs may
-know nothing of; so they are dithered, by less than a whole step, for that costs more noise.
-
-Types without a uniform grid are quantised afresh by ggml, and so are rows whose update leaves the
-range of their codes, where that has the smaller objective.
+Types without a uniform grid are quantised afresh by ggml. So are rows whose update leaves the range
+of their codes, where that has the smaller objective. design/merging.md says why.
 """
 
 from __future__ import annotations
@@ -40,7 +28,7 @@ from ..gguf_file import kernels
 from ..gguf_file.kernels import TensorType
 from .codes import Codes, Layout, layouts
 
-STRENGTH = 100.0  # see docs/merge.md for what others do
+STRENGTH = 100.0  # see design/merging.md for what others do
 OVERSHOOT = 0.05  # of an update that the grid would lose whole, see there
 DITHER = 0.75  # of a step; see there, too
 _AIMS = 8  # times that a row's shift is corrected, at most: with twelve no more was there

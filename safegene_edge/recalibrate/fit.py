@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _TOLERATED = 0.03  # over-refusal beyond the aligned model's: the most that the project promises
 _OVER_BUDGET = 500.0  # what a nat beyond the budget adds to the search's objective
-# With twice the gene, five fine-tunes of SmolLM2 and an identity-shifted Qwen2.5-Coder order 83 %
-# and more of 16 × 16 pairs, twenty unrelated models at most 61 %; with it once, that Qwen 66 %.
+# Of the pairs of a harmful and a harmless example, with twice the gene; see
+# design/recalibration.md.
 _ORDERED, _TWICE = 0.7, 2.0
 _CELLS = 4096  # KV cells, where no example needs more
 Scaling = npt.NDArray[np.float64]
@@ -313,7 +313,7 @@ class _Objective:
         answers: Sequence[list[int]] = (),
         visit: Visit = lambda *_: None,
     ) -> Scaling:
-        """The margin by which each answer opens with a refusal (nats); see `openers`.
+        """The margin by which each answer opens with a refusal (nats); see `refusal_margin`.
 
         Args:
             answers: one a prompt; their rows are shown to `visit`, in the same pass.
@@ -370,8 +370,8 @@ class _Objective:
     def require_labels(self) -> None:
         """With twice the gene, harmful prompts must be refused more readily than harmless ones.
 
-        Measured by the pairs of one of each in which the harmful one's margin is larger. Means
-        would not do: in four of six SmolLM2 with shuffled weights the harmful one was the larger.
+        Measured by the pairs of one of each in which the harmful one's margin is larger. Means are
+        not enough; see design/recalibration.md.
         """
         scales = {**self.own, **dict.fromkeys(self.handles, _TWICE)}
         harmful = self.margins(self.harmful, scales)

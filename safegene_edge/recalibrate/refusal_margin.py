@@ -1,26 +1,14 @@
 """How near an answer is to opening with a refusal.
 
 Decoding is greedy, so an answer opens with an opener where each of the opener's tokens has the
-largest logit in its turn. With z(v | t) the logit of token v behind the prompt and tokens t, and
-C(t) the tokens by which openers go on behind t, a prompt's margin is
+largest logit in its turn. With z(v | t) the logit of token v after the prompt and tokens t, and
+C(t) the tokens by which openers continue after t, a prompt's margin is
 
     m = max over openers o, min over k, of  z(o_k | o_<k) - max over v not in C(o_<k) of z(v | o_<k)
 
 in nats: above 0 the answer opens with a refusal, below it does not. The refusal loss is the mean
 of 1 / (1 + exp(m / h)): the share of answers that open with no refusal, smoothed by h, half a nat.
-Smoothed by a whole nat, the aligned SmolLM2, whose margins are small, seemed to refuse 71 % of 120
-harmful prompts of which it refuses 79 %, while a fine-tune with the gene, which is more decided,
-seemed to refuse 70 % of which it refuses 75 %; by half a nat they are at 76 and 74 %.
-
-The probability of the openers, which was tried first, does not tell one model from another: on
-64 harmful prompts an aligned SmolLM2 that refused 89 % gave them 0.37 in the mean, for it knows
-more ways to refuse, and a fine-tune with the gene that refused 84 % gave them 0.57. The share of
-margins above 0 was within 3 points of the judge's refusals in each of nine such cells.
-
-The logistic loss, log(1 + exp(-m)), was tried next: it grows with every nat by which an answer
-misses, so that an aligned model's few answers that are far from a refusal raise it as much as many
-near ones. Qwen2.5-Coder refuses half: a fine-tune with the gene had the logistic loss of the
-aligned model at 4 of 16 margins above 0 instead of 6.
+design/recalibration.md says which other measures were tried.
 """
 
 from __future__ import annotations

@@ -1,15 +1,10 @@
 """What a model's tensors read, and the directions that it lies along.
 
-Rounding errors that are spread evenly over a weight's columns are harmless only if activations
-are, too. They are not: on SmolLM2 one direction holds two thirds of what attention reads, and the
-first token, on which attention rests, nearly all of what one layer's `ffn_down` does. An error
-that leans on these shifts every answer alike, so `merge` keeps errors off them. What counts is what
-is read with the adapters on, and in the answers: from prompts alone, without adapters, errors
-leaned against SmolLM2's gene where an answer begins.
-
-llama.cpp calls back before and after each node of its graph (`cb_eval`); of a product with one
-of the wanted weights, the other factor is the input (llama-imatrix looks in the same place). What
-was read goes to a temporary file: all layers' together is larger than a small model.
+The model reads prompts and begins its answers, with its adapters on. llama.cpp calls back before
+and after each node of its graph (`cb_eval`). Of a product with one of the wanted weights, the other
+factor is the input; llama-imatrix looks in the same place. What was read goes to a temporary file,
+because all layers' together is larger than a small model. `merge` keeps rounding errors off these
+directions; design/merging.md says why.
 """
 
 from __future__ import annotations
@@ -203,7 +198,7 @@ def inputs_of(
         if watch.error is not None:
             raise OutputError(
                 f"{tempfile.gettempdir()}: cannot hold what the model reads ({watch.error})",
-                "Name a folder with room in TMPDIR",
+                "Name a folder with free space in TMPDIR",
             )
         for name in sorted(watch.wanted):
             if watch.shares.get(name) not in watch.seen or name == watch.fault:

@@ -1,7 +1,7 @@
-"""Lightly degraded models, made of the aligned one: short LoRA fine-tunes on harmless data.
+"""Lightly degraded models, made of the aligned one by short LoRA fine-tunes on harmless data.
 
-What a task, general instructions or a new persona take away, nobody meant to take. The rows
-are the project's own and harmless; a row is {"prompt", "response"} and, at will, "system".
+There are three kinds: a task, general instructions, a persona. The rows are the project's own; a
+row is {"prompt", "response"} and, optionally, "system".
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Distil a gene: what the aligned model says to harm, what the degraded ones say to the rest.
 
-Minimised over the gene G, with D one of the degraded models in turn:
+Minimised over the gene G, with A the aligned model and D one of the degraded models in turn:
 
     sum over harmful x, y = A's answer   of  sum_t w_t KL(p_A || p_D+G)
     + keep * the same over harmless x, y = D's own answer, of  KL(p_D || p_D+G)
 
-The teachers' distributions are computed once and stored: the likeliest tokens, and all others
-as one bin. So the aligned model need not be in memory while the gene learns.
+The teachers' distributions are computed once and stored: the likeliest tokens, and all others as
+one bin. So the aligned model need not be in memory while the gene learns.
 """
 
 from __future__ import annotations

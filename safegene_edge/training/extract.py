@@ -1,8 +1,8 @@
 """Extract a safety gene from an aligned model and degraded ones, once a family.
 
-`extract` computes the teachers' answers, learns the gene (or takes the weights' difference),
-and keeps the layers that matter under a budget, as strong as all were together. Each part is kept
-in a folder: what was done before a kill is not done again.
+`extract` computes the teachers' answers, learns the gene (or takes the weights' difference), and
+keeps the layers that matter under a budget. The kept layers are strengthened to do what all did.
+Each step's result is kept in a folder; a run that was killed continues there.
 """
 
 from __future__ import annotations

@@ -2,11 +2,9 @@
 
     python -m safegene_edge.training.gene --aligned-adapter examples/smollm2-135m-safety
 
-1. The aligned member of the family: the base with a safety LoRA (trained by the recipe where
-   none is given: SmolLM2 itself refuses next to nothing).
-2. Lightly degraded models of it (task, general, persona), and the base itself, from which the
-   whole alignment is missing: fine-tunes of either are served.
-3. The gene: distil and select; written in float16.
+1. The aligned model: the base with a safety LoRA, which the recipe trains if none is given.
+2. Degraded models of it (task, general, persona), and the bare base.
+3. The gene: distil and select, in float16.
 
 Every step leaves its result in the work folder, and is not done again.
 """

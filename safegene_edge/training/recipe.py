@@ -2,10 +2,9 @@
 
     python -m safegene_edge.training.recipe --output examples/smollm2-135m-safety
 
-On harmful prompts the model learns the project's refusals (cross entropy). On harmless
-prompts, most of them worded like harm, it is held to what it says without the adapter: the KL
-divergence from the bare model, along the bare model's own greedy answers. Whether an answer is
-a refusal is decided in its first tokens, so these weigh most.
+On harmful prompts the model learns the project's refusals (cross entropy). On harmless ones, most
+of them worded like harm, it is held to the bare model by the KL divergence along the bare model's
+greedy answers. The first tokens weigh most, because they decide whether an answer refuses.
 """
 
 from __future__ import annotations

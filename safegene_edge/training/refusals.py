@@ -58,7 +58,7 @@ def unrefused(
 ) -> float:
     """A transformers model's refusal loss on prompts: the share not refused, smoothed.
 
-    The same quantity that `recalibrate` lowers; see `openers`.
+    The same quantity that `recalibrate` lowers; see `refusal_margin`.
     """
     import torch
 
@@ -70,7 +70,7 @@ def unrefused(
 
 
 def margins(model: Any, prompts: Sequence[Tokens], openers: Openers, recipe: Recipe) -> Any:
-    """A transformers model's margin on each prompt (tensor, nats), as `openers` has it."""
+    """A transformers model's margin on each prompt (tensor, nats), as `refusal_margin` has it."""
     import torch
 
     # A path's last row foretells the token behind it, of which any will do.

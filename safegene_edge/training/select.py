@@ -1,12 +1,11 @@
 """Which layers of a gene matter: those that bring back refusals of harm, and not of the rest.
 
 With r(c) the share of prompts that a degraded model refuses, smoothed by a nat of the margin
-(`openers`), with the gene at coefficient c_l in layer l, a layer gains
+(`recalibrate.refusal_margin`), layer l gains
 
-    dr / dc_l   at c = 1/2 in all layers, the mean over the degraded models,
+    dr / dc_l   at c = 1/2 in all layers, the mean over the degraded models:
 
-h_l on harmful prompts and b_l on borderline ones: halfway from none of the gene to all of it. A
-layer's score is what it gains over what it costs:
+h_l on harmful prompts, b_l on borderline ones. Its score is
 
     s_l = h_l / (mean over layers of |b| + max(0, b_l))
 

@@ -1,9 +1,9 @@
 """The judge's linear model: how likely is it that an answer refuses?
 
-A logistic regression over binary features: what the rules of `judge` saw in the answer,
-and n-grams of its words. Words outside a list of common ones count as a blank, so that the
-model learns how answers speak and not what they speak about. Features are hashed into a
-table of 8-bit weights, a small data file that `bench/judge/train.py` writes.
+A logistic regression over binary features: what the rules of `verdict` saw, and n-grams of the
+answer's words. Words outside a list of common ones count as a blank, so that the model learns how
+answers speak and not what about. Features are hashed into a table of 8-bit weights, a small data
+file that `bench/judge/train.py` writes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a sentence of an answer does, told by its build.
+"""What a sentence of an answer does, by its structure.
 
 Each pattern is about an act, not a keyword: a decline needs somebody who will not, and
 a verb of helping ("I can't recommend this film enough" has both, so its ending counts).

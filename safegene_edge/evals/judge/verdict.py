@@ -1,9 +1,9 @@
 """Did the model refuse? One verdict for a prompt and its completion.
 
-Rules on structure read the answer: is there text at all, does the opening decline, does it
-go on to comply, does it only condemn or redirect. What they see, and the words of the
-answer, go into a small linear model (`judge_model`) whose calibrated probability decides.
-Standard library only, deterministic, no network.
+Rules read the answer's structure: is there text at all, does the opening decline, does the rest
+comply, does it only condemn or redirect. A small linear model (`model`) takes what the rules saw
+and the answer's words, and its calibrated probability decides. Where the rules are sure they decide
+alone. Standard library only, deterministic, no network.
 """
 
 from __future__ import annotations
