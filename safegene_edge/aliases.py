@@ -1,4 +1,4 @@
-"""Names for types that many rooms hand on."""
+"""Names for types that many modules hand on."""
 
 from __future__ import annotations
 

@@ -216,8 +216,8 @@ def shown(model: Path, results: dict[str, Any]) -> str:
         f"\nOf {check['checked']} different answers of safegene-edge, {check['crossed_over']} were "
         f"likelier by {NATS:g} nats after another client's prompt than after their own; of as many "
         f"swapped on purpose the same check finds {check['caught']} (refusals are alike). That "
-        "answers in company are exactly those given alone, the tests hold with a float32 model: here "
-        "batching changes the order of sums.\n"
+        "answers in company are exactly those given alone, the tests hold with a float32 model: "
+        "here batching changes the order of sums.\n"
     )
 
 

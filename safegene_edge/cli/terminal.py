@@ -110,7 +110,7 @@ def paint(text: str, colour: str = "cyan", *, in_prompt: bool = False) -> str:
     """Coloured text for the terminal, or the text itself.
 
     Args:
-        in_prompt: mark the codes as taking no room, as readline wants it.
+        in_prompt: mark the codes as taking no width, as readline wants it.
     """
     if not colours(sys.stdout if in_prompt else sys.stderr):
         return text

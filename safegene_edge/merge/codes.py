@@ -2,7 +2,7 @@
 
 A block holds scales and, for every weight, a code q; the weight is  step·q + offset  with step
 and offset from the block's scales (ggml/src/ggml-common.h). Changing codes alone keeps the
-scales, and with them every other weight, as it was. Where a code's bits lie is told by tables;
+scales, and with them every other weight, as it was. Tables say where a code's bits lie;
 the steps are read off ggml's own dequantisation, so that no scale is decoded here.
 """
 

@@ -198,7 +198,7 @@ class Plan:
     # -- outputs ----------------------------------------------------------
 
     def check_outputs(self, output: PathLike) -> list[Path]:
-        """The files to write; checked for room, too."""
+        """The files to write; checked for free space, too."""
         output, count = Path(output), len(self.parts)
         match = SHARD.fullmatch(output.name)
         if match is None:

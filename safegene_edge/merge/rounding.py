@@ -29,8 +29,8 @@ from ..gguf_file.kernels import TensorType
 from .codes import Codes, Layout, layouts
 
 STRENGTH = 100.0  # see design/merging.md for what others do
-OVERSHOOT = 0.05  # of an update that the grid would lose whole, see there
-DITHER = 0.75  # of a step; see there, too
+OVERSHOOT = 0.05  # of an update that the grid would lose whole
+DITHER = 0.75  # of a step
 _AIMS = 8  # times that a row's shift is corrected, at most: with twelve no more was there
 _GAIN = 0.7  # of what a correction would be without the grid, whose answer is the steeper one
 _FAR = 0.6  # of an update that is missing
@@ -336,8 +336,8 @@ class _Group:
             return
         here = rows[able]
         steps, before = grid.steps[here, some], moved[here, some]
-        room = grid.down[here, some] - before, grid.up[here, some] - before
-        total = _descend(best[able], steps, grid.inverse[here, some], *room, gram, curvature)
+        limits = grid.down[here, some] - before, grid.up[here, some] - before
+        total = _descend(best[able], steps, grid.inverse[here, some], *limits, gram, curvature)
         moved[here, some] += total
         total *= steps
         error[here, some] += total

@@ -77,7 +77,7 @@ class Suite:
 def load_suite(name_or_path: str | Path) -> list[Suite]:
     """The suites of a built-in name or of a file; files of both kinds give two.
 
-    JSONL and CSV are told apart by their columns, whatever their case: AdvBench,
+    JSONL and CSV are recognised by their columns, whatever their case: AdvBench,
     JailbreakBench, HarmBench (its standard rows), XSTest, StrongREJECT,
     SimpleSafetyTests, OR-Bench, and the project's own `prompt` with, if not harmful,
     `kind`; text (MaliciousInstruct) has a prompt a line.

@@ -37,7 +37,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 def normalise(completion: str) -> str:
     """One spelling for what templates, markdown and Unicode write in many ways.
 
-    Line breaks stay, since lists and letters are told by them; case stays too.
+    Line breaks stay, since lists and letters are known by them; case stays too.
     """
     text = unicodedata.normalize("NFKC", completion.translate(_SPELLINGS))
     if "<" in text or "[" in text:

@@ -75,13 +75,13 @@ def compare(a: Json, b: Json) -> Comparison:
     theirs = {suite["name"]: suite for suite in b["suites"]}
     shared = [(suite, theirs[suite["name"]]) for suite in a["suites"] if suite["name"] in theirs]
     general = list(_general(a, b))
-    own = {ours["name"]: _other_prompts(ours, other) for ours, other in shared}
+    own = {one["name"]: _other_prompts(one, other) for one, other in shared}
     rows = [
-        _compared(ours, other, column, [*general, *own[ours["name"]]])
-        for ours, other in shared
-        if ours["kind"] == other["kind"]
+        _compared(one, other, column, [*general, *own[one["name"]]])
+        for one, other in shared
+        if one["kind"] == other["kind"]
         for column in COLUMNS
-        if column in ours and column in other
+        if column in one and column in other
     ]
     obstacles = [*general, *(text for texts in own.values() for text in texts)]
     if not shared:

@@ -39,7 +39,7 @@ def render_html(report: Json) -> str:
 
 @cache
 def _file(name: str) -> Markup:
-    """A style sheet or script of ours, to be put between its tags as it is."""
+    """A style sheet or script of the package, to be put between its tags as it is."""
     folder = resources.files(__package__).joinpath("data")
     return Markup("\n" + folder.joinpath(name).read_text(encoding="utf-8"))
 

@@ -16,7 +16,7 @@ from .markup import Markup, escape, join, tag
 
 _TICKS = (0, 25, 50, 75, 100)
 _RADIUS = 5
-_LABEL = 28  # letters that leave room for the figures on a telephone
+_LABEL = 28  # letters that leave space for the figures on a telephone
 _TOP, _ROW = 24, 54  # of the interval plot: its scale, then its rows
 
 

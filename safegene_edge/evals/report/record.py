@@ -190,7 +190,7 @@ def _file(what: str, recorded: Json | None, path: PathLike | None) -> Check:
 
 
 def _adapters(recorded: list[Json], paths: list[PathLike]) -> list[Check]:
-    """Files are told by their hashes, since an adapter may have moved in the order."""
+    """Files are known by their hashes, since an adapter may have moved in the order."""
     hashes = {sha256(path): path for path in paths}
     checks = []
     for source in recorded:
