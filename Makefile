@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# mypy finds modules by folder, and the converters lie outside of the package's: give it a
-# folder where they are at home.
+# mypy and import-linter find modules by folder, and the converters lie outside of the package's:
+# give them a folder where they are at home.
 TYPES = rm -rf build/types && mkdir -p build/types/safegene_edge && \
 	ln -s $(CURDIR)/safegene_edge/* build/types/safegene_edge/ && \
 	ln -s $(CURDIR)/converters build/types/safegene_edge/converters && \
-	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml
+	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml && \
+	$(CURDIR)/$(BIN)/lint-imports --no-logo $(CURDIR)/pyproject.toml
 
 .PHONY: demo test lint types docs bench gene clean
 
