@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from adapters import random_adapter
+from child import in_child
 
 from safegene_edge import Engine, SafeLlama
 from safegene_edge.errors import LlamaCppError, SettingError
@@ -24,14 +26,14 @@ def llama(tiny):
         yield model
 
 
-class Heard:
+class Listener:
     """An ask and what came of it."""
 
     def __init__(self, prompt, max_tokens=12, **options):
         self.pieces, self.finish, self.over = [], None, threading.Event()
-        self.ask = Ask(prompt, max_tokens, self.heard, **options)
+        self.ask = Ask(prompt, max_tokens, self.listen, **options)
 
-    def heard(self, text, finish):
+    def listen(self, text, finish):
         self.pieces.append(text)
         if finish:
             self.finish = finish
@@ -51,10 +53,10 @@ def batcher(llama):
 
 
 def answer(batcher, prompt, *args, **options):
-    heard = Heard(prompt, *args, **options)
-    batcher.submit(heard.ask)
-    heard.text()
-    return heard
+    listener = Listener(prompt, *args, **options)
+    batcher.submit(listener.ask)
+    listener.text()
+    return listener
 
 
 def prompts(count, seed=3):
@@ -66,11 +68,11 @@ def test_answers_are_the_engines(llama, batcher):
     asked = prompts(40)
     with Engine(llama, n_parallel=4, n_ctx=2048) as engine:
         expected = engine.generate(asked, max_tokens=12)
-    all_heard = [Heard(prompt) for prompt in asked]
-    for heard in all_heard:
-        batcher.submit(heard.ask)
-    assert [heard.text() for heard in all_heard] == [llama.text(e.tokens) for e in expected]
-    assert [heard.finish for heard in all_heard] == [e.finish for e in expected]
+    listeners = [Listener(prompt) for prompt in asked]
+    for listener in listeners:
+        batcher.submit(listener.ask)
+    assert [listener.text() for listener in listeners] == [llama.text(e.tokens) for e in expected]
+    assert [listener.finish for listener in listeners] == [e.finish for e in expected]
 
 
 def test_a_kept_prefix_changes_nothing(llama, batcher):
@@ -95,23 +97,23 @@ def test_full_context_makes_idle_slots_forget(llama):
 
 
 def test_cancelling_frees_the_slot_at_once(batcher):
-    long = [Heard([n, n + 1, n + 2], 1500) for n in range(40, 44)]
-    for heard in long:
-        batcher.submit(heard.ask)
-    while not all(heard.pieces for heard in long[:1]):
+    long = [Listener([n, n + 1, n + 2], 1500) for n in range(40, 44)]
+    for listener in long:
+        batcher.submit(listener.ask)
+    while not all(listener.pieces for listener in long[:1]):
         time.sleep(0.001)
-    for heard in long:
-        batcher.cancel(heard.ask)
+    for listener in long:
+        batcher.cancel(listener.ask)
     assert answer(batcher, [1, 2, 3]).finish in ("length", "stop")
-    assert not any(heard.over.is_set() for heard in long)
+    assert not any(listener.over.is_set() for listener in long)
     assert batcher.n_active == batcher.n_waiting == 0
 
 
-def test_too_many_are_told_so(llama):
+def test_too_many_are_refused(llama):
     held = threading.Event()
     with Engine(llama, n_parallel=1, n_ctx=256) as engine:
         batcher = Batcher(engine, max_waiting=2, deliver=lambda _: held.wait(30))
-        asks = [Heard([1, 2, 3], 5).ask for _ in range(5)]
+        asks = [Listener([1, 2, 3], 5).ask for _ in range(5)]
         batcher.submit(asks[0])
         while not batcher.n_active:
             time.sleep(0.001)
@@ -137,7 +139,7 @@ def test_time_runs_out(batcher):
 def test_bad_asks_are_refused(batcher):
     for prompt, count in (([], 1), ([1], 0), ([1] * 2000, 100)):
         with pytest.raises(SettingError):
-            batcher.submit(Heard(prompt, count).ask)
+            batcher.submit(Listener(prompt, count).ask)
 
 
 def test_an_engine_that_fails_fails_its_answers_alone(llama):
@@ -174,6 +176,247 @@ def test_stop_strings_end_an_answer(batcher):
         cut = answer(batcher, [5, 6, 7], 60, stop=("\0never", word), stream=stream)
         assert cut.finish == "stop"
         assert cut.text() == whole[: whole.index(word)]
+
+
+# -- what may go wrong --------------------------------------------------------
+
+
+def test_an_ask_that_cannot_be_begun_ends_alone(batcher):
+    """No sampler can be made of this temperature; the others do not notice."""
+    expected = answer(batcher, [5, 6], 40).text()
+    others = [Listener([5, 6], 40) for _ in range(3)]
+    broken = Listener([5, 6], 40, sampling=Sampling(temperature="hot"))
+    batcher.submit(others[0].ask)
+    batcher.submit(broken.ask)
+    for listener in others[1:]:
+        batcher.submit(listener.ask)
+    assert (broken.text(), broken.finish) == ("", "error")
+    assert [listener.text() for listener in others] == [expected] * 3
+    assert {listener.finish for listener in others} <= {"stop", "length"}
+    for _ in range(8):  # every slot is still there
+        assert answer(batcher, [5, 6], 40).text() == expected
+    assert len(batcher._idle) == 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_listener_that_raises_ends_its_ask_alone(batcher, stream):
+    expected = answer(batcher, [5, 6], 60).text()
+    seen = []
+
+    def broken(text, finish):
+        seen.append(finish)
+        raise RuntimeError("a listener's own fault")
+
+    other = Listener([5, 6], 60)
+    batcher.submit(Ask([5, 6], 1500, broken, stream=stream))
+    batcher.submit(other.ask)
+    assert other.text() == expected
+    if stream:
+        assert seen == [None, "error"]  # what it raised ends it, long before 1500 tokens
+    assert answer(batcher, [5, 6], 60).text() == expected
+
+
+def test_a_delivery_that_raises_ends_what_it_carried(llama):
+    """`deliver` fails once: the answer in it ends, and the next is delivered."""
+    faults = iter([True])
+
+    def deliver(events):
+        if next(faults, False):
+            raise RuntimeError("the loop is gone")
+        for ask, text, finish in events:
+            ask.listener(text, finish)
+
+    with Engine(llama, n_parallel=2, n_ctx=2048) as engine:
+        batcher = Batcher(engine, deliver=deliver)
+        assert answer(batcher, [5, 6], 1500).finish == "error"
+        assert answer(batcher, [5, 6], 12).finish in ("stop", "length")
+
+
+def test_a_listener_may_close_its_batcher_and_nothing_below(llama):
+    refused, over = [], threading.Event()
+    engine = Engine(llama, n_parallel=2, n_ctx=2048)
+    batcher = Batcher(engine)
+
+    def listen(text, finish):
+        if finish:
+            over.set()
+            return
+        for close in (engine.close, llama.close):
+            with pytest.raises(LlamaCppError, match="another thread") as caught:
+                close()
+            refused.append(caught)
+        batcher.close()
+
+    batcher.submit(Ask([5, 6], 1500, listen))
+    assert over.wait(30)
+    batcher.close()
+    assert len(refused) == 2 and not batcher.alive
+    assert engine.generate([[1, 2, 3]], max_tokens=4)[0].tokens  # free again
+    engine.close()
+
+
+def test_an_engine_belongs_to_its_batcher(llama, batcher):
+    with pytest.raises(SettingError, match="batcher"):
+        batcher.engine.generate([[1, 2]], max_tokens=1)
+    with pytest.raises(SettingError, match="batcher"):
+        Batcher(batcher.engine)
+    assert answer(batcher, [1, 2, 3]).finish in ("stop", "length")
+    batcher.engine.close()  # closes the batcher first
+    assert not batcher.alive
+    batcher.close()
+
+
+# -- in a process of their own: these were crashes ------------------------------
+
+COMMON = """
+import threading, time
+from safegene_edge import Engine, SafeLlama
+from safegene_edge.errors import SafeGeneError
+from safegene_edge.runtime.batcher import Ask, Batcher
+
+class Listener:
+    def __init__(self, prompt, count):
+        self.pieces, self.finish = [], None
+        self.begun, self.over = threading.Event(), threading.Event()
+        self.ask = Ask(prompt, count, self.listen)
+
+    def listen(self, text, finish):
+        self.pieces.append(text)
+        self.begun.set()
+        if finish:
+            self.finish = finish
+            self.over.set()
+
+    def text(self):
+        assert self.over.wait(60)
+        return "".join(self.pieces)
+
+def opened():
+    return SafeLlama(model, [gene] if gene else [], n_ctx=512, type_k=0, type_v=0, n_threads=1)
+
+llama = opened()
+engine = Engine(llama, n_parallel=2, n_ctx=8192)
+batcher = Batcher(engine)
+
+def answer(count=COUNT):
+    listener = Listener([10, 11, 12], count)
+    batcher.submit(listener.ask)
+    return listener
+"""
+COUNT = 400
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny("llama", max_position_embeddings=8192).gguf_path
+
+
+@pytest.fixture(scope="module")
+def gene(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gene") / "gene.gguf"
+    random_adapter(model).save(path)
+    return path
+
+
+def alone(model, adapters, count):
+    """The text of an engine's answer to the children's prompt."""
+    settings = {"n_ctx": 512, "type_k": F32, "type_v": F32, "n_threads": 1}
+    with SafeLlama(model, adapters, **settings) as llama, Engine(llama, n_ctx=8192) as engine:
+        return llama.text(engine.generate([[10, 11, 12]], max_tokens=count)[0].tokens)
+
+
+def child(script, **values):
+    return in_child(COMMON.replace("COUNT", str(COUNT)) + script, **values)
+
+
+DETACH = """
+(handle,) = llama.adapters
+listener = answer()
+assert listener.begun.wait(60)
+refused = set()
+while not listener.over.is_set():
+    try:
+        llama.detach(handle)
+    except SafeGeneError as error:
+        refused.add(str(error))
+with_gene = listener.text()
+batcher.close()
+llama.detach(handle)
+batcher = Batcher(engine)
+without = answer().text()
+print(json.dumps({"refused": list(refused), "with": with_gene, "without": without}))
+"""
+
+
+def test_detaching_under_a_batcher_is_refused(model, gene):
+    found = child(DETACH, model=model, gene=gene)
+    assert found["refused"] == [
+        f"{gene}: a batcher answers with it. Close the batcher or server first"
+    ]
+    assert found["with"] == alone(model, [gene], COUNT)
+    assert found["without"] == alone(model, [], COUNT) != found["with"]
+    assert not found["stderr"]
+
+
+CLOSE = """
+first = answer().text()
+listeners = [answer(3000) for _ in range(4)]  # two run, two wait
+assert listeners[0].begun.wait(60) and listeners[1].begun.wait(60)
+CLOSE_IT
+ends = [listener.finish for listener in listeners]
+try:
+    answer()
+    closed = ""
+except SafeGeneError as error:
+    closed = str(error)
+alive = batcher.alive
+llama.close()
+llama.close()
+llama = opened()
+engine = Engine(llama, n_parallel=2, n_ctx=8192)
+batcher = Batcher(engine)
+facts = {"first": first, "again": answer().text(), "ends": ends, "alive": alive, "closed": closed}
+print(json.dumps(facts))
+"""
+
+
+@pytest.mark.parametrize(
+    "how", ["llama.close()", "engine.close()", "batcher.close(); llama.close()"]
+)
+def test_closing_under_a_batcher_ends_it_first(model, gene, how):
+    found = child(CLOSE.replace("CLOSE_IT", how), model=model, gene=gene)
+    assert found["ends"] == ["error"] * 4 and not found["alive"]
+    assert "batcher is closed" in found["closed"]
+    assert found["first"] == found["again"] == alone(model, [gene], COUNT)
+    assert not found["stderr"]
+
+
+RAISE = """
+calls = []
+
+def broken(text, finish):
+    calls.append(finish)
+    raise RuntimeError("a listener's own fault")
+
+other = answer()
+batcher.submit(Ask([10, 11, 12], 3000, broken))
+texts = [other.text(), answer().text()]
+print(json.dumps({"texts": texts, "calls": calls, "alive": batcher.alive}))
+llama.close()
+"""
+
+
+def test_a_listener_that_raises_does_not_end_the_process(model, gene):
+    found = child(RAISE, model=model, gene=gene)
+    assert found["texts"] == [alone(model, [gene], COUNT)] * 2
+    assert found["calls"] == [None, "error"] and found["alive"]
+    assert "a listener's own fault" in found["stderr"]  # logged, with its traceback
+
+
+def test_a_process_may_end_in_mid_answer(model, gene):
+    """Nothing is closed; the daemon thread dies with the process, and quietly."""
+    script = "assert answer(3000).begun.wait(60)\nprint(json.dumps({}))"
+    assert not child(script, model=model, gene=gene)["stderr"]
 
 
 # -- text ---------------------------------------------------------------------

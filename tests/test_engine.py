@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import llama_cpp
 import numpy as np
 import pytest
 from adapters import random_adapter
+from child import in_child
 
 from safegene_edge import Engine, SafeLlama
 from safegene_edge.errors import LlamaCppError, SettingError
@@ -88,7 +91,7 @@ def test_on_done_is_called_once_for_each(llama):
     assert all(answers[index] is answer for index, answer in seen)
 
 
-def test_a_prompt_that_does_not_fit_is_told(llama):
+def test_a_prompt_that_does_not_fit_is_named(llama):
     with Engine(llama, n_parallel=2, n_ctx=256) as engine:
         answers = engine.generate([[5] * 10, [6] * 300, [7] * 10], max_tokens=4)
     assert [answer.finish == "context" for answer in answers] == [False, True, False]
@@ -179,23 +182,23 @@ def test_kl_divergence_and_adapters_for_one_run(llama, tiny):
     try:
         with Engine(llama, n_parallel=4) as engine:
             same = engine.kl_divergence(sequences, positions, reference={}, adapters={handle: 0.0})
-            paid = engine.kl_divergence(sequences, positions, reference={}, adapters={handle: 1.0})
+            moved = engine.kl_divergence(sequences, positions, reference={}, adapters={handle: 1.0})
         assert max(values.max() for values in same) == 0.0
         base = one_sequence_logits(llama, sequences[0], [len(sequences[0]) - 1])
         llama.set_scale(handle, 1.0)
-        moved = one_sequence_logits(llama, sequences[0], [len(sequences[0]) - 1])
-        (p,), (q,) = base.values(), moved.values()
+        after = one_sequence_logits(llama, sequences[0], [len(sequences[0]) - 1])
+        (p,), (q,) = base.values(), after.values()
         p, q = (
             row.astype(np.float64) - np.log(np.exp(row.astype(np.float64)).sum()) for row in (p, q)
         )
         truth = float((np.exp(p) * (p - q)).sum())
         assert truth > 0.05
-        assert paid[0][1] == paid[0][2] == pytest.approx(truth, rel=1e-2)
+        assert moved[0][1] == moved[0][2] == pytest.approx(truth, rel=1e-2)
     finally:
         llama.detach(handle)
 
 
-def test_a_run_follows_the_models_adapters_unless_told(llama, tiny):
+def test_a_run_follows_the_models_adapters_by_default(llama, tiny):
     prompts = prompts_of(llama, count=6)
     with Engine(llama) as engine:
 
@@ -229,3 +232,109 @@ def test_bad_calls_are_refused(llama):
     engine.close()
     with pytest.raises(LlamaCppError, match="closed"):
         engine.generate([[1]], max_tokens=1)
+
+
+# -- contexts and their model -------------------------------------------------
+
+
+def test_a_closed_engine_is_released(llama):
+    """The model does not keep it, nor does it keep one that nobody closed."""
+    closed, dropped = Engine(llama, n_parallel=2), Engine(llama, n_parallel=2)
+    closed.generate([[1, 2]], max_tokens=2)
+    dropped.generate([[1, 2]], max_tokens=2)
+    closed.close()
+    closed.close()
+    seen = [weakref.ref(closed), weakref.ref(dropped)]
+    del closed, dropped
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+    assert not list(llama._owners)
+    with Engine(llama, n_parallel=2) as engine:
+        assert engine.generate([[3, 4, 5]], max_tokens=2)[0].finish in ("length", "stop")
+
+
+def test_an_adapter_in_a_run_stays_and_may_go_afterwards(llama, tiny):
+    prompts = prompts_of(llama, count=6)
+    refused = []
+    with Engine(llama) as engine:
+        bare = engine.generate(prompts, max_tokens=8)
+        handle = llama.attach(random_adapter(tiny("llama").gguf_path))
+
+        def on_done(*_):
+            with pytest.raises(SettingError, match="Wait for its run") as caught:
+                llama.detach(handle)
+            refused.append(caught)
+
+        with_gene = engine.generate(prompts, max_tokens=8, on_done=on_done)
+        assert len(refused) == len(prompts) and with_gene != bare
+        llama.detach(handle)  # the context still held it
+        assert not engine._adapters
+        assert engine.generate(prompts, max_tokens=8) == bare
+
+
+def test_a_run_cannot_close_its_engine_or_start_another(llama):
+    faults = []
+    with Engine(llama) as engine:
+
+        def on_done(*_):
+            for wrong in (
+                engine.close,
+                llama.close,
+                lambda: engine.generate([[1]], max_tokens=1),
+            ):
+                with pytest.raises(LlamaCppError) as caught:
+                    wrong()
+                faults.append(str(caught.value))
+
+        (answer,) = engine.generate([[1, 2, 3]], max_tokens=4, on_done=on_done)
+        assert answer.tokens and len(faults) == 3
+        assert engine.generate([[1, 2, 3]], max_tokens=4)[0] == answer
+
+
+CLOSE = """
+import threading
+from safegene_edge import Engine, SafeLlama
+from safegene_edge.errors import SafeGeneError
+
+llama = SafeLlama(model, [gene], n_ctx=256, type_k=0, type_v=0, n_threads=1)
+engine, other = Engine(llama, n_ctx=4096), Engine(llama, n_ctx=512)
+begun, said = threading.Event(), []
+
+def run():
+    try:
+        engine.generate([[n] * 5 for n in range(200)], max_tokens=200, stop_at_end=False,
+                        on_done=lambda *_: begun.set())
+    except SafeGeneError as error:
+        said.append(str(error))
+
+thread = threading.Thread(target=run)
+thread.start()
+assert begun.wait(60)
+llama.close()
+thread.join(60)
+llama.close()
+for use in (lambda: engine.generate([[1]], max_tokens=1), lambda: other.score([[1]], [[2]]),
+            lambda: Engine(llama), lambda: llama.tokenize(b"x"), lambda: llama.attach(gene)):
+    try:
+        use()
+    except SafeGeneError as error:
+        said.append(str(error))
+with SafeLlama(model, [gene], n_ctx=256, type_k=0, type_v=0, n_threads=1) as llama:
+    with Engine(llama) as engine:
+        answer = engine.generate([[1, 2, 3]], max_tokens=20)[0].tokens
+print(json.dumps({"said": said, "answer": answer}))
+"""
+
+
+def test_closing_the_model_under_a_run_ends_the_run_first(tiny, tmp_path):
+    model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"
+    random_adapter(model).save(gene)
+    found = in_child(CLOSE, model=model, gene=gene)
+    during, *after = found["said"]
+    assert "closed while it ran" in during
+    assert ["engine is closed" in text for text in after] == [True] * 2 + [False] * 3
+    assert all("closed" in text for text in after)
+    settings = {"n_ctx": 256, "type_k": F32, "type_v": F32, "n_threads": 1}
+    with SafeLlama(model, [gene], **settings) as llama, Engine(llama) as engine:
+        assert found["answer"] == engine.generate([[1, 2, 3]], max_tokens=20)[0].tokens
+    assert not found["stderr"]

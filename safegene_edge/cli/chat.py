@@ -264,7 +264,7 @@ class _Session:
                 piece = chunk["choices"][0]["delta"].get("content") or ""
                 pieces.append(piece)
                 click.echo(printable(piece), nl=False)
-        except (ValueError, RuntimeError) as error:  # a full context, or a template that refuses
+        except (SafeGeneError, ValueError, RuntimeError) as error:  # refused, or too long
             _say(f"{error}; /new starts afresh")
             self.messages.pop()
             return

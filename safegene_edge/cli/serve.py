@@ -27,7 +27,7 @@ from ..errors import MissingExtraError
 )  # fmt: skip
 @click.option(
     "--queue", default=64, show_default=True, type=click.IntRange(min=1),
-    help="Requests that may wait; more are told 429.",
+    help="Requests that may wait; more get 429.",
 )  # fmt: skip
 @click.option(
     "--seconds", default=300.0, show_default=True, type=click.FloatRange(min=0, min_open=True),

@@ -1,9 +1,10 @@
 """Answers that stream: requests join, leave and are cancelled while others run.
 
 Where `Engine.generate` runs a list to its end, a `Batcher` has a thread that decodes one
-token for everyone at each step, samples each with its own chain, and hands the text of all
-over in one call. A slot that falls idle keeps its keys and values: the next turn of the same
-conversation, which begins with the same tokens, goes on from there.
+token for everyone at each step, samples each with its own chain, and delivers the text of all
+in one call. A slot that falls idle keeps its keys and values: the next turn of the same
+conversation, which begins with the same tokens, goes on from there. What goes wrong with one
+request ends that request with "error", and no other.
 """
 
 from __future__ import annotations
@@ -44,15 +45,15 @@ class Ask:
         prompt: its tokens, at least one.
         max_tokens: new tokens at most.
         stop: strings that end the answer; they are not part of it.
-        stream: hand text over as it comes; False: all of it at the end.
+        stream: deliver text as it comes; False: all of it at the end.
         deadline: `time.monotonic()` after which the answer ends with "timeout".
-        heard: called with text and, with the last of it, the reason why the answer ended; by
-            whatever the batcher's `deliver` makes call it.
+        listener: called with text and, with the last of it, the reason why the answer ended.
+            The batcher's `deliver` decides in which thread. If it raises, the answer ends.
     """
 
     prompt: Sequence[int]
     max_tokens: int
-    heard: Callable[[str, AskFinish | None], None]
+    listener: Callable[[str, AskFinish | None], None]
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     stream: bool = True
@@ -62,6 +63,7 @@ class Ask:
     n_new: int = 0
     """Tokens of the answer so far."""
     cancelled: bool = False
+    _failed: bool = False
     _tokens: list[int] = field(default_factory=list)
     _fed: int = 0
     _slot: int = -1
@@ -76,19 +78,23 @@ class Ask:
         return len(self.prompt) + self.max_tokens
 
 
-News = list[tuple[Ask, str, AskFinish | None]]
+StepEvents = list[tuple[Ask, str, AskFinish | None]]
+"""For each request: new text, and why the answer ended if it did."""
 
 
 class Batcher:
-    """A thread that answers `Ask`s together on an `Engine`, which must do nothing else.
+    """A thread that answers `Ask`s together on an `Engine`, which does nothing else until then.
+
+    `close` it, or the engine, or the `SafeLlama`: each ends the thread before memory is freed.
 
     Args:
         engine: its context and its slots.
         adapters: for every answer; None: as set on the model. They never change, so that a
-            prefix kept in the cache is always that of the same weights.
+            prefix kept in the cache is always that of the same weights; nor can they be
+            detached before the batcher is closed.
         max_waiting: asks that wait for a slot, at most.
-        deliver: called from the thread with the news of a step, and must return soon; by
-            default each ask's `heard` is called there and then.
+        deliver: called from the thread with the events of a step, and must return soon; by
+            default each ask's `listener` is called there and then.
     """
 
     def __init__(
@@ -97,13 +103,11 @@ class Batcher:
         *,
         adapters: Scales | None = None,
         max_waiting: int = 64,
-        deliver: Callable[[News], None] | None = None,
+        deliver: Callable[[StepEvents], None] | None = None,
     ) -> None:
         self.engine, self.max_waiting = engine, max_waiting
-        self.deliver = deliver or _tell
+        self._deliver = deliver or _deliver_each
         llama = engine.llama
-        llama.set_adapters_on(engine._context, adapters)
-        llama_cpp.llama_memory_clear(engine._memory, False)
         trained = int(llama._model.n_ctx_train()) or engine.n_ctx
         self.n_ctx = min(engine.n_ctx, trained)
         """Tokens that prompt and answer may have together."""
@@ -117,6 +121,7 @@ class Batcher:
         self._closed = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
+        engine.let(self, adapters)
         self._thread.start()
 
     # -- from any thread --------------------------------------------------
@@ -145,7 +150,7 @@ class Batcher:
             self._wake.notify()
 
     def cancel(self, ask: Ask) -> None:
-        """Drop a request, running or not; it hears nothing more of it."""
+        """Drop a request, running or not; its listener is called no more."""
         ask.cancelled = True
 
     @property
@@ -164,11 +169,20 @@ class Batcher:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """End the thread; whoever still waits hears "error"."""
+        """End the thread; unfinished requests end with "error". Again does nothing.
+
+        Called by a listener, it returns at once, and the thread ends after this step.
+        """
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join()
+        if not self.in_own_thread:
+            self._thread.join()
+
+    @property
+    def in_own_thread(self) -> bool:
+        """Whether a listener is asking."""
+        return threading.current_thread() is self._thread
 
     def _wait_seconds(self) -> int:
         rounds = len(self._waiting) / self.engine.n_parallel
@@ -177,22 +191,43 @@ class Batcher:
     # -- the thread -------------------------------------------------------
 
     def _work(self) -> None:
-        while self._rest():
-            news: News = []
-            try:
-                self._drop(news)
-                self._admit()
-                if self._active:
-                    self._step(news)
-            except Exception:  # llama.cpp could not decode: these fail, the next may not
-                _LOG.exception("a step failed")
-                self._fail(news)
-            if news:
-                self.deliver(news)
-        news = []
-        self._fail(news)
-        news += [(ask, "", "error") for ask in self._waiting]
-        self.deliver(news)
+        try:
+            while self._rest():
+                events: StepEvents = []
+                try:
+                    self._drop(events)
+                    self._admit(events)
+                    if self._active:
+                        self._step(events)
+                except Exception:  # llama.cpp could not decode: these fail, the next may not
+                    _LOG.exception("a step failed")
+                    self._fail(events)
+                self._hand_over(events)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        events: StepEvents = []
+        try:
+            with self._wake:
+                self._closed = True
+                waiting = list(self._waiting)
+                self._waiting.clear()
+            self._fail(events)
+            events += [(ask, "", "error") for ask in waiting if not ask.cancelled]
+            self._hand_over(events)
+        finally:
+            self.engine.leave()
+
+    def _hand_over(self, events: StepEvents) -> None:
+        if not events:
+            return
+        try:
+            self._deliver(events)
+        except Exception:
+            _LOG.exception("the text of a step could not be delivered")
+            for ask, _, _ in events:
+                ask._failed = True
 
     def _rest(self) -> bool:
         """Wait until there is something to do; False when closed."""
@@ -201,25 +236,28 @@ class Batcher:
                 self._wake.wait()
             return not self._closed
 
-    def _drop(self, news: News) -> None:
+    def _drop(self, events: StepEvents) -> None:
         now = time.monotonic()
-        for ask in [a for a in self._active if a.cancelled or now > a.deadline]:
-            self._finish(ask, "timeout", news, ask._text.rest())
+        for ask in list(self._active):
+            if ask._failed:
+                self._finish(ask, "error", events)
+            elif ask.cancelled or now > ask.deadline:
+                self._finish(ask, "timeout", events, ask._text.rest())
         with self._wake:
             late = [a for a in self._waiting if a.cancelled or now > a.deadline]
             for ask in late:
                 self._waiting.remove(ask)
-        news += [(ask, "", "timeout") for ask in late if not ask.cancelled]
+        events += [(ask, "", "timeout") for ask in late if not ask.cancelled]
 
-    def _fail(self, news: News) -> None:
+    def _fail(self, events: StepEvents) -> None:
         for ask in list(self._active):
-            self._finish(ask, "error", news)
+            self._finish(ask, "error", events)
         llama_cpp.llama_memory_clear(self.engine._memory, False)
         self._idle = {slot: [] for slot in self._slots}
 
     # -- seats ------------------------------------------------------------
 
-    def _admit(self) -> None:
+    def _admit(self, events: StepEvents) -> None:
         """Seat those who wait, in their order, while there are slots and cells."""
         taken = sum(ask.cells for ask in self._active)
         while self._waiting and self._idle:
@@ -228,9 +266,14 @@ class Batcher:
                 return
             with self._wake:
                 self._waiting.popleft()
+            try:
+                self._seat(ask)
+            except Exception:
+                _LOG.exception("a request could not be begun")
+                events.append((ask, "", "error"))
+                continue
             taken += ask.cells
-            self._seat(ask)
-            self._make_room(self.engine.n_ctx - taken)
+            self._free_cells(self.engine.n_ctx - taken)
 
     def _seat(self, ask: Ask) -> None:
         last = len(ask.prompt) - 1  # must be decoded anew
@@ -240,14 +283,15 @@ class Batcher:
         if alike[slot] < _MIN_PREFIX:
             slot = next((s for s, kept in self._idle.items() if not kept), next(iter(self._idle)))
             alike[slot] = 0
-        ask._slot, ask.reused = slot, trim(self.engine._memory, slot, alike[slot])
-        del self._idle[slot]
-        ask._tokens, ask._fed = list(ask.prompt), ask.reused
-        ask._text, ask._began = TextStream(ask.stop), time.monotonic()
+        # All that may fail comes first: then the slot is still as it was.
+        ask._tokens, ask._text = [int(token) for token in ask.prompt], TextStream(ask.stop)
         ask._chain = ask.sampling.chain(self.engine.n_vocab)
+        ask._slot, ask.reused = slot, trim(self.engine._memory, slot, alike[slot])
+        ask._fed, ask._began = ask.reused, time.monotonic()
+        del self._idle[slot]
         self._active.append(ask)
 
-    def _make_room(self, cells: int) -> None:
+    def _free_cells(self, cells: int) -> None:
         """Let the longest idle slots forget until all idle ones take no more than `cells`."""
         held = sum(map(len, self._idle.values()))
         for slot, kept in self._idle.items():
@@ -259,7 +303,7 @@ class Batcher:
 
     # -- a step -----------------------------------------------------------
 
-    def _step(self, news: News) -> None:
+    def _step(self, events: StepEvents) -> None:
         """One decode: a token for each that answers, then prompt tokens as they fit."""
         batch = self.engine._batch
         batch.clear()
@@ -275,35 +319,39 @@ class Batcher:
         self.engine._decode()
         sample, context = llama_cpp.llama_sampler_sample, self.engine._context
         for ask, row in outputs:
-            self._grow(ask, sample(ask._chain, context, row), news)
+            self._grow(ask, sample(ask._chain, context, row), events)
 
-    def _grow(self, ask: Ask, token: int, news: News) -> None:
+    def _grow(self, ask: Ask, token: int, events: StepEvents) -> None:
         ask.n_new += 1
         if token in self._pieces.ends:
-            self._finish(ask, "stop", news, ask._text.rest())
+            self._finish(ask, "stop", events, ask._text.rest())
             return
         text, stopped = ask._text.push(self._pieces[token])
         if stopped:
-            self._finish(ask, "stop", news, text)
+            self._finish(ask, "stop", events, text)
         elif ask.n_new == ask.max_tokens:
-            self._finish(ask, "length", news, text + ask._text.rest())
+            self._finish(ask, "length", events, text + ask._text.rest())
         else:
             ask._tokens.append(token)
             if ask.stream and text:
-                news.append((ask, text, None))
+                events.append((ask, text, None))
             elif text:
                 ask._whole.append(text)
 
-    def _finish(self, ask: Ask, reason: AskFinish, news: News, text: str = "") -> None:
+    def _finish(self, ask: Ask, reason: AskFinish, events: StepEvents, text: str = "") -> None:
         self._active.remove(ask)
         free_chain(ask._chain)
         ask._chain = None
         self._idle[ask._slot] = ask._tokens[: ask._fed]
         if not ask.cancelled:
-            news.append((ask, "".join(ask._whole) + text, reason))
+            events.append((ask, "".join(ask._whole) + text, reason))
             self._seconds += 0.1 * (time.monotonic() - ask._began - self._seconds)
 
 
-def _tell(news: News) -> None:
-    for ask, text, finish in news:
-        ask.heard(text, finish)
+def _deliver_each(events: StepEvents) -> None:
+    for ask, text, finish in events:
+        try:
+            ask.listener(text, finish)
+        except Exception:
+            _LOG.exception("a listener failed, which ends its request")
+            ask._failed = True

@@ -26,7 +26,7 @@ class ControlTexts:
     """The texts of a vocabulary's control tokens.
 
     Args:
-        texts: as llama.cpp's tokenizer would find them in text that it is told to trust.
+        texts: as llama.cpp's tokenizer would find them in text that it trusts.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ has just finished takes its slot over and goes on where the two part.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,17 @@ class Watch(Protocol):
 
     def expect(self, count: int) -> None:
         """Called before each decode; its tokens stand for `count` times as many."""
+
+
+class Tenant(Protocol):
+    """What has an engine to itself: a `Batcher`."""
+
+    @property
+    def in_own_thread(self) -> bool:
+        """Whether the calling thread is the one that uses the engine."""
+
+    def close(self) -> None:
+        """Leave the engine; the thread has ended when this returns, but for its own calls."""
 
 
 @dataclass(slots=True)
@@ -75,7 +87,7 @@ class Engine:
     """Batched greedy generation and scoring on a `SafeLlama`'s model.
 
     It has a context of its own on the model's weights, so that it disturbs no chat; only
-    one run at a time.
+    one run at a time. Closing the `SafeLlama` closes it.
 
     Args:
         llama: the model; its adapters can be set anew for each run.
@@ -110,13 +122,18 @@ class Engine:
         self.n_parallel, self.n_batch = n_parallel, min(n_batch, n_ctx)
         self.max_outputs = max(max_outputs, n_parallel + 1)  # llama.cpp aborts below n_seq_max
         self.n_vocab: int = llama.n_vocab()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # held by a run
+        self._runner: int | None = None
+        self._closing = False
+        self._tenant: Tenant | None = None
+        self._adapters: frozenset[AttachedAdapter] = frozenset()  # that the context holds
         self._batch = Batch(self.n_batch)
         self._watch = watch
         self._context = self._open(n_ctx, n_threads or llama.n_threads, flash_attn)
+        self._free = weakref.finalize(self, llama_cpp.llama_free, self._context)
+        self._free.atexit = False  # a thread may still use it then, and memory goes anyway
         self._memory = llama_cpp.llama_get_memory(self._context)
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
-        llama._stack.callback(self.close)  # a context must go before its model
 
     def _open(self, n_ctx: int, n_threads: int, flash_attn: bool | None) -> Any:
         params = llama_cpp.llama_context_default_params()
@@ -139,7 +156,7 @@ class Engine:
         params.n_threads = params.n_threads_batch = n_threads
         if self._watch is not None:
             params.cb_eval = self._watch.call
-        context = llama_cpp.llama_init_from_model(self.llama.model, params)
+        context = self.llama.open_context(self, params)
         if not context:
             raise LlamaCppError(
                 f"llama.cpp could not make a context of {n_ctx} cells", "Give a smaller n_ctx"
@@ -147,9 +164,19 @@ class Engine:
         return context
 
     def close(self) -> None:
-        """Free the context; the model stays with its `SafeLlama`."""
-        if self._context is not None:
-            llama_cpp.llama_free(self._context)
+        """Free the context; the model stays with its `SafeLlama`. Again does nothing.
+
+        A batcher on it is closed first. A run in another thread ends with LlamaCppError.
+
+        Raises:
+            LlamaCppError: a callback of its own run, or its batcher's listener, calls this.
+        """
+        self.require_closable()
+        self._closing = True
+        if tenant := self._tenant:
+            tenant.close()
+        with self._lock:
+            self._free()
             self._context = None
 
     def __enter__(self) -> Engine:
@@ -157,6 +184,64 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # -- who uses it ------------------------------------------------------
+
+    def require_closable(self) -> None:
+        """LlamaCppError where the calling thread is in the midst of using the context."""
+        tenant = self._tenant
+        if self._runner == threading.get_ident() or (tenant and tenant.in_own_thread):
+            raise LlamaCppError(
+                "an engine cannot be closed by what it calls", "Close it from another thread"
+            )
+
+    def release(self, handle: AttachedAdapter) -> None:
+        """Take an adapter off the context.
+
+        Raises:
+            SettingError: a batcher or a run answers with it.
+        """
+        if handle not in self._adapters:
+            return
+        if self._tenant is not None:
+            raise SettingError(
+                f"{handle.name}: a batcher answers with it", "Close the batcher or server first"
+            )
+        if not self._lock.acquire(blocking=False):
+            raise SettingError(
+                f"{handle.name}: an engine is answering with it", "Wait for its run, or cancel it"
+            )
+        try:
+            if self._context is not None:
+                self._set_adapters({})
+        finally:
+            self._lock.release()
+
+    def let(self, tenant: Tenant, adapters: Scales | None) -> None:
+        """Give the engine to a batcher, with these adapters on, until `leave`.
+
+        Raises:
+            SettingError: another batcher has it.
+        """
+        with self._lock:
+            self._require_free()
+            self._set_adapters(adapters)
+            llama_cpp.llama_memory_clear(self._memory, False)
+            self._tenant = tenant
+
+    def leave(self) -> None:
+        """The batcher is done: the engine can run again, or be given to another."""
+        self._tenant = None
+
+    def _require_free(self) -> None:
+        if self._context is None or self._closing:
+            raise LlamaCppError("the engine is closed", "Make a new one")
+        if self._tenant is not None:
+            raise SettingError("a batcher answers on this engine", "Make another engine")
+
+    def _set_adapters(self, adapters: Scales | None) -> None:
+        with self.llama._guard:  # or one could be detached before it is noted here
+            self._adapters = self.llama.set_adapters_on(self._context, adapters)
 
     # -- generation -------------------------------------------------------
 
@@ -345,35 +430,53 @@ class Engine:
         *,
         alone: bool = False,
     ) -> None:
-        if self._context is None:
-            raise LlamaCppError("the engine is closed", "Make a new one")
+        if self._runner == threading.get_ident():
+            raise LlamaCppError("an engine has one run at a time", "Make another engine")
         with self._lock:
-            self.llama.set_adapters_on(self._context, adapters)
-            llama_cpp.llama_memory_clear(self._memory, False)
-            shared = 0 if alone else self._share_prefix(jobs)
-            waiting, active = deque(jobs), list[_Job]()
-            free = [1] if alone else list(range(self.n_parallel, 0, -1))
-            cells = self.n_ctx - shared
-            while waiting or active:
-                if cancel is not None and cancel.is_set():
-                    return
-                while waiting and free and waiting[0].cells(shared) <= cells:
-                    job = waiting.popleft()
-                    cells -= job.cells(shared)
-                    self._seat(job, free.pop(), shared)
-                    active.append(job)
-                for job in self._step(active, choose, visit):
-                    active.remove(job)
-                    # What is counted back is what was taken: tokens grew as n_new shrank.
-                    cells += job.cells(shared)
-                    heir = None if alone else self._heir(job, waiting, shared, cells)
-                    if heir is None:
-                        llama_cpp.llama_memory_seq_rm(self._memory, job.slot, -1, -1)
-                        free.append(job.slot)
-                        continue
-                    waiting.remove(heir)
-                    cells -= heir.cells(shared)
-                    active.append(heir)
+            self._require_free()
+            self._runner = threading.get_ident()
+            try:
+                self._set_adapters(adapters)
+                self._work_off(jobs, cancel, choose, visit, alone=alone)
+            finally:
+                self._runner = None
+
+    def _work_off(
+        self,
+        jobs: list[_Job],
+        cancel: threading.Event | None,
+        choose: Callable[[Floats, list[_Job]], list[_Job]] | None,
+        visit: Callable[[int, int, Floats], None] | None,
+        *,
+        alone: bool,
+    ) -> None:
+        llama_cpp.llama_memory_clear(self._memory, False)
+        shared = 0 if alone else self._share_prefix(jobs)
+        waiting, active = deque(jobs), list[_Job]()
+        free = [1] if alone else list(range(self.n_parallel, 0, -1))
+        cells = self.n_ctx - shared
+        while waiting or active:
+            if cancel is not None and cancel.is_set():
+                return
+            if self._closing:
+                raise LlamaCppError("the engine was closed while it ran", "Make a new one")
+            while waiting and free and waiting[0].cells(shared) <= cells:
+                job = waiting.popleft()
+                cells -= job.cells(shared)
+                self._seat(job, free.pop(), shared)
+                active.append(job)
+            for job in self._step(active, choose, visit):
+                active.remove(job)
+                # What is counted back is what was taken: tokens grew as n_new shrank.
+                cells += job.cells(shared)
+                successor = None if alone else self._successor(job, waiting, shared, cells)
+                if successor is None:
+                    llama_cpp.llama_memory_seq_rm(self._memory, job.slot, -1, -1)
+                    free.append(job.slot)
+                    continue
+                waiting.remove(successor)
+                cells -= successor.cells(shared)
+                active.append(successor)
 
     def _share_prefix(self, jobs: list[_Job]) -> int:
         """Compute the tokens that all jobs open with once; returns how many there are."""
@@ -396,7 +499,9 @@ class Engine:
         if shared:
             llama_cpp.llama_memory_seq_cp(self._memory, _PREFIX, slot, -1, -1)
 
-    def _heir(self, job: _Job, waiting: Iterable[_Job], shared: int, cells: int) -> _Job | None:
+    def _successor(
+        self, job: _Job, waiting: Iterable[_Job], shared: int, cells: int
+    ) -> _Job | None:
         """The waiting job that opens most like a finished one, seated in its slot; or None."""
         best, known = None, shared
         for other in waiting:

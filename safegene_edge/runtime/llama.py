@@ -6,21 +6,23 @@ import ctypes
 import logging
 import os
 import tempfile
+import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import llama_cpp
 import numpy as np
 import numpy.typing as npt
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from ..compat import open_model, require_fit
 from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
 from ..files import PathLike
 from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
+from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler
 from .controls import ControlTexts
 from .devices import physical_cores
 
@@ -41,6 +43,19 @@ class AttachedAdapter:
     pointer: Any = field(default=None, repr=False)
 
 
+class ContextOwner(Protocol):
+    """What has a context of its own on a `SafeLlama`'s model: an `Engine`."""
+
+    def require_closable(self) -> None:
+        """LlamaCppError where the calling thread is in the midst of using the context."""
+
+    def close(self) -> None:
+        """End what runs on the context, and free it; again does nothing."""
+
+    def release(self, handle: AttachedAdapter) -> None:
+        """Take an adapter off the context; SettingError where an answer depends on it."""
+
+
 class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     """A `llama_cpp.Llama` with any number of adapters, each with a scale of its own.
 
@@ -50,6 +65,9 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     keys and values would otherwise leak into the next answer. The model stays mapped
     from disk (`Llama(lora_path=...)` copies all of it into memory).
 
+    It owns the contexts on its model: closing it ends its batchers and engines first, and an
+    adapter that a batcher answers with stays until the batcher is closed.
+
     Args:
         model_path: a GGUF model.
         adapters: GGUF LoRA paths or `Adapter`s, or (adapter, scale) pairs.
@@ -57,7 +75,9 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         n_threads: default: the machine's physical cores.
         n_gpu_layers: default: all where the build can offload, else none.
         verbose: llama.cpp's log on stderr.
-        options: any other argument of `llama_cpp.Llama`, except its `lora_*`.
+        options: any other argument of `llama_cpp.Llama`, except its `lora_*`. A `chat_format`
+            or `chat_handler` replaces this class's rendering of chats, and its guard against
+            forged turns.
 
     Raises:
         FileFormatError: the model or an adapter is not what it should be.
@@ -77,6 +97,9 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self._attached: list[AttachedAdapter] = []
+        self._owners: weakref.WeakSet[ContextOwner] = weakref.WeakSet()
+        self._guard = threading.RLock()  # adapters and contexts change one at a time
+        self._closed = False
         refused = sorted(key for key in options if key.startswith("lora_"))
         if refused:
             raise SettingError(f"{refused[0]} is not used here", "Give adapters=[(path, scale)]")
@@ -84,6 +107,8 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         threads = n_threads or physical_cores()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
+        if options.get("chat_format") is None and options.get("chat_handler") is None:
+            options["chat_handler"] = chat_handler
         try:
             super().__init__(
                 str(self._file.path),
@@ -103,8 +128,8 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             # llama-cpp-python takes ggml's level 3 for an error, where it is a warning: it
             # would print one line a tensor while an adapter loads.
             logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
-        self._formatter = self._chat_formatter()
         self._controls = ControlTexts.of(self._model.vocab, self.n_vocab())
+        self._formatter = self._chat_formatter()
         for item in adapters:
             adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.attach(adapter, scale)
@@ -137,6 +162,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             FileFormatError, MismatchError: before llama.cpp sees the file.
             NoEffectError: the logits did not move; nothing stays attached.
         """
+        self._require_open()
         _require_finite(scale)
         if not isinstance(adapter, Adapter):
             adapter = resolve(adapter)
@@ -158,15 +184,26 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         return handle
 
     def detach(self, handle: AttachedAdapter) -> None:
-        """Take an adapter off; the model then answers as if it had never been there."""
-        self._require_attached(handle)
-        self._attached.remove(handle)
-        self._apply()
-        llama_cpp.llama_adapter_lora_free(handle.pointer)
-        handle.pointer = None
+        """Take an adapter off; the model then answers as if it had never been there.
+
+        Raises:
+            SettingError: it is not attached; or a batcher (a server's, too) or a running
+                engine answers with it. Close that first.
+        """
+        with self._guard:
+            self._require_attached(handle)
+            for owner in list(self._owners):
+                owner.release(handle)
+            self._attached.remove(handle)
+            self._apply()
+            llama_cpp.llama_adapter_lora_free(handle.pointer)
+            handle.pointer = None
 
     def set_scale(self, handle: AttachedAdapter, scale: float) -> None:
-        """Change an adapter's scale; 0 gives the model without it, bit for bit."""
+        """Change an adapter's scale; 0 gives the model without it, bit for bit.
+
+        A batcher keeps the scales that it began with.
+        """
         self._require_attached(handle)
         _require_finite(scale)
         handle.scale = scale
@@ -174,22 +211,36 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     def set_adapters_on(
         self, context: Any, scales: Mapping[AttachedAdapter, float] | None = None
-    ) -> None:
+    ) -> frozenset[AttachedAdapter]:
         """Set adapters on a llama.cpp context of this model.
 
         Args:
             context: this object's own, or another on the same model (the engine's).
             scales: adapter to scale, others off; None takes the scales that are set here.
+
+        Returns:
+            The adapters that the context now holds.
         """
-        chosen = {a: a.scale for a in self._attached} if scales is None else dict(scales)
-        for handle in chosen:
-            self._require_attached(handle)
-        pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(
-            *(handle.pointer for handle in chosen)
-        )
-        values = (ctypes.c_float * len(chosen))(*chosen.values())
-        if llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), values):
-            raise LlamaCppError("llama.cpp refused to set the adapters")
+        with self._guard:
+            chosen = {a: a.scale for a in self._attached} if scales is None else dict(scales)
+            for handle in chosen:
+                self._require_attached(handle)
+            pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(
+                *(handle.pointer for handle in chosen)
+            )
+            values = (ctypes.c_float * len(chosen))(*chosen.values())
+            if llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), values):
+                raise LlamaCppError("llama.cpp refused to set the adapters")
+        return frozenset(chosen)
+
+    def open_context(self, owner: ContextOwner, params: Any) -> Any:
+        """A new llama.cpp context on this model, or None; `owner` is closed before the model."""
+        with self._guard:
+            self._require_open()
+            context = llama_cpp.llama_init_from_model(self.model, params)
+            if context:
+                self._owners.add(owner)
+            return context
 
     def _load(self, adapter: AdapterLike, name: str) -> Any:
         if isinstance(adapter, Adapter):
@@ -251,10 +302,30 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             raise SettingError(f"{handle.name}: is not attached to this model")
 
     def close(self) -> None:
-        """Free the model, its contexts and its adapters."""
+        """Free the model, its contexts and its adapters; again does nothing.
+
+        Batchers and engines on the model are closed first, so that nothing they use goes
+        away under them. A request that still waits ends with "error".
+
+        Raises:
+            LlamaCppError: a batcher's listener or an engine's callback calls this.
+        """
+        with self._guard:
+            owners = list(self._owners)
+            for owner in owners:
+                owner.require_closable()
+            self._closed = True
+        for owner in owners:
+            owner.close()
         self._attached.clear()  # llama.cpp frees a model's adapters with the model
         if hasattr(self, "_stack"):  # __del__ also runs where the model never loaded
             super().close()
+            # llama-cpp-python goes on to use what is freed: a stream that is read on, say.
+            self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise _closed_error()
 
     def __enter__(self) -> SafeLlama:
         return self
@@ -271,45 +342,87 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     # -- chat -------------------------------------------------------------
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether the GGUF carries a chat template."""
-        return "tokenizer.chat_template" in self.metadata
+    def chat_template(self) -> ChatTemplate:
+        """What `render` fills in: the template in the GGUF, or a plain one."""
+        return self._formatter
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> list[int]:
         """Messages as tokens, through the chat template in the GGUF.
 
         Only the template's own control tokens become such: in a message they are plain text.
 
+        Args:
+            messages: each with a role and a content, which is a string or parts of type
+                "text". An assistant's content may be None.
+            add_generation_prompt: open the assistant's turn at the end.
+            variables: what else the template reads, such as `tools`.
+
         Raises:
-            SettingError: the template refuses these messages (a system role, say).
+            SettingError: the template refuses these messages (a system role, say), or one of
+                them is not text.
         """
-        formatter = self._formatter
-        formatter.add_generation_prompt = add_generation_prompt
-        hidden: list[str] = []
-        safe = [{**m, "content": self._controls.hide(m["content"], hidden)} for m in messages]
+        template = self._formatter
         try:
-            prompt = formatter(messages=safe).prompt
+            parts = template.parts(
+                messages, add_generation_prompt=add_generation_prompt, variables=variables
+            )
+        except SettingError:
+            raise
         except Exception as error:  # a template may raise anything
             raise SettingError(f"{self._file.path}: its chat template failed ({error})") from error
-        bos = self._token_text(self.token_bos())
-        add_bos = not (bos and prompt.startswith(bos))
+        add_bos = not (template.bos and parts and parts[0][0].startswith(template.bos))
         tokens: list[int] = []
-        for text, trusted in self._controls.parts(prompt, hidden):
+        for text, trusted in parts:
             tokens += self.tokenize(text.encode(), add_bos=add_bos, special=trusted)
             add_bos = False
         return tokens
+
+    def create_chat_completion(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        functions: Any = None,
+        function_call: Any = None,
+        tools: Any = None,
+        tool_choice: Any = None,
+        temperature: float = 0.0,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        """An answer to a chat, in one piece or as a stream of chunks.
+
+        As `llama_cpp.Llama.create_chat_completion`, but for two things. The prompt is what
+        `render` gives, so that a control token in a message is plain text and cannot forge a
+        turn. And the default is greedy (`temperature` 0.0), as in every figure of this project.
+
+        Args:
+            messages: as `render` takes them.
+            temperature: 0.0 takes the likeliest token; more samples.
+            more, options: as of `llama_cpp.Llama`: `stream`, `stop`, `max_tokens`, `tools`,
+                `response_format` and the rest.
+
+        Raises:
+            SettingError: as `render`.
+            ValueError: the chat is longer than the context.
+        """
+        return super().create_chat_completion(
+            messages, functions, function_call, tools, tool_choice, temperature, *more, **options
+        )
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
         return str(self.detokenize(list(tokens)).decode("utf-8", "replace"))
 
-    def _chat_formatter(self) -> Jinja2ChatFormatter:
-        template = self.metadata.get("tokenizer.chat_template", _PLAIN_TEMPLATE)
+    def _chat_formatter(self) -> ChatTemplate:
+        template = self.metadata.get("tokenizer.chat_template", PLAIN_TEMPLATE)
         eos, bos = self._token_text(self.token_eos()), self._token_text(self.token_bos())
         try:
-            return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)
+            return ChatTemplate(template, bos=bos, eos=eos, controls=self._controls)
         except Exception as error:  # jinja raises its own family of errors for a bad template
             raise LlamaCppError(
                 f"{self._file.path}: its chat template cannot be read ({error})"
@@ -319,11 +432,15 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         return str(self._model.token_get_text(token)) if token >= 0 else ""
 
 
-# For a base model without a template: the plainest form that such models continue.
-_PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+class _Closed:
+    """Stands where a freed part of a model was: whatever is asked of it fails."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise _closed_error()
+
+
+def _closed_error() -> LlamaCppError:
+    return LlamaCppError("the model is closed", "Load it again")
 
 
 def _require_finite(scale: float) -> None:

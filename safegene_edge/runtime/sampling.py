@@ -46,8 +46,12 @@ class Sampling:
         chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
         if not chain:
             raise SettingError("llama.cpp could not make a sampler")
-        for sampler in self._samplers(n_vocab):
-            llama_cpp.llama_sampler_chain_add(chain, sampler)
+        try:
+            for sampler in self._samplers(n_vocab):
+                llama_cpp.llama_sampler_chain_add(chain, sampler)
+        except BaseException:
+            free_chain(chain)
+            raise
         return chain
 
     def _samplers(self, n_vocab: int) -> list[Any]:

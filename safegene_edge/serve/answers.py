@@ -7,13 +7,14 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..runtime.batcher import Ask, AskFinish
+from ..runtime.batcher import Ask, AskFinish, StepEvents
 from .schema import ApiError
 
 Done = Callable[[AskFinish | None], None]
@@ -24,28 +25,50 @@ _HEADERS = [
 ]
 
 
+class Relay:
+    """Brings what batchers deliver into the event loop: one call for all events of a step."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Deliver into the running loop from now on."""
+        self._loop = asyncio.get_running_loop()
+
+    def deliver(self, events: StepEvents) -> None:
+        """Called in a batcher's thread."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                self._loop.call_soon_threadsafe(_call_listeners, events)
+
+
+def _call_listeners(events: StepEvents) -> None:
+    for ask, text, finish in events:
+        ask.listener(text, finish)
+
+
 class Inbox:
-    """Where the news of one ask arrive; used in the event loop alone."""
+    """Where the events of one ask arrive; used in the event loop alone."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
         self._finish: AskFinish | None = None
-        self._news = asyncio.Event()
+        self._filled = asyncio.Event()
 
-    def heard(self, text: str, finish: AskFinish | None) -> None:
-        """Called by the batcher's relay."""
+    def put(self, text: str, finish: AskFinish | None) -> None:
+        """The ask's listener."""
         self._texts.append(text)
         self._finish = finish
-        self._news.set()
+        self._filled.set()
 
     def wake(self, _: object = None) -> None:
         """Let `take` return, with nothing if nothing came."""
-        self._news.set()
+        self._filled.set()
 
     async def take(self) -> tuple[str, AskFinish | None]:
         """All text that came since the last time, and the end if it came."""
-        await self._news.wait()
-        self._news.clear()
+        await self._filled.wait()
+        self._filled.clear()
         text = "".join(self._texts)
         self._texts.clear()
         return text, self._finish

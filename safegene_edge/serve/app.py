@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -17,8 +16,8 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
 from ..errors import LlamaCppError, SettingError
-from ..runtime.batcher import Ask, AskFinish, Batcher, News, QueueFullError
-from .answers import Events, Form, Inbox, collect, reason_of, usage_of
+from ..runtime.batcher import Ask, AskFinish, Batcher, QueueFullError
+from .answers import Events, Form, Inbox, Relay, collect, reason_of, usage_of
 from .guard import FILES, Guard, error_response
 from .metrics import Metrics
 from .schema import ApiError, ChatRequest, CompletionRequest, RequestT, parse
@@ -47,19 +46,20 @@ class Served:
     batcher: Batcher
 
 
-def make_app(models: Sequence[Served], settings: ServeSettings) -> ASGIApp:
-    """The application that answers for these models; the first is the default."""
-    return _App(models, settings).guarded()
+def make_app(models: Sequence[Served], settings: ServeSettings, relay: Relay) -> ASGIApp:
+    """The application that answers for these models; the first is the default.
+
+    Args:
+        relay: what their batchers deliver to.
+    """
+    return _App(models, settings, relay).guarded()
 
 
 class _App:
-    def __init__(self, models: Sequence[Served], settings: ServeSettings) -> None:
+    def __init__(self, models: Sequence[Served], settings: ServeSettings, relay: Relay) -> None:
         self.models = {served.name: served for served in models}
-        self.default, self.settings = models[0], settings
+        self.default, self.settings, self.relay = models[0], settings, relay
         self.metrics, self.started = Metrics(), int(time.time())
-        self._loop: asyncio.AbstractEventLoop | None = None
-        for served in models:
-            served.batcher.deliver = self._deliver
 
     def guarded(self) -> ASGIApp:
         app = FastAPI(
@@ -172,7 +172,7 @@ class _App:
         ask = Ask(
             tokens,
             self._limit(served, tokens, body.wanted_tokens),
-            inbox.heard,
+            inbox.put,
             sampling=body.sampling(self.settings.temperature),
             stop=body.stops,
             stream=bool(body.stream),
@@ -201,7 +201,7 @@ class _App:
             done(finish)
 
     def _submit(self, batcher: Batcher, ask: Ask) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.relay.start()
         try:
             batcher.submit(ask)
         except QueueFullError as error:
@@ -255,23 +255,12 @@ class _App:
             "context": served.batcher.n_ctx,
         }
 
-    def _deliver(self, news: News) -> None:
-        """From a batcher's thread: one call into the event loop for all news of a step."""
-        if self._loop is not None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                self._loop.call_soon_threadsafe(_hand_out, news)
-
     def _count(self, ask: Ask, finish: AskFinish | None, seconds: float) -> None:
         self.metrics.finished[finish or "cancelled"] += 1
         self.metrics.prompt_tokens += len(ask.prompt)
         self.metrics.reused_tokens += ask.reused
         self.metrics.answer_tokens += ask.n_new
         self.metrics.seconds += seconds
-
-
-def _hand_out(news: News) -> None:
-    for ask, text, finish in news:
-        ask.heard(text, finish)
 
 
 def _page(name: str) -> Callable[[], Any]:

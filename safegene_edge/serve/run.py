@@ -16,6 +16,7 @@ from ..files import PathLike, sha256
 from ..runtime.batcher import Batcher
 from ..runtime.engine import Engine, Scales
 from ..runtime.llama import SafeLlama
+from .answers import Relay
 from .app import Served, make_app
 from .http import protocol
 from .settings import ServeSettings
@@ -59,7 +60,7 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which tells its address when it listens."""
+    """uvicorn's server, which calls `ready` with its address when it listens."""
 
     ready: Ready | None = None
 
@@ -81,8 +82,8 @@ def opened(
     """A server that does not run yet, and everything that it holds while it lives."""
     if settings.compare and gene is None:
         raise SettingError("there is nothing to compare without a gene", "Give --gene")
-    with ExitStack() as stack:
-        llama = stack.enter_context(SafeLlama(model, adapters, **{**_SMALL, **options}))
+    with SafeLlama(model, adapters, **{**_SMALL, **options}) as llama:
+        relay = Relay()
         name, fingerprint = Path(model).stem, NO_GENE
         others: Scales = {adapter: adapter.scale for adapter in llama.adapters}
         if gene is not None:
@@ -92,18 +93,17 @@ def opened(
         def served(name: str, fingerprint: str, scales: Scales | None) -> Served:
             slots = settings.slots
             flash = bool(options.get("flash_attn", True))
-            engine = stack.enter_context(
-                Engine(llama, n_parallel=slots, n_ctx=settings.ctx, flash_attn=flash)
+            engine = Engine(llama, n_parallel=slots, n_ctx=settings.ctx, flash_attn=flash)
+            batcher = Batcher(
+                engine, adapters=scales, max_waiting=settings.queue, deliver=relay.deliver
             )
-            batcher = Batcher(engine, adapters=scales, max_waiting=settings.queue)
-            stack.callback(batcher.close)
             return Served(name, fingerprint, batcher)
 
         models = [served(name, fingerprint, None)]
         if settings.compare:
             models.append(served(f"{name}:{NO_GENE}", NO_GENE, others))
         config = uvicorn.Config(
-            make_app(models, settings),
+            make_app(models, settings, relay),
             http=protocol(settings),
             loop="asyncio",
             ws="none",

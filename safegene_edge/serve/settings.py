@@ -21,7 +21,7 @@ class ServeSettings:
         compare: also offer the model without the gene, under a name of its own.
         chat_only: no /v1/completions.
         max_tokens: of an answer, at most and by default.
-        queue: requests that may wait; the next one is told 429.
+        queue: requests that may wait; the next one gets 429.
         seconds: a request's time, with waiting.
         temperature: where a request names none; 0 is what the gene was measured with.
         max_body, max_messages: of a request.

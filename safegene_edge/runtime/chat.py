@@ -1,0 +1,145 @@
+"""Chats become text and tokens, and no message can forge a turn.
+
+`ChatTemplate` fills in the template that lies in a GGUF. What people wrote (messages, and the
+tools that a client names) stays plain characters; only the template's own control tokens become
+such. `chat_handler` puts the same rendering under llama-cpp-python's `create_chat_completion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_cpp.llama_chat_format import (
+    ChatFormatterResponse,
+    Jinja2ChatFormatter,
+    chat_formatter_to_chat_completion_handler,
+)
+
+from ..errors import SettingError
+from .controls import ControlTexts
+
+# For a base model without a template: the plainest form that such models continue.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+class ChatTemplate:
+    """A chat template and the control texts that nobody but the template may write.
+
+    Args:
+        template: in Jinja, as the GGUF has it.
+        bos, eos: the texts of the tokens that open and end a text; "" where there is none.
+        controls: the vocabulary's control texts.
+    """
+
+    def __init__(self, template: str, *, bos: str, eos: str, controls: ControlTexts) -> None:
+        self.bos, self.eos = bos, eos
+        self._controls = controls
+        # One for each value, because llama-cpp-python keeps the value in the formatter, and
+        # threads render at once.
+        self._formatters = {
+            prompted: Jinja2ChatFormatter(
+                template=template, eos_token=eos, bos_token=bos, add_generation_prompt=prompted
+            )
+            for prompted in (False, True)
+        }
+
+    def parts(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> list[tuple[str, bool]]:
+        """The chat as text in parts, and whether each may contain control tokens.
+
+        Raises:
+            SettingError: a message is not text.
+            Exception: whatever the template raises.
+        """
+        hidden: list[str] = []
+        plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
+        prompt = self._formatters[add_generation_prompt](
+            messages=self._hide(plain, hidden), **self._hide(dict(variables), hidden)
+        ).prompt
+        return list(self._controls.parts(prompt, hidden))
+
+    def _hide(self, value: Any, hidden: list[str]) -> Any:
+        """The value with stand-ins for the control texts in all of its strings."""
+        if isinstance(value, str):
+            return self._controls.hide(value, hidden)
+        if isinstance(value, Mapping):
+            return {self._hide(k, hidden): self._hide(v, hidden) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._hide(item, hidden) for item in value]
+        return value
+
+
+def _plain(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message with its content as one string."""
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if not isinstance(role, str):
+        raise SettingError(
+            f"message {number} has no role", 'Give {"role": "user", "content": "..."}'
+        )
+    content = message.get("content")
+    if content is None and role == "assistant":  # as it is where the model called a tool
+        content = ""
+    if isinstance(content, (list, tuple)):
+        content = "\n".join(_text(number, part) for part in content)
+    if not isinstance(content, str):
+        raise SettingError(f"message {number} ({role}) has no text", "Give its content as a string")
+    return {**message, "content": content}
+
+
+def _text(number: int, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    fields = part if isinstance(part, Mapping) else {}
+    if fields.get("type") != "text" or not isinstance(fields.get("text"), str):
+        raise SettingError(
+            f"message {number} has a part of type {fields.get('type')!r}, and text is all that "
+            "is read here",
+            'Give parts such as {"type": "text", "text": "..."}',
+        )
+    return str(fields["text"])
+
+
+def chat_handler(
+    *,
+    llama: Any,
+    messages: Sequence[Mapping[str, Any]],
+    functions: Any = None,
+    function_call: Any = None,
+    tools: Any = None,
+    tool_choice: Any = None,
+    **options: Any,
+) -> Any:
+    """llama-cpp-python's own chat handler, but for the prompt, which `SafeLlama.render` makes."""
+    for_template = {
+        "functions": functions,
+        "function_call": function_call,
+        "tools": tools,
+        "tool_choice": tool_choice,
+    }
+    tokens, eos = llama.render(messages, **for_template), llama.chat_template.eos
+
+    def formatter(**_: Any) -> ChatFormatterResponse:
+        return ChatFormatterResponse(prompt="", stop=[eos] if eos else None, added_special=True)
+
+    answer = chat_formatter_to_chat_completion_handler(formatter)
+    return answer(llama=_Rendered(llama, tokens), messages=messages, **for_template, **options)
+
+
+class _Rendered:
+    """A model to which llama-cpp-python's handler can give no other prompt than these tokens."""
+
+    def __init__(self, llama: Any, tokens: list[int]) -> None:
+        self.verbose, self.create_completion = llama.verbose, llama.create_completion
+        self._tokens = tokens
+
+    def tokenize(self, *_: Any, **__: Any) -> list[int]:
+        return self._tokens
