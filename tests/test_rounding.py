@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
-from test_inputs import leaning_inputs
+from test_activations import leaning_inputs
 
 from safegene_edge.gguf_file import kernels
 from safegene_edge.merge import rounding
