@@ -121,7 +121,7 @@ class Batcher:
         self._closed = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
-        engine.let(self, adapters)
+        engine.reserve(self, adapters)
         self._thread.start()
 
     # -- from any thread --------------------------------------------------
@@ -217,7 +217,7 @@ class Batcher:
             events += [(ask, "", "error") for ask in waiting if not ask.cancelled]
             self._hand_over(events)
         finally:
-            self.engine.leave()
+            self.engine.unreserve()
 
     def _hand_over(self, events: StepEvents) -> None:
         if not events:

@@ -44,7 +44,7 @@ class Watch(Protocol):
         """Called before each decode; its tokens stand for `count` times as many."""
 
 
-class Tenant(Protocol):
+class Holder(Protocol):
     """What has an engine to itself: a `Batcher`."""
 
     @property
@@ -125,7 +125,7 @@ class Engine:
         self._lock = threading.Lock()  # held by a run
         self._runner: int | None = None
         self._closing = False
-        self._tenant: Tenant | None = None
+        self._holder: Holder | None = None
         self._adapters: frozenset[AttachedAdapter] = frozenset()  # that the context holds
         self._batch = Batch(self.n_batch)
         self._watch = watch
@@ -173,11 +173,12 @@ class Engine:
         """
         self.require_closable()
         self._closing = True
-        if tenant := self._tenant:
-            tenant.close()
-        with self._lock:
-            self._free()
-            self._context = None
+        with self._lock:  # no run goes on, and none begins
+            holder = self._holder
+        if holder is not None:
+            holder.close()
+        self._free()
+        self._context = None
 
     def __enter__(self) -> Engine:
         return self
@@ -189,8 +190,8 @@ class Engine:
 
     def require_closable(self) -> None:
         """LlamaCppError where the calling thread is in the midst of using the context."""
-        tenant = self._tenant
-        if self._runner == threading.get_ident() or (tenant and tenant.in_own_thread):
+        holder = self._holder
+        if self._runner == threading.get_ident() or (holder and holder.in_own_thread):
             raise LlamaCppError(
                 "an engine cannot be closed by what it calls", "Close it from another thread"
             )
@@ -203,7 +204,7 @@ class Engine:
         """
         if handle not in self._adapters:
             return
-        if self._tenant is not None:
+        if self._holder is not None:
             raise SettingError(
                 f"{handle.name}: a batcher answers with it", "Close the batcher or server first"
             )
@@ -217,8 +218,8 @@ class Engine:
         finally:
             self._lock.release()
 
-    def let(self, tenant: Tenant, adapters: Scales | None) -> None:
-        """Give the engine to a batcher, with these adapters on, until `leave`.
+    def reserve(self, holder: Holder, adapters: Scales | None) -> None:
+        """Give the engine to a batcher, with these adapters on, until `unreserve`.
 
         Raises:
             SettingError: another batcher has it.
@@ -227,16 +228,16 @@ class Engine:
             self._require_free()
             self._set_adapters(adapters)
             llama_cpp.llama_memory_clear(self._memory, False)
-            self._tenant = tenant
+            self._holder = holder
 
-    def leave(self) -> None:
+    def unreserve(self) -> None:
         """The batcher is done: the engine can run again, or be given to another."""
-        self._tenant = None
+        self._holder = None
 
     def _require_free(self) -> None:
         if self._context is None or self._closing:
             raise LlamaCppError("the engine is closed", "Make a new one")
-        if self._tenant is not None:
+        if self._holder is not None:
             raise SettingError("a batcher answers on this engine", "Make another engine")
 
     def _set_adapters(self, adapters: Scales | None) -> None:
@@ -437,11 +438,11 @@ class Engine:
             self._runner = threading.get_ident()
             try:
                 self._set_adapters(adapters)
-                self._work_off(jobs, cancel, choose, visit, alone=alone)
+                self._run_jobs(jobs, cancel, choose, visit, alone=alone)
             finally:
                 self._runner = None
 
-    def _work_off(
+    def _run_jobs(
         self,
         jobs: list[_Job],
         cancel: threading.Event | None,
