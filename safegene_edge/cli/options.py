@@ -33,7 +33,7 @@ def setting(
     if preset:
         more |= {"default": None, "show_default": str(default) if default else False}
     else:
-        shown: Any = default not in (None, False, (), "")
+        shown: Any = default is not None and default is not False and default not in ((), "")
         shown = ",".join(default) if shown and isinstance(default, tuple) else shown
         more |= {"default": default, "show_default": shown}
     flags = flags or (f"--{name.replace('_', '-')}",)

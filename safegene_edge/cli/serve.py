@@ -5,42 +5,26 @@ from __future__ import annotations
 import click
 
 from ..errors import MissingExtraError
+from ..serve.settings import ServeSettings
+from .options import setting
 
 
 @click.command()
 @click.argument("model", type=click.Path())
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter, on for every answer.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535))
-@click.option(
-    "--slots", default=4, show_default=True, type=click.IntRange(min=1),
-    help="Requests answered together.",
-)  # fmt: skip
-@click.option(
-    "--ctx", default=8192, show_default=True, type=click.IntRange(min=64),
-    help="Tokens that all requests together may hold.",
-)  # fmt: skip
-@click.option(
-    "--max-tokens", default=1024, show_default=True, type=click.IntRange(min=1),
-    help="Tokens of an answer, at most and by default.",
-)  # fmt: skip
-@click.option(
-    "--queue", default=64, show_default=True, type=click.IntRange(min=1),
-    help="Requests that may wait; more get 429.",
-)  # fmt: skip
-@click.option(
-    "--seconds", default=300.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
-    help="A request's time, with waiting.",
-)  # fmt: skip
-@click.option(
-    "--temperature", default=0.0, show_default=True, type=click.FloatRange(0, 2),
-    help="Where a request names none.",
-)  # fmt: skip
-@click.option("--api-key", envvar="SAFEGENE_API_KEY", metavar="KEY", help="Clients must send it.")
-@click.option("--cors", multiple=True, metavar="ORIGIN", help="A web origin that may ask.")
-@click.option("--compare", is_flag=True, help="Also offer the model without the gene.")
-@click.option("--chat-only", is_flag=True, help="No /v1/completions.")
+@setting(ServeSettings, "host")
+@setting(ServeSettings, "port", type=click.IntRange(0, 65535))
+@setting(ServeSettings, "slots", type=click.IntRange(min=1))
+@setting(ServeSettings, "ctx", type=click.IntRange(min=64))
+@setting(ServeSettings, "max_tokens", type=click.IntRange(min=1))
+@setting(ServeSettings, "queue", type=click.IntRange(min=1))
+@setting(ServeSettings, "seconds", type=click.FloatRange(min=0, min_open=True))
+@setting(ServeSettings, "temperature", type=click.FloatRange(0, 2))
+@setting(ServeSettings, "api_key", envvar="SAFEGENE_API_KEY", metavar="KEY")
+@setting(ServeSettings, "cors", multiple=True, metavar="ORIGIN")
+@setting(ServeSettings, "compare", is_flag=True)
+@setting(ServeSettings, "chat_only", is_flag=True)
 def serve(
     model: str,
     gene: str | None,
@@ -64,7 +48,6 @@ def serve(
     """
     try:
         from ..serve.run import serve as run
-        from ..serve.settings import ServeSettings
     except ImportError as error:
         raise MissingExtraError(
             f"the server needs {error.name}", "Run: pip install 'safegene-edge[serve]'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 
 from ..errors import SettingError
@@ -13,20 +12,22 @@ class ServeSettings:
     """Settings of the server; all sizes in bytes, all times in seconds.
 
     Attributes:
-        host, port: where to listen; port 0 takes a free one.
+        host: where to listen.
+        port: the port; 0 takes a free one.
         slots: requests answered together; more wait.
         ctx: tokens that all requests together may hold, prompts and answers.
-        api_key: wanted as `Authorization: Bearer KEY` for everything but the page and /health.
-        cors: origins whose pages may ask, such as "http://localhost:3000".
+        api_key: clients must send it as `Authorization: Bearer KEY`, but for the page and /health.
+        cors: a web origin whose pages may ask, such as http://localhost:3000.
         compare: also offer the model without the gene, under a name of its own.
         chat_only: no /v1/completions.
-        max_tokens: of an answer, at most and by default.
+        max_tokens: tokens of an answer, at most and by default.
         queue: requests that may wait; the next one gets 429.
         seconds: a request's time, with waiting.
         temperature: where a request names none; 0 is what the gene was measured with.
-        max_body, max_messages: of a request.
+        max_body: bytes of a request.
+        max_messages: messages of a request.
         read_seconds: for a client to send a request, and to read what it was sent.
-        connections: open at once.
+        connections: connections open at once.
         stop_seconds: for running answers to finish when the server stops.
     """
 
@@ -73,6 +74,8 @@ class ServeSettings:
         """Whether only this machine can reach the server."""
         if self.host == "localhost":
             return True
+        import ipaddress  # here, so that `--help` does without
+
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

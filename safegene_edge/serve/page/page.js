@@ -49,8 +49,8 @@ async function loadModels() {
   document.title = `${model.id} · SafeGene Edge`;
 }
 
-/** One answer, streamed: `heard` gets the text so far. Returns why it ended. */
-async function answer(model, messages, options, signal, heard) {
+/** One answer, streamed: `onText` gets the text so far. Returns why it ended. */
+async function answer(model, messages, options, signal, onText) {
   const body = JSON.stringify({ model, messages, stream: true, ...options });
   const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body, signal });
   if (!response.ok) throw await fault(response);
@@ -69,7 +69,7 @@ async function answer(model, messages, options, signal, heard) {
       const [choice] = chunk.choices;
       reason = choice?.finish_reason || reason;
       text += choice?.delta?.content || "";
-      heard(text);
+      onText(text);
     }
   }
   throw new Error("The answer was cut off.");
@@ -99,7 +99,7 @@ function save() {
       localStorage.setItem(CHATS, JSON.stringify(kept.slice(0, n)));
       return;
     } catch {
-      // no room: the oldest goes
+      // storage is full: the oldest goes
     }
   }
 }
