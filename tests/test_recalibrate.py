@@ -438,7 +438,7 @@ def test_the_command_takes_the_targets_own_adapters_and_a_context(tiny, tiny_ada
     done = CliRunner().invoke(cli, [*command, "--adapter", str(task), "-o", str(task)])
     assert isinstance(done.exception, OutputError) and "is also an input" in str(done.exception)
     done = CliRunner().invoke(cli, [*command, "--ctx", "64"])
-    assert isinstance(done.exception, SettingError) and "Give --ctx" in str(done.exception)
+    assert isinstance(done.exception, SettingError) and "Give n_ctx (--ctx)" in str(done.exception)
 
 
 def test_an_example_longer_than_the_usual_context_works(tiny):
@@ -453,7 +453,7 @@ def test_an_example_longer_than_the_usual_context_works(tiny):
         recalibrate(
             model, gene, Examples((words,), ("a",)), settings=RecalibrationSettings(passes=6)
         )
-    with pytest.raises(SettingError, match=r"Give --ctx \d+"):
+    with pytest.raises(SettingError, match=r"Give n_ctx \(--ctx\) \d+"):
         recalibrate(
             model, gene, Examples((words,), ("a",)), settings=RecalibrationSettings(n_ctx=4096)
         )
