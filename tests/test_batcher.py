@@ -419,6 +419,68 @@ def test_a_process_may_end_in_mid_answer(model, gene):
     assert not child(script, model=model, gene=gene)["stderr"]
 
 
+STORM = """
+import collections, sys
+batcher.close()
+llama.close()
+sys.setswitchinterval(1e-5)
+seen, odd = collections.Counter(), []
+
+def repeat(name, act):
+    while not over.is_set():
+        try:
+            act()
+            seen[name] += 1
+        except SafeGeneError as error:
+            seen[name + " refused"] += 1
+            if over_soon.is_set() or "closed" not in str(error):
+                continue
+            odd.append(str(error))  # nothing is closed yet
+
+def come_and_go():
+    llama.detach(llama.attach(gene, prove=False))
+
+for round in range(12):
+    over, over_soon = threading.Event(), threading.Event()
+    llama = opened()
+    (handle,) = llama.adapters
+    engine = Engine(llama, n_parallel=2, n_ctx=1024, n_threads=1)
+    free = Engine(llama, n_parallel=2, n_ctx=256, n_threads=1)
+    batcher = Batcher(engine)
+    acts = {
+        "submit": lambda: batcher.submit(Ask([10, 11, 12], 20, lambda *_: None)),
+        "attach": come_and_go,
+        "detach": lambda: llama.detach(handle),
+        "set_scale": lambda: llama.set_scale(handle, 0.5),
+        "run": lambda: free.generate([[1, 2, 3]] * 3, max_tokens=5),
+        "chat": lambda: llama.create_completion("Hello", max_tokens=20),
+        "tokenize": lambda: llama.text(llama.tokenize(b"Hello there")),
+    }
+    threads = [threading.Thread(target=repeat, args=act) for act in acts.items()]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.1)
+    over_soon.set()
+    closers = [threading.Thread(target=what.close)
+               for what in ([llama, llama], [engine, llama], [batcher, free, llama])[round % 3]]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join()
+    over.set()
+    for thread in threads:
+        thread.join()
+print(json.dumps({"seen": seen, "odd": odd}))
+"""
+
+
+def test_a_model_may_be_closed_in_the_midst_of_everything(model, gene):
+    found = child(STORM, model=model, gene=gene)
+    for name in ("submit", "attach", "set_scale", "run", "chat", "tokenize"):
+        assert found["seen"].get(name) and found["seen"].get(f"{name} refused")
+    assert not found["odd"] and not found["stderr"]
+
+
 # -- text ---------------------------------------------------------------------
 
 

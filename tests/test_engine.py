@@ -338,3 +338,50 @@ def test_closing_the_model_under_a_run_ends_the_run_first(tiny, tmp_path):
     with SafeLlama(model, [gene], **settings) as llama, Engine(llama) as engine:
         assert found["answer"] == engine.generate([[1, 2, 3]], max_tokens=20)[0].tokens
     assert not found["stderr"]
+
+
+FREE = """
+import threading, time
+import llama_cpp
+free, freed = llama_cpp.llama_free, threading.Event()
+
+def slow(context):
+    time.sleep(0.2)
+    free(context)
+    freed.set()
+    time.sleep(0.2)
+
+llama_cpp.llama_free = slow
+from safegene_edge import Engine, SafeLlama
+
+llama = SafeLlama(model, [gene], n_ctx=256, n_threads=1)
+(handle,) = llama.adapters
+found = []
+for wait in (0.1, 0.3):  # before and after the memory has gone
+    freed.clear()
+    engine = Engine(llama, n_parallel=2, n_ctx=256)
+    engine.generate([[1, 5, 6]], max_tokens=1)
+    assert handle in engine._adapters
+    thread = threading.Thread(target=engine.close)
+    thread.start()
+    time.sleep(wait)
+    if HOW == "detach":
+        llama.detach(handle)
+        handle = llama.attach(gene, prove=False)
+    else:
+        llama.close()
+        found.append(freed.is_set())  # the context went before its model
+        llama = SafeLlama(model, [gene], n_ctx=256, n_threads=1)
+        (handle,) = llama.adapters
+    thread.join()
+print(json.dumps({"found": found}))
+"""
+
+
+@pytest.mark.parametrize("how", ["detach", "close"])
+def test_a_context_that_is_being_freed_is_used_no_more(tiny, tmp_path, how):
+    model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"
+    random_adapter(model).save(gene)
+    found = in_child(FREE, model=model, gene=gene, HOW=how)
+    assert found["found"] == ([True] * 2 if how == "close" else [])
+    assert not found["stderr"]

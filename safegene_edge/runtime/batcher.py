@@ -86,6 +86,7 @@ class Batcher:
     """A thread that answers `Ask`s together on an `Engine`, which does nothing else until then.
 
     `close` it, or the engine, or the `SafeLlama`: each ends the thread before memory is freed.
+    Until then its thread keeps it and all three in memory, even if nobody else does.
 
     Args:
         engine: its context and its slots.
@@ -121,8 +122,9 @@ class Batcher:
         self._closed = False
         self._wake = threading.Condition()
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
-        engine.reserve(self, adapters)
-        self._thread.start()
+        with self._wake:  # who closes the engine now waits for the thread, and ends it
+            engine.reserve(self, adapters)
+            self._thread.start()
 
     # -- from any thread --------------------------------------------------
 

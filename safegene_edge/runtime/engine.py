@@ -177,8 +177,9 @@ class Engine:
             holder = self._holder
         if holder is not None:
             holder.close()
-        self._free()
-        self._context = None
+        with self._lock:  # whoever closes it, too, goes on to free the model
+            self._context, self._adapters = None, frozenset()
+            self._free()
 
     def __enter__(self) -> Engine:
         return self
@@ -209,6 +210,8 @@ class Engine:
                 f"{handle.name}: a batcher answers with it", "Close the batcher or server first"
             )
         if not self._lock.acquire(blocking=False):
+            if self._context is None:  # it is being freed
+                return
             raise SettingError(
                 f"{handle.name}: an engine is answering with it", "Wait for its run, or cancel it"
             )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +58,30 @@ class ContextOwner(Protocol):
         """Take an adapter off the context; SettingError where an answer depends on it."""
 
 
+def _while_open(method: Callable[..., Any]) -> Any:
+    """The method as a call that closing waits for."""
+
+    @functools.wraps(method)
+    def call(self: SafeLlama, *args: Any, **options: Any) -> Any:
+        with self._in_use():
+            return method(self, *args, **options)
+
+    return call
+
+
+def _alone(method: Callable[..., Any], *, spoils_streams: bool = True) -> Any:
+    """The method as a call that has the model's own context to itself."""
+
+    @functools.wraps(method)
+    def call(self: SafeLlama, *args: Any, **options: Any) -> Any:
+        with self._own_context() as outermost:
+            if outermost and spoils_streams:
+                self._turn += 1
+            return method(self, *args, **options)
+
+    return call
+
+
 class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     """A `llama_cpp.Llama` with any number of adapters, each with a scale of its own.
 
@@ -67,6 +93,12 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     It owns the contexts on its model: closing it ends its batchers and engines first, and an
     adapter that a batcher answers with stays until the batcher is closed.
+
+    Threads may share it. Its own context, which chats and completions use, serves one call at a
+    time: other calls, and changes of adapters, wait for the answer, or for the next chunk where
+    it is a stream. A stream that is read on after a change, or after another text was begun,
+    raises LlamaCppError, since its keys and values are gone. Closing ends an answer at its next
+    token, with LlamaCppError.
 
     Args:
         model_path: a GGUF model.
@@ -98,7 +130,12 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
     ) -> None:
         self._attached: list[AttachedAdapter] = []
         self._owners: weakref.WeakSet[ContextOwner] = weakref.WeakSet()
+        # Locks are taken in this order: the turn on the own context, an engine's, the guard.
+        self._turns = _Turns()
         self._guard = threading.RLock()  # adapters and contexts change one at a time
+        self._users: list[int] = []  # threads within a call; it is freed when there are none
+        self._unused = threading.Condition()
+        self._turn = 0  # grows when a stream that was begun before cannot go on
         self._closed = False
         refused = sorted(key for key in options if key.startswith("lora_"))
         if refused:
@@ -161,6 +198,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         Raises:
             FileFormatError, MismatchError: before llama.cpp sees the file.
             NoEffectError: the logits did not move; nothing stays attached.
+            SettingError: called by what an answer calls (a logits processor, say).
         """
         self._require_open()
         _require_finite(scale)
@@ -171,16 +209,17 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         require_fit(content, self._file, name)
         source = None if isinstance(adapter, Adapter) else Path(adapter)
         handle = AttachedAdapter(name, scale, content, source)
-        before = self._probe() if prove else None
-        handle.pointer = self._load(adapter, name)
-        self._attached.append(handle)
-        try:
-            if before is not None:
-                self._prove(handle, before)
-        except BaseException:
-            self.detach(handle)
-            raise
-        self._apply()
+        with self._change():
+            before = self._probe() if prove else None
+            handle.pointer = self._load(adapter, name)
+            self._attached.append(handle)
+            try:
+                if before is not None:
+                    self._prove(handle, before)
+            except BaseException:
+                self._detach(handle)
+                raise
+            self._apply()
         return handle
 
     def detach(self, handle: AttachedAdapter) -> None:
@@ -188,26 +227,31 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
         Raises:
             SettingError: it is not attached; or a batcher (a server's, too) or a running
-                engine answers with it. Close that first.
+                engine answers with it. Close that first. Or it is called by what an answer
+                calls.
         """
-        with self._guard:
-            self._require_attached(handle)
-            for owner in list(self._owners):
-                owner.release(handle)
-            self._attached.remove(handle)
-            self._apply()
-            llama_cpp.llama_adapter_lora_free(handle.pointer)
-            handle.pointer = None
+        with self._change():
+            self._detach(handle)
+
+    def _detach(self, handle: AttachedAdapter) -> None:
+        self._require_attached(handle)
+        for owner in list(self._owners):
+            owner.release(handle)
+        self._attached.remove(handle)
+        self._apply()
+        llama_cpp.llama_adapter_lora_free(handle.pointer)
+        handle.pointer = None
 
     def set_scale(self, handle: AttachedAdapter, scale: float) -> None:
         """Change an adapter's scale; 0 gives the model without it, bit for bit.
 
         A batcher keeps the scales that it began with.
         """
-        self._require_attached(handle)
-        _require_finite(scale)
-        handle.scale = scale
-        self._apply()
+        with self._change():
+            self._require_attached(handle)
+            _require_finite(scale)
+            handle.scale = scale
+            self._apply()
 
     def set_adapters_on(
         self, context: Any, scales: Mapping[AttachedAdapter, float] | None = None
@@ -221,7 +265,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         Returns:
             The adapters that the context now holds.
         """
-        with self._guard:
+        with self._in_use(), self._of_own(context), self._guard:
             chosen = {a: a.scale for a in self._attached} if scales is None else dict(scales)
             for handle in chosen:
                 self._require_attached(handle)
@@ -291,11 +335,13 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Forget every token: the KV cache, the prefix to be reused, and cached states."""
-        self._ctx.kv_cache_clear()
-        self.reset()
-        states = getattr(self.cache, "cache_state", None) or getattr(self.cache, "cache", None)
-        if states is not None:  # a LlamaRAMCache or LlamaDiskCache holds states of the old weights
-            states.clear()
+        with self._own_context():
+            self._turn += 1
+            self._ctx.kv_cache_clear()
+            self.reset()
+            states = getattr(self.cache, "cache_state", None) or getattr(self.cache, "cache", None)
+            if states is not None:  # a LlamaRAMCache or LlamaDiskCache: states of the old weights
+                states.clear()
 
     def _require_attached(self, handle: AttachedAdapter) -> None:
         if handle not in self._attached:
@@ -305,11 +351,17 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         """Free the model, its contexts and its adapters; again does nothing.
 
         Batchers and engines on the model are closed first, so that nothing they use goes
-        away under them. A request that still waits ends with "error".
+        away under them. A request that still waits ends with "error". A chat or completion in
+        another thread ends at its next token, with LlamaCppError, and so does a stream.
 
         Raises:
-            LlamaCppError: a batcher's listener or an engine's callback calls this.
+            LlamaCppError: a batcher's listener, an engine's callback, or what an answer calls
+                (a logits processor, say) calls this.
         """
+        if threading.get_ident() in self._users:
+            raise LlamaCppError(
+                "a model cannot be closed by what it calls", "Close it from another thread"
+            )
         with self._guard:
             owners = list(self._owners)
             for owner in owners:
@@ -317,11 +369,14 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             self._closed = True
         for owner in owners:
             owner.close()
-        self._attached.clear()  # llama.cpp frees a model's adapters with the model
-        if hasattr(self, "_stack"):  # __del__ also runs where the model never loaded
-            super().close()
-            # llama-cpp-python goes on to use what is freed: a stream that is read on, say.
-            self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
+        with self._unused:
+            self._unused.wait_for(lambda: not self._users)
+        with self._guard:  # for others that close it, too
+            self._attached.clear()  # llama.cpp frees a model's adapters with the model
+            if hasattr(self, "_stack"):  # __del__ also runs where the model never loaded
+                super().close()
+                # llama-cpp-python would go on to use what is freed.
+                self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -338,6 +393,90 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         for key in [key for key in state if key.startswith("lora_")]:
             del state[key]
         return {**state, "adapters": [(a.content, a.scale) for a in self._attached]}
+
+    # -- one thread at a time ---------------------------------------------
+
+    tokenize = _while_open(llama_cpp.Llama.tokenize)
+    detokenize = _while_open(llama_cpp.Llama.detokenize)
+    n_ctx = _while_open(llama_cpp.Llama.n_ctx)
+    n_embd = _while_open(llama_cpp.Llama.n_embd)
+    n_vocab = _while_open(llama_cpp.Llama.n_vocab)
+    token_bos = _while_open(llama_cpp.Llama.token_bos)
+    token_eos = _while_open(llama_cpp.Llama.token_eos)
+    token_nl = _while_open(llama_cpp.Llama.token_nl)
+    pooling_type = _while_open(llama_cpp.Llama.pooling_type)
+    reset = _alone(llama_cpp.Llama.reset)
+    eval = _alone(llama_cpp.Llama.eval)
+    sample = _alone(llama_cpp.Llama.sample, spoils_streams=False)
+    embed = _alone(llama_cpp.Llama.embed)
+    save_state = _alone(llama_cpp.Llama.save_state, spoils_streams=False)
+    load_state = _alone(llama_cpp.Llama.load_state)
+
+    @functools.wraps(llama_cpp.Llama.generate)
+    def generate(self, *args: Any, **options: Any) -> Any:
+        return self._in_steps(super().generate(*args, **options), begins=True)
+
+    def _create_completion(self, *args: Any, **options: Any) -> Any:
+        # A completion that isn't streamed is one step of this, and its tokens steps of `generate`.
+        return self._in_steps(super()._create_completion(*args, **options), begins=False)
+
+    def _in_steps(
+        self, items: Generator[Any, Any, None], *, begins: bool
+    ) -> Generator[Any, Any, None]:
+        """The items, each made with the own context to itself; LlamaCppError once it is spoilt."""
+        turn, sent = None, None
+        while True:
+            with self._own_context():
+                if turn is None and begins:
+                    self._turn += 1
+                    turn = self._turn
+                if turn is not None and turn != self._turn:
+                    raise LlamaCppError(
+                        "an answer cannot go on: the adapters were changed, or another text was "
+                        "begun",
+                        "Read a stream to its end first, or answer with a Batcher",
+                    )
+                try:
+                    item = items.send(sent)
+                except StopIteration:
+                    return
+                if not begins:
+                    turn = self._turn
+            sent = yield item
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Closing waits until this is over."""
+        thread = threading.get_ident()
+        with self._unused:
+            self._require_open()
+            self._users.append(thread)
+        try:
+            yield
+        finally:
+            with self._unused:
+                self._users.remove(thread)
+                self._unused.notify_all()
+
+    @contextmanager
+    def _own_context(self) -> Iterator[bool]:
+        """The own context is this thread's; whether it was not before."""
+        with self._in_use(), self._turns as outermost:
+            self._require_open()  # a wait may have come before
+            yield outermost
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """Adapters may be changed on all contexts of the model."""
+        if threading.get_ident() in self._users:
+            raise SettingError(
+                "adapters cannot be changed by what an answer calls", "Change them between answers"
+            )
+        with self._own_context(), self._guard:
+            yield
+
+    def _of_own(self, context: Any) -> AbstractContextManager[Any]:
+        return self._own_context() if context == self.ctx else nullcontext()
 
     # -- chat -------------------------------------------------------------
 
@@ -410,9 +549,11 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
             SettingError: as `render`.
             ValueError: the chat is longer than the context.
         """
-        return super().create_chat_completion(
-            messages, functions, function_call, tools, tool_choice, temperature, *more, **options
-        )
+        with self._in_use():
+            return super().create_chat_completion(
+                messages, functions, function_call, tools, tool_choice, temperature, *more,
+                **options,
+            )  # fmt: skip
 
     def text(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without special tokens."""
@@ -430,6 +571,35 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _token_text(self, token: int) -> str:
         return str(self._model.token_get_text(token)) if token >= 0 else ""
+
+
+class _Turns:
+    """A lock for a thread that may take it again, and which others get in between.
+
+    With an RLock, a thread that makes one token after the other takes it back each time before
+    those that wait have woken up.
+    """
+
+    def __init__(self) -> None:
+        self._next, self._lock = threading.Lock(), threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+
+    def __enter__(self) -> bool:
+        """Take it; False where the thread has it already."""
+        thread = threading.get_ident()
+        if self._owner != thread:
+            with self._next:  # who waits for the lock keeps the one that had it from its return
+                self._lock.acquire()
+            self._owner = thread
+        self._depth += 1
+        return self._depth == 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            self._lock.release()
 
 
 class _Closed:
