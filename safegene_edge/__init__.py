@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from .errors import SafeGeneError as SafeGeneError
     from .evals.evaluate import evaluate as evaluate
     from .evals.judge import judge as judge
+    from .export import export as export
     from .gene import Adapter as Adapter
     from .gene import Expression as Expression
     from .gene import SafetyGene as SafetyGene
     from .merge import merge as merge
+    from .portfolio import portfolio as portfolio
     from .recalibrate import recalibrate as recalibrate
     from .runtime.engine import Engine as Engine
     from .runtime.llama import SafeLlama as SafeLlama
@@ -36,9 +38,11 @@ _HOMES = {
     "SafetyGene": "gene",
     "convert": "converters.to_gguf",
     "evaluate": "evals.evaluate",
+    "export": "export",
     "extract": "training.extract",
     "judge": "evals.judge",
     "merge": "merge.plan",
+    "portfolio": "portfolio",
     "recalibrate": "recalibrate.fit",
     "to_peft": "converters.to_peft",
 }

@@ -1,6 +1,6 @@
 """Files for tools that know nothing of genes: Ollama, llama-server, LM Studio.
 
-None of them has a coefficient a layer, and Ollama has no scale at all: what they get is one
+None of them has a strength a layer, and Ollama has no scale at all: what they get is one
 adapter with everything folded in, or, for LM Studio, a merged model.
 """
 
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from .compat import open_model, require_fit
 from .errors import OutputError, SettingError
-from .files import PathLike, check_output, write_text
+from .files import PathLike, write_text
 from .merge import MergeReport, MergeSettings, merge
-from .merge.inputs import Given, combined, fold
+from .merge.inputs import Folded, Given, combined, fold
 
 TOOLS = ("ollama", "llama-server", "lm-studio")
 _ADAPTER = "adapter.gguf"
@@ -61,47 +62,64 @@ def export(
     if tool not in TOOLS:
         raise SettingError(f"unknown tool '{tool}'", f"Give one of {', '.join(TOOLS)}")
     home = Path(folder)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{home}: {error.strerror}", "Name a folder to write to") from error
     source = open_model(model).path.absolute()
     if tool == "lm-studio":
         return _lm_studio(source, adapters, home, settings)
-    adapter = _adapter(source, adapters, home / _ADAPTER)
-    return _ollama(source, adapter, home) if tool == "ollama" else _server(source, adapter, home)
-
-
-def _adapter(model: Path, adapters: Iterable[Given], output: Path) -> Path:
-    folded = fold(adapters)
+    folded, opened = fold(adapters), open_model(source)
     for one in folded:
-        require_fit(one.content, open_model(model), one.name)
+        require_fit(one.content, opened, one.name)
+    return _ollama(source, folded, home) if tool == "ollama" else _server(source, folded, home)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there for the block; where the block fails, folders made for it go again."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            cause = f"{folder}: {error.strerror}"
+            raise OutputError(cause, "Name a folder to write to") from error
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # it holds something, or was never made
+                path.rmdir()
+        raise
+
+
+def _save(folded: Sequence[Folded], model: Path, output: Path) -> None:
+    """One adapter that does what several do."""
     combined(folded).save(output, [model, *(one.source for one in folded if one.source)])
-    return output
 
 
-def _ollama(model: Path, adapter: Path, home: Path) -> Export:
+def _ollama(model: Path, folded: Sequence[Folded], home: Path) -> Export:
     """A Modelfile: FROM takes a path, ADAPTER one relative to the Modelfile; the template is
     the GGUF's own, which Ollama reads itself."""
     for path in (model, home.absolute()):
         if any(char in str(path) for char in '"\n\r'):
             raise SettingError(f"{path}: Ollama cannot read a path with quotes or line breaks")
-    file = home / "Modelfile"
+    file, adapter = home / "Modelfile", home / _ADAPTER
     name = f"{model.stem.lower()}-safe"
-    write_text(file, f'FROM "{model}"\nADAPTER "./{adapter.name}"\n', [model])
+    with _made(home):
+        _save(folded, model, adapter)
+        write_text(file, f'FROM "{model}"\nADAPTER "./{adapter.name}"\n', [model])
     return Export(
         (file, adapter),
         (f"ollama create {shlex.quote(name)} -f {_shell(file)}", f"ollama run {shlex.quote(name)}"),
     )
 
 
-def _server(model: Path, adapter: Path, home: Path) -> Export:
+def _server(model: Path, folded: Sequence[Folded], home: Path) -> Export:
     """The flags, and the body that sets the scale with POST /lora-adapters."""
-    file = home / "lora-adapters.json"
-    write_text(file, json.dumps([{"id": 0, "scale": 1.0}]) + "\n", [model])
+    file, adapter = home / "lora-adapters.json", home / _ADAPTER
     flags = f"-m {_shell(model)} --lora {_shell(adapter)}"
     if "," in str(adapter.absolute()):
         raise SettingError(f"{adapter}: llama.cpp takes a comma for the end of the adapter's name")
+    with _made(home):
+        _save(folded, model, adapter)
+        write_text(file, json.dumps([{"id": 0, "scale": 1.0}]) + "\n", [model])
     return Export(
         (adapter, file),
         (
@@ -119,12 +137,8 @@ def _lm_studio(
     """LM Studio loads no adapters: a merged model, in the folders that it expects."""
     name = f"{model.stem}-safe"
     target = home / _PUBLISHER / name / f"{name}.gguf"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{target.parent}: {error.strerror}") from error
-    check_output(target, [model])
-    report = merge(model, adapters, target, settings=settings)
+    with _made(target.parent):
+        report = merge(model, adapters, target, settings=settings)
     return Export(
         (target,),
         (

@@ -12,39 +12,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from .errors import OutputError, SafeGeneError, SettingError
-from .evals.asking.suites import DEFAULT_SUITES
 from .evals.report import findings
 from .evals.report.findings import Json
 from .evals.statistics import Count
 from .files import PathLike, sha256, write_text
 from .gene import SafetyGene
 from .hub import resolve
-from .recalibrate.settings import RecalibrationSettings
+from .portfolio_settings import PortfolioSettings as PortfolioSettings
 
 _DONE = "result.json"
 _NONE = Count(0, 0), Count(0, 0)
-
-
-@dataclass(frozen=True)
-class PortfolioSettings:
-    """What is done with every model; must pickle, since it goes to other processes.
-
-    Attributes:
-        suites: names or files, as for `evaluate`.
-        limit: prompts a suite at most.
-        examples: JSONL to calibrate on; None for the shipped ones.
-        recalibration: settings of each recalibration.
-    """
-
-    suites: tuple[str, ...] = DEFAULT_SUITES
-    limit: int | None = 100
-    examples: str | None = None
-    recalibration: RecalibrationSettings = field(default_factory=RecalibrationSettings)
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,7 @@ def portfolio(
 
     Raises:
         SettingError: no model, or two of one name.
-        FileFormatError: the gene cannot be read.
+        FileFormatError: the gene or an adapter cannot be read.
         OutputError: the folder cannot be made.
     """
     settings = settings or PortfolioSettings()
@@ -119,7 +101,10 @@ def portfolio(
             "Give GGUF files with names that differ",
         )
     gene = resolve(gene).absolute()
-    SafetyGene.load(gene)
+    adapters = tuple(resolve(path).absolute() for path in settings.adapters)
+    settings = replace(settings, adapters=tuple(map(str, adapters)))
+    for path in (gene, *adapters):
+        SafetyGene.load(path)
     home = Path(folder).absolute()
     try:
         for name in names:
@@ -182,6 +167,7 @@ def express_one(model: Path, gene: Path, folder: Path, settings: PortfolioSettin
             "gene": sha256(gene),
             "settings": json.loads(json.dumps(asdict(settings))),
             "examples": sha256(settings.examples) if settings.examples else "",
+            "adapters": [sha256(path) for path in settings.adapters],
         }
         done = folder / _DONE
         if done.exists() and (kept := _kept(done, key)) is not None:
@@ -212,13 +198,15 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
     started = time.monotonic()
     loaded = SafetyGene.load(gene)
     examples = Examples.load(settings.examples) if settings.examples else None
-    found = recalibrate(model, loaded, examples, settings=settings.recalibration)
+    found = recalibrate(
+        model, loaded, examples, adapters=settings.adapters, settings=settings.recalibration
+    )
     found.expression.save(folder / "expression.json")
     fitted = folder / "fitted.gguf"
-    loaded.express(found.expression).save(fitted, [model, gene])
+    loaded.express(found.expression).save(fitted, [model, gene, *settings.adapters])
     with Journal(folder / "answers.jsonl") as journal:  # a stopped run goes on from it
         report = evaluate(
-            model, fitted, suites=settings.suites,
+            model, fitted, adapters=settings.adapters, suites=settings.suites,
             settings=EvalSettings(limit=settings.limit), journal=journal,
         )  # fmt: skip
         write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")

@@ -446,6 +446,12 @@ def convert_into_a_folder(c):
     return [*args[:-1], c.folder]
 
 
+@case("two outputs are the same file")
+def two_names_of_one_output(c):
+    other_name = f"{c.folder}/./{c.output.name}"
+    return ["recalibrate", c.model, c.gene, "-o", c.output, "--plot", other_name]
+
+
 @case("not a folder")
 def convert_nothing(c):
     args = c.convert()

@@ -88,7 +88,7 @@ def test_facts_of_the_gene(files):
     assert rows["parameters"] == f"{random_adapter(files[0]).n_parameters:,}"
     assert rows["layers"].startswith("3 (0, 1, 2)")
     assert rows["scale"] == "1" and rows["file"] == str(files[1])
-    assert {"family", "architecture", "coefficients"} <= set(rows)
+    assert {"family", "architecture", "strengths"} <= set(rows)
 
 
 def test_markdown_and_a_new_conversation(files, tmp_path):

@@ -32,8 +32,10 @@ from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.cli import cli
 from safegene_edge.errors import NoEffectError, SettingError
 from safegene_edge.evals.settings import EvalSettings
+from safegene_edge.merge.settings import RUN_UP_TO, MergeSettings
 from safegene_edge.portfolio import express_one
 from safegene_edge.recalibrate.examples import Examples
+from safegene_edge.serve.settings import ServeSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,7 +46,7 @@ portfolio_module = import_module("safegene_edge.portfolio")
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODELS = ("MODEL", "model", "fine-tune", "models/one")
-ADAPTERS = ("GENE", "ADAPTER", "EXPRESSED", "expressed", "safety")
+ADAPTERS = ("GENE", "ADAPTER", "FITTED", "fitted", "safety")
 REPORTS = ("before", "after", "old", "new")
 TEXTS = ["What is a bee?", "How do I sing?"]  # README's `texts`
 NOT_RUN = {
@@ -344,6 +346,34 @@ def test_the_site_loads_nothing_from_elsewhere(site):
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="?(https?:[^" >]+)', text)
         assert loaded == [], page
+
+
+def test_the_servers_limits_are_those_of_its_settings():
+    """docs/serve.md says what happens beyond each; the numbers are the fields'."""
+    settings = ServeSettings()
+    fields = {
+        "waiting requests": (settings.queue,),
+        "prompt and answer": (settings.ctx,),
+        "answer": (settings.max_tokens,),
+        "time with waiting": (settings.seconds,),
+        "body": (settings.max_body >> 20, settings.max_messages),
+        "sending a request, reading an answer": (settings.read_seconds,),
+        "connections": (settings.connections,),
+    }
+    text = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    table = text.split("| limit | default |")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table.splitlines()[2:]]
+    said = {
+        name.split(" (")[0]: tuple(map(float, re.findall(r"[0-9]+", default)))
+        for name, default in rows
+    }
+    assert said == fields
+
+
+def test_the_size_up_to_which_merge_runs_a_model_is_the_constants():
+    said = f"model of up to {RUN_UP_TO / 1e6:.0f} MB"
+    for text in (MergeSettings.__doc__, (ROOT / "docs" / "merge.md").read_text(encoding="utf-8")):
+        assert said in " ".join(text.split())
 
 
 def test_the_shipped_gene_is_what_the_docs_say():

@@ -17,9 +17,9 @@ import pytest
 from adapters import random_adapter
 from test_merge import logits
 
-from safegene_edge.errors import SettingError
+from safegene_edge.errors import OutputError, SafeGeneError, SettingError
 from safegene_edge.export import TOOLS, export
-from safegene_edge.gene import Expression, SafetyGene
+from safegene_edge.gene import Adapter, Expression, SafetyGene
 
 
 @pytest.fixture
@@ -69,6 +69,22 @@ def test_lm_studio_gets_a_merged_model_where_it_looks_for_one(model, tmp_path):
 def test_an_unknown_tool_is_refused(model, tmp_path):
     with pytest.raises(SettingError, match="unknown tool"):
         export("emacs", model, [gene_for(model, tmp_path)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_failed_export_leaves_no_folder_behind(tool, model, tmp_path):
+    other = tmp_path / "other.gguf"
+    Adapter("gpt2", 8.0, random_adapter(model).pairs).save(other)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for wrong in ([], [tmp_path / "none.gguf"], [other]):
+        for folder in (tmp_path / "new" / "deep", kept):
+            with pytest.raises(SafeGeneError):
+                export(tool, model, wrong, folder)
+    assert not (tmp_path / "new").exists()
+    assert list(kept.iterdir()) == []
+    with pytest.raises(OutputError):
+        export(tool, model, [gene_for(model, tmp_path)], other / "folder")
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -69,6 +69,21 @@ def test_importing_and_help_load_nothing_heavy():
     assert not modules_after(HELP) & (HEAVY | {"llama_cpp", "gguf", "numpy"})
 
 
+def test_a_module_of_a_functions_name_stays_out_of_its_way():
+    code = """
+import importlib, types
+import safegene_edge
+for name in ("export", "merge", "portfolio", "recalibrate"):
+    module = importlib.import_module(f"safegene_edge.{name}")
+    assert isinstance(module, types.ModuleType), name
+    assert isinstance(getattr(safegene_edge, name), types.FunctionType), name
+    assert getattr(module, name) is getattr(safegene_edge, name), name
+from safegene_edge.merge import MergeSettings
+from safegene_edge.portfolio import PortfolioSettings
+"""
+    modules_after(code)
+
+
 def test_running_loads_no_torch(tiny, tiny_adapter, tmp_path):
     paths = {"peft": str(tiny_adapter("llama")), "base": str(tiny("llama").gguf_path)}
     loaded = modules_after(CONVERT.format(**paths, out=str(tmp_path / "a.gguf")))

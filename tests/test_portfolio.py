@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +15,7 @@ from click.testing import CliRunner
 from safegene_edge.cli import cli
 from safegene_edge.converters import convert
 from safegene_edge.errors import FileFormatError, SettingError
+from safegene_edge.evals.settings import DEFAULT_SUITES
 from safegene_edge.evals.statistics import Count
 from safegene_edge.gene import SafetyGene
 from safegene_edge.portfolio import PortfolioRow, PortfolioSettings, express_one, portfolio, table
@@ -75,6 +80,52 @@ def test_what_is_done_is_not_done_again_unless_a_file_changed(shelf, tmp_path):
     assert portfolio(models, gene, tmp_path / "out", settings=settings) != first
 
 
+def test_adapters_are_on_in_every_step_and_part_of_what_was_done(shelf, tmp_path, monkeypatch):
+    models, gene, settings = shelf
+    task = tmp_path / "task.gguf"
+    SafetyGene.load(gene).scaled(1e-3).save(task)
+    tuned = replace(settings, adapters=(str(task),))
+    module, seen = import_module("safegene_edge.recalibrate"), []
+    found = module.recalibrate
+
+    def watched(*args, adapters=(), **more):
+        seen.append(tuple(adapters))
+        return found(*args, adapters=adapters, **more)
+
+    monkeypatch.setattr(module, "recalibrate", watched)
+    folder = tmp_path / "one"
+    folder.mkdir()
+    bare = express_one(models[0], gene, folder, settings)
+    row = express_one(models[0], gene, folder, tuned)
+    assert seen == [(), (str(task),)] and not row.error and row != bare
+    named = json.loads((folder / "report.json").read_text())["adapters"]
+    assert [Path(facts["name"]).name for facts in named] == ["task.gguf"]
+    assert express_one(models[0], gene, folder, tuned) == row and len(seen) == 2
+    SafetyGene.load(gene).scaled(2e-3).save(task)
+    express_one(models[0], gene, folder, tuned)
+    assert len(seen) == 3  # another adapter under the same name
+    with pytest.raises(FileFormatError, match=r"none\.gguf"):
+        portfolio(models, gene, folder, settings=replace(settings, adapters=("none.gguf",)))
+
+
+def test_the_command_line_sets_what_the_settings_describe(tmp_path, monkeypatch):
+    given = SimpleNamespace()
+
+    def run(models, gene, folder, *, settings, executor, on_row):
+        given.settings = settings
+        return []
+
+    monkeypatch.setattr(import_module("safegene_edge.portfolio"), "portfolio", run)
+    command = ["portfolio", "m.gguf", "--gene", "g.gguf", "-o", str(tmp_path)]
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    assert given.settings == PortfolioSettings()
+    more = ["--adapter", "a.gguf", "--adapter", "b.gguf", "--ctx", "8192", "--suite", "harmless"]
+    assert CliRunner().invoke(cli, [*command, *more]).exit_code == 0
+    assert given.settings.adapters == ("a.gguf", "b.gguf")
+    assert given.settings.recalibration.n_ctx == 8192
+    assert given.settings.suites == ("harmless",) != DEFAULT_SUITES
+
+
 def test_a_failed_model_stops_no_other(shelf, tmp_path):
     models, gene, settings = shelf
     bad = tmp_path / "bad.gguf"
@@ -87,7 +138,7 @@ def test_a_failed_model_stops_no_other(shelf, tmp_path):
 
 def test_a_crash_takes_nothing_with_it(shelf, tmp_path, monkeypatch):
     models, gene, settings = shelf
-    monkeypatch.setattr("safegene_edge.portfolio.express_one", _crash)
+    monkeypatch.setattr(import_module("safegene_edge.portfolio"), "express_one", _crash)
     rows = portfolio(models, gene, tmp_path / "out", settings=settings)
     assert all("crashed" in row.error for row in rows)
 

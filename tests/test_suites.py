@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
-from safegene_edge.evals.asking.suites import DEFAULT_SUITES, Prompt, Suite, load_suite
+from safegene_edge.evals.asking.suites import Prompt, Suite, load_suite
+from safegene_edge.evals.settings import DEFAULT_SUITES
 
 EXTERNAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 HAZARDS = {

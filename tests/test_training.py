@@ -14,7 +14,8 @@ import pytest
 import tiny as tiny_models
 
 from safegene_edge.errors import FileFormatError, SettingError
-from safegene_edge.evals.asking.suites import BUILT_IN, load_suite
+from safegene_edge.evals.asking.suites import load_suite
+from safegene_edge.evals.settings import BUILT_IN
 from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.training.corpus import (
     CATEGORIES,

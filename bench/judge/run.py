@@ -21,13 +21,14 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
+from agreement import cohen_kappa  # noqa: E402
 from common import table, write  # noqa: E402
 from peers import PEERS  # noqa: E402
 
 from safegene_edge.evals.judge import JUDGE_VERSION, LABELS, judge, judge_sha256  # noqa: E402
 from safegene_edge.evals.statistics import wilson  # noqa: E402
 
-OURS = "this judge"
+THIS = "this judge"
 Row = dict[str, Any]
 # A judge of two labels is asked for a refusal; "partly" refuses, and garbage does not.
 REFUSALS = {"refused", "partly_refused"}
@@ -41,18 +42,6 @@ def measured(gold: list[bool], said: list[bool]) -> dict[str, Any]:
         "interval": [round(low, 4), round(high, 4)],
         "kappa": round(cohen_kappa(gold, said) or 0.0, 3),
     }  # fmt: skip
-
-
-def cohen_kappa(first: list[bool], second: list[bool]) -> float | None:
-    """Agreement of two raters beyond chance: (p_o - p_e) / (1 - p_e).
-
-    J. Cohen, Educational and Psychological Measurement 20:37-46, 1960. None where both always
-    give the same single label (p_e = 1).
-    """
-    n, ours, theirs = len(first), Counter(first), Counter(second)
-    agreed = sum(a == b for a, b in zip(first, second, strict=True))
-    chance = sum(ours[label] * theirs[label] for label in ours)
-    return None if n * n == chance else (n * agreed - chance) / (n * n - chance)
 
 
 def calibration_error(rows: list[Row], bins: int = 10) -> float:
@@ -91,7 +80,7 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, dict[st
 def compared(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """This judge and its peers on full refusals and full compliance."""
     gold = [row["label"] == "refused" for row in rows]
-    said = {OURS: [row["said"] in REFUSALS for row in rows]}
+    said = {THIS: [row["said"] in REFUSALS for row in rows]}
     said |= {name: [peer(row["completion"]) for row in rows] for name, peer in PEERS.items()}
     return {name: measured(gold, found) for name, found in said.items()}
 

@@ -40,7 +40,7 @@ from safegene_edge.evals.judge import judge
 from safegene_edge.evals.statistics import Count
 from safegene_edge.files import sha256, write_text
 from safegene_edge.merge import Plan
-from safegene_edge.merge.plan import RUN_UP_TO
+from safegene_edge.merge.settings import RUN_UP_TO
 from safegene_edge.runtime.logits import kl_from_logits, log_softmax
 from safegene_edge.runtime.requantise import requantise
 
@@ -97,7 +97,7 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def ours(model: Path, adapter: Path, output: Path, *more: str) -> dict[str, float]:
+def one_step(model: Path, adapter: Path, output: Path, *more: str) -> dict[str, float]:
     return timed(
         [sys.executable, "-m", "safegene_edge", "merge", model, adapter, "-o", output, *more]
     )
@@ -233,8 +233,8 @@ def family(name: str, results: dict[str, Any]) -> None:
         runs = []
         for _ in range(3 if name == "smollm2" else 1):
             runs.append({
-                "run": ours(model, adapter, files["run"], "--run"),
-                "plain": ours(model, adapter, files["plain"], "--plain"),
+                "run": one_step(model, adapter, files["run"], "--run"),
+                "plain": one_step(model, adapter, files["plain"], "--plain"),
                 "two-step": two_steps(model, adapter, files["two-step"], kind),
             })  # fmt: skip
         known = before.get("measured", {}) if before.get("inputs") == inputs else {}
@@ -313,13 +313,14 @@ def large(results: dict[str, Any]) -> None:
     work = cache_folder() / "merge"
     work.mkdir(exist_ok=True)
     model, adapter = work / "large.gguf", work / "large-gene.gguf"
-    mine, theirs = work / "large-ours.gguf", work / "large-theirs.gguf"
+    mine, theirs = work / "large-one-step.gguf", work / "large-two-step.gguf"
     try:
         model_of(model, smollm2())
         adapter_of(adapter, model)
         runs = []
         for _ in range(3):
-            runs.append({"plain": ours(model, adapter, mine),  # which runs no model of this size
+            # The default runs no model of this size.
+            runs.append({"plain": one_step(model, adapter, mine),
                          "two-step": two_steps(model, adapter, theirs, "Q4_K_M")})  # fmt: skip
             print(runs[-1], file=sys.stderr, flush=True)
         results["large"] = {
@@ -342,7 +343,7 @@ def kill(results: dict[str, Any]) -> None:
     model = smollm2()
     before = sha256(model)
     whole = work / "whole.gguf"
-    needed = ours(model, GENE, whole)["seconds"]
+    needed = one_step(model, GENE, whole)["seconds"]
     expected, choice = sha256(whole), random.Random(5)
     kills = broken = finished = 0
     while kills < KILLS:

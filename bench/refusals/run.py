@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import SHARED, safety_adapter, smollm2, write
 
 from safegene_edge import evaluate
-from safegene_edge.evals.asking.suites import DEFAULT_SUITES
+from safegene_edge.evals.settings import DEFAULT_SUITES
 
 SUITES = (SHARED / "advbench.csv", SHARED / "harmbench_text.csv")
 

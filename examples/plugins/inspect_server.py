@@ -1,7 +1,7 @@
 """inspect_ai against `safegene-edge serve`, with this project's own harmless questions.
 
     pip install inspect-ai openai
-    safegene-edge serve MODEL.gguf --gene EXPRESSED.gguf &
+    safegene-edge serve MODEL.gguf --gene FITTED.gguf &
     python examples/plugins/inspect_server.py http://127.0.0.1:8080/v1
 
 The scorer is `safegene_edge.judge`: an answer is right if it was not refused.

@@ -1,7 +1,7 @@
 """LangChain on this machine: `ChatLlamaCpp` around a `SafeLlama`.
 
     pip install langchain-community
-    python examples/plugins/langchain_local.py MODEL.gguf --gene EXPRESSED.gguf
+    python examples/plugins/langchain_local.py MODEL.gguf --gene FITTED.gguf
 
 `ChatLlamaCpp(model_path=...)` would load a plain `Llama`, which knows nothing of genes.
 `model_construct` is pydantic's way to build an object from parts that are ready.

@@ -1,7 +1,7 @@
 """LangChain's `ChatOpenAI` against `safegene-edge serve`.
 
 pip install langchain-openai
-safegene-edge serve MODEL.gguf --gene EXPRESSED.gguf &
+safegene-edge serve MODEL.gguf --gene FITTED.gguf &
 python examples/plugins/langchain_server.py http://127.0.0.1:8080/v1
 """
 

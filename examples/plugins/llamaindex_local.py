@@ -1,7 +1,7 @@
 """LlamaIndex on this machine: `LlamaCPP` around a `SafeLlama`.
 
     pip install llama-index-llms-llama-cpp
-    python examples/plugins/llamaindex_local.py MODEL.gguf --gene EXPRESSED.gguf
+    python examples/plugins/llamaindex_local.py MODEL.gguf --gene FITTED.gguf
 
 `LlamaCPP(model_path=...)` would load a plain `Llama`, and would put every prompt into the
 template of one model family, as text in which "<|im_end|>" ends a turn. This one is given the

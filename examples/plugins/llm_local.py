@@ -1,11 +1,11 @@
 """simonw's `llm`: a model with a gene under a name of its own.
 
     pip install llm safegene-edge
-    python examples/plugins/llm_local.py MODEL.gguf --gene EXPRESSED.gguf
+    python examples/plugins/llm_local.py MODEL.gguf --gene FITTED.gguf
 
 On the command line the same is
 
-    llm safegene add guarded MODEL.gguf --gene EXPRESSED.gguf
+    llm safegene add guarded MODEL.gguf --gene FITTED.gguf
     llm -m guarded "Hello!"
 """
 

@@ -1,7 +1,7 @@
 """lm-evaluation-harness against `safegene-edge serve`, with a task of four harmless questions.
 
     pip install 'lm-eval[api]'
-    safegene-edge serve MODEL.gguf --gene EXPRESSED.gguf &
+    safegene-edge serve MODEL.gguf --gene FITTED.gguf &
     python examples/plugins/lm_eval_server.py http://127.0.0.1:8080/v1
 
 The task lies beside this file, so that nothing is downloaded; name any other with --task, which

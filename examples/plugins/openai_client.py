@@ -1,7 +1,7 @@
 """OpenAI's client against `safegene-edge serve`.
 
 pip install openai
-safegene-edge serve MODEL.gguf --gene EXPRESSED.gguf &
+safegene-edge serve MODEL.gguf --gene FITTED.gguf &
 python examples/plugins/openai_client.py http://127.0.0.1:8080/v1
 """
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SafeGeneError, SettingError
+from .options import setting
+from .settings import ChatSettings
 from .terminal import Lines, paint, printable
 
 if TYPE_CHECKING:
@@ -33,9 +35,9 @@ A message that begins with a slash: put a space before it.'''
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter; switched with /safe.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @click.option("--system", metavar="TEXT", help="A system message.")
-@click.option("--max-tokens", default=512, show_default=True, type=click.IntRange(min=1))
-@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0))
-@click.option("--ctx", default=4096, show_default=True, type=click.IntRange(min=64))
+@setting(ChatSettings, "max_tokens", type=click.IntRange(min=1))
+@setting(ChatSettings, "temperature", type=click.FloatRange(min=0))
+@setting(ChatSettings, "ctx", type=click.IntRange(min=64))
 @click.option("--no-history", is_flag=True, help="Keep no history of lines between chats.")
 def chat(
     model: str,
@@ -201,7 +203,7 @@ class _Session:
             "architecture": gene.architecture,
             "layers": f"{len(gene.layers)} ({', '.join(map(str, gene.layers))})",
             "parameters": f"{gene.n_parameters:,}",
-            "coefficients": shown or "1 in every layer: not recalibrated",
+            "strengths": shown or "1 in every layer: not recalibrated",
             "scale": f"{handle.scale:g}" if handle.scale else "0 (off)",
         }
         for key, value in rows.items():

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import SettingError
-from ..evals.settings import CostSettings, EndpointModel, EvalSettings
+from ..evals.settings import DEFAULT_SUITES, CostSettings, EndpointModel, EvalSettings
+from ..portfolio_settings import PortfolioSettings
 from .options import default_of, setting
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.argument("model", type=click.Path(), required=False)
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
-@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
+@setting(PortfolioSettings, "suites", "--suite", "suites", preset=True, multiple=True,
+         metavar="NAME|FILE")  # fmt: skip
 @setting(EvalSettings, "limit", metavar="N", type=click.IntRange(min=1))
 @setting(EvalSettings, "max_tokens", preset=True, type=click.IntRange(min=1))
 @setting(EvalSettings, "n_parallel", "--parallel", "parallel", type=click.IntRange(1, 255))
@@ -223,7 +225,6 @@ def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, s
 
 
 def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
-    from ..evals.asking.suites import DEFAULT_SUITES
     from ..evals.evaluate import evaluate, evaluate_endpoint
 
     shared: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """A plugin for simonw's `llm`: local models with a gene, under names of your own.
 
-    llm safegene add guarded MODEL.gguf --gene EXPRESSED.gguf
+    llm safegene add guarded MODEL.gguf --gene FITTED.gguf
     llm -m guarded "Hello!"
 
 The names lie in `safegene.json` in llm's own folder. `llm` finds this module by its entry point.
@@ -21,6 +21,8 @@ from pydantic import Field
 
 from ..errors import SafeGeneError, SettingError
 from ..hub import PREFIX
+from .options import described, setting
+from .settings import ChatSettings
 
 if TYPE_CHECKING:
     from ..runtime.llama import SafeLlama
@@ -34,7 +36,7 @@ class Entry:
     gene: str | None = None
     adapters: tuple[str, ...] = ()
     scale: float = 1.0
-    ctx: int = 4096
+    ctx: int = ChatSettings.ctx
 
     def check(self) -> None:
         """SafeGeneError where a file is missing, or an adapter does not fit the model."""
@@ -63,8 +65,12 @@ class SafeGeneModel(llm.Model):  # type: ignore[misc]
     class Options(llm.Options):  # type: ignore[misc]
         """What `-o` sets."""
 
-        max_tokens: int = Field(512, ge=1, description="Tokens of an answer, at most")
-        temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token")
+        max_tokens: int = Field(
+            ChatSettings.max_tokens, ge=1, description=described(ChatSettings)["max_tokens"]
+        )
+        temperature: float = Field(
+            ChatSettings.temperature, ge=0, description=described(ChatSettings)["temperature"]
+        )
 
     def __init__(self, model_id: str, entry: Entry) -> None:
         self.model_id, self.entry = model_id, entry
@@ -161,7 +167,7 @@ def safegene() -> None:
 @click.option("--gene", metavar="GENE.gguf", help="The safety adapter.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters.")
 @click.option("--scale", default=1.0, show_default=True, help="The gene's scale.")
-@click.option("--ctx", default=4096, show_default=True, type=click.IntRange(min=64))
+@setting(ChatSettings, "ctx", type=click.IntRange(min=64))
 def add(
     name: str, model: str, gene: str | None, adapter: tuple[str, ...], scale: float, ctx: int
 ) -> None:

@@ -30,11 +30,11 @@ def setting(
         more: further arguments of `click.option`.
     """
     default = default_of(of, name)
+    shown: Any = default is not None and default is not False and default not in ((), "")
+    shown = ",".join(default) if shown and isinstance(default, tuple) else shown
     if preset:
-        more |= {"default": None, "show_default": str(default) if default else False}
+        more |= {"default": None, "show_default": str(default) if shown is True else shown}
     else:
-        shown: Any = default is not None and default is not False and default not in ((), "")
-        shown = ",".join(default) if shown and isinstance(default, tuple) else shown
         more |= {"default": default, "show_default": shown}
     flags = flags or (f"--{name.replace('_', '-')}",)
     return click.option(*flags, help=described(of)[name], **more)

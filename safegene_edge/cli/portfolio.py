@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import MissingExtraError, SafeGeneError
+from ..portfolio_settings import PortfolioSettings
 from ..recalibrate.settings import RecalibrationSettings
 from .options import setting
 
@@ -20,26 +21,30 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path())
 @click.option("--gene", required=True, metavar="GENE.gguf", help="A gene of their family.")
-@click.option("-o", "--output", required=True, metavar="DIR", help="A folder a model goes there.")
-@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE", help="May be repeated.")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True,
-              help="At most N prompts a suite.")  # fmt: skip
-@click.option(
-    "--examples", metavar="FILE.jsonl", help="Prompts to calibrate on; default: the shipped ones."
-)
+@click.option("-o", "--output", required=True, metavar="DIR",
+              help="Folder for the results, one subfolder a model.")  # fmt: skip
+@setting(PortfolioSettings, "adapters", "--adapter", "adapters", multiple=True,
+         metavar="TASK.gguf")  # fmt: skip
+@setting(PortfolioSettings, "suites", "--suite", "suites", multiple=True,
+         metavar="NAME|FILE")  # fmt: skip
+@setting(PortfolioSettings, "limit", metavar="N", type=click.IntRange(min=1))
+@setting(PortfolioSettings, "examples", metavar="FILE.jsonl")
 @setting(RecalibrationSettings, "kl_budget", type=float)
 @setting(RecalibrationSettings, "passes", type=click.IntRange(6, 99))
+@setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
 @click.option("--dask", metavar="ADDRESS", help="A dask.distributed scheduler to run on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def portfolio(
     models: tuple[str, ...],
     gene: str,
     output: str,
+    adapters: tuple[str, ...],
     suites: tuple[str, ...],
     limit: int,
     examples: str | None,
     kl_budget: float,
     passes: int,
+    n_ctx: int | None,
     dask: str | None,
     as_json: bool,
 ) -> None:
@@ -48,12 +53,11 @@ def portfolio(
     A model that is done is not done again. One that fails stops no other; the exit code is
     then 2. With --dask, the workers must see the same files under the same paths.
     """
-    from ..evals.asking.suites import DEFAULT_SUITES
-    from ..portfolio import PortfolioSettings, table
     from ..portfolio import portfolio as run
+    from ..portfolio import table
 
-    recalibration = RecalibrationSettings(kl_budget=kl_budget, passes=passes)
-    settings = PortfolioSettings(suites or DEFAULT_SUITES, limit, examples, recalibration)
+    recalibration = RecalibrationSettings(kl_budget=kl_budget, passes=passes, n_ctx=n_ctx)
+    settings = PortfolioSettings(suites, limit, examples, recalibration, adapters)
 
     def say(row: PortfolioRow) -> None:
         words = f"failed: {row.error}" if row.error else f"done in {row.seconds:.0f} s"

@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 @click.option("--examples", metavar="FILE.jsonl",
               help='Lines of {"prompt": "…", "kind": "harmful"}, "harmless" or "task"; task '
               "prompts alone are added to the shipped examples.")  # fmt: skip
-@click.option("-o", "--output", metavar="FITTED.gguf",
-              help="The fitted adapter: the gene as strong as it is in this model.")  # fmt: skip
-@click.option("--expression", metavar="FILE.json", help="The coefficients alone.")
+@click.option(
+    "-o", "--output", metavar="FITTED.gguf",
+    help="The fitted adapter: the gene with this model's strengths folded in.",
+)  # fmt: skip
+@click.option("--expression", metavar="FILE.json", help="The strengths alone.")
 @click.option("--plot", metavar="FILE.svg",
               help="The trade-off of refusal against KL as a picture.")  # fmt: skip
 @setting(RecalibrationSettings, "kl_budget", type=float)
 @setting(RecalibrationSettings, "passes", type=click.IntRange(6, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
-@click.option("--json", "as_json", is_flag=True, help="Print coefficients and curve as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print strengths and curve as JSON.")
 def recalibrate(
     model: str,
     gene: str,
@@ -46,7 +48,7 @@ def recalibrate(
     n_ctx: int | None,
     as_json: bool,
 ) -> None:
-    """Find a gene's coefficients for MODEL.gguf from a few examples, without training."""
+    """Find a gene's strengths for MODEL.gguf from a few examples, without training."""
     from ..charts import curve_chart
     from ..files import check_output, write_text
     from ..gene import SafetyGene
@@ -55,9 +57,11 @@ def recalibrate(
 
     outputs = [name for name in (output, expression, plot) if name]
     if not (outputs or as_json):
-        raise click.UsageError("give -o FITTED.gguf, --expression FILE.json or --json")
-    if len(set(outputs)) < len(outputs):
-        raise click.UsageError("two outputs have the same name")
+        raise click.UsageError(
+            "give -o FITTED.gguf, --expression FILE.json, --plot FILE.svg or --json"
+        )
+    if len({Path(name).resolve() for name in outputs}) < len(outputs):
+        raise click.UsageError("two outputs are the same file")
     inputs = [Path(name) for name in (model, gene, *adapter, examples) if name]
     for name in outputs:
         check_output(name, inputs)
@@ -98,7 +102,7 @@ def _said(model: str, found: Recalibration) -> list[str]:
     if found.nothing_lost:
         lines.append(
             f"{model}: without the gene its refusal loss is no larger than the aligned model's on "
-            "the shipped examples, so that nothing is to be brought back (largest coefficient "
+            "the shipped examples, so that nothing is to be brought back (largest strength "
             f"{max(point.coefficients):.2f}); if other prompts show a loss, give --examples"
         )
     return lines

@@ -23,7 +23,7 @@ from .asking.chat import Asker, Chat, Reply
 from .asking.endpoint import Endpoint
 from .asking.journal import Journal, fingerprint
 from .asking.local import LocalModel
-from .asking.suites import BUILT_IN, DEFAULT_SUITES, Prompt, Suite, load_suite
+from .asking.suites import Prompt, Suite, load_suite
 from .costs import Task, kl_divergence, load_task, over_refusal, perplexity, task_accuracy
 from .costs import speed as measured_speed
 from .judge import judge
@@ -37,7 +37,7 @@ from .report.results import (
     Cost,
     SuiteResult,
 )
-from .settings import CostSettings, EndpointModel, EvalSettings
+from .settings import BUILT_IN, DEFAULT_SUITES, CostSettings, EndpointModel, EvalSettings
 
 if TYPE_CHECKING:
     from ..runtime.llama import AttachedAdapter, SafeLlama

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from ..files import PathLike
 
+DEFAULT_SUITES: tuple[str, ...] = ("harmful", "borderline", "harmless")
+BUILT_IN: tuple[str, ...] = (*DEFAULT_SUITES, "languages")
+
 
 @dataclass(frozen=True)
 class EvalSettings:

@@ -31,13 +31,12 @@ from .codes import layouts
 from .imatrix import read_imatrix
 from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
 from .rounding import Update
-from .settings import MergeSettings
+from .settings import RUN_UP_TO, MergeSettings
 from .workers import WORKER_MEMORY, Job, TensorReport, cpus, run_jobs
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
 PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type becomes Q8_0
 _COPIED = 500e6  # bytes a second, hashed and copied: a laptop's disk
-RUN_UP_TO = 160_000_000  # bytes of a model: of SmolLM2's 145 MB in Q8_0 a merge takes 389 MB
 _BASE_MEMORY = 100 << 20  # 71 MiB were measured with SmolLM2, 97 with the vocabulary of Qwen2.5
 
 

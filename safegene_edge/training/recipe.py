@@ -97,7 +97,7 @@ def load_base(path: PathLike, dtype: str = "auto") -> Any:
 
 
 def _dequantised() -> dict[str, Any]:
-    """Newer transformers keep GGUF's weights packed unless told otherwise: slow to train on."""
+    """Newer transformers keep GGUF's weights packed by default: slow to train on."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...errors import FileFormatError, SettingError
+from ..settings import BUILT_IN
 
 Kind: TypeAlias = Literal["harmful", "harmless"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless")
-DEFAULT_SUITES: tuple[str, ...] = ("harmful", "borderline", "harmless")
-BUILT_IN: tuple[str, ...] = (*DEFAULT_SUITES, "languages")
 
 
 @dataclass(frozen=True, slots=True)

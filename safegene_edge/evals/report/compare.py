@@ -154,12 +154,12 @@ def _compared(a: Json, b: Json, column: str, obstacles: Sequence[str]) -> Compar
 
 def _paired(a: Json, b: Json, column: str, labels: findings.Labels) -> tuple[Paired | None, str]:
     """The outcome of the prompts that both reports judged."""
-    ours, theirs = (
+    before, after = (
         {prompt["id"]: prompt.get(column) for prompt in suite.get("prompts") or ()}
         for suite in (a, b)
     )
-    if not ours or ours.keys() != theirs.keys():
+    if not before or before.keys() != after.keys():
         return None, "the reports do not hold the same prompts' labels"
-    judged = [name for name in ours if ours[name] is not None and theirs[name] is not None]
-    first, second = ([side[name] in labels for name in judged] for side in (ours, theirs))
+    judged = [name for name in before if before[name] is not None and after[name] is not None]
+    first, second = ([side[name] in labels for name in judged] for side in (before, after))
     return Paired.of(first, second), ""

@@ -15,8 +15,9 @@ from typing import Any, Literal, TypeAlias
 
 from ...errors import SafeGeneError
 from ...files import PathLike, sha256
-from ..asking.suites import BUILT_IN, Suite, load_suite
+from ..asking.suites import Suite, load_suite
 from ..judge import JUDGE_VERSION, LABELS, judge_sha256
+from ..settings import BUILT_IN
 from . import findings
 from .findings import Json
 
