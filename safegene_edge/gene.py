@@ -100,7 +100,8 @@ class Adapter:
         The same whether the adapter was read from a file or never was in one; other metadata
         does not count.
         """
-        digest = hashlib.sha256(f"{self.architecture} {self.alpha}".encode())
+        alpha = float(np.float32(self.alpha))  # as a file holds it
+        digest = hashlib.sha256(f"{self.architecture} {alpha}".encode())
         for name, pair in sorted(self.pairs.items()):
             digest.update(f"{name} {pair.a.shape} {pair.b.shape}".encode())
             for half in (pair.a, pair.b):
@@ -214,7 +215,7 @@ class SafetyGene(Adapter):
         coefficients: layer to the coefficient already folded into B.
         refusal_openers: how the aligned model opens a refusal.
         aligned_loss: the aligned model's own refusal loss on the shipped calibration examples,
-            a share from 0 to 1 (see `recalibration`); 0 where it was not measured.
+            a share from 0 to 1 (see `recalibrate`); 0 where it was not measured.
         aligned_over_refusal: the share of the harmless ones that it refuses, in the same way.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from adapters import random_adapter
@@ -50,6 +52,15 @@ def test_save_and_load_are_exact(tmp_path, dtype):
         np.testing.assert_array_equal(again.pairs[name].b, pair.b)
     again.save(tmp_path / "twice.gguf")
     assert (tmp_path / "twice.gguf").read_bytes() == (tmp_path / "gene.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("alpha", [16, 16.0, 0.1, 0])
+def test_a_gene_knows_its_hash_wherever_it_came_from(tmp_path, alpha):
+    gene = replace(random_gene(), alpha=alpha)
+    gene.save(tmp_path / "gene.gguf")
+    assert SafetyGene.load(tmp_path / "gene.gguf").sha256 == gene.sha256
+    assert replace(gene, family="another name").sha256 == gene.sha256
+    assert replace(gene, alpha=8.0).sha256 != gene.sha256 != random_gene(seed=1).sha256
 
 
 def test_counts_and_layers():

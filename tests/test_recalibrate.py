@@ -153,7 +153,7 @@ def test_the_allowance_ends_three_points_above_the_aligned_models_over_refusal(t
             Examples(("a b", "c"), ("d", "e f")),
         )
 
-        asked = [llama.render([{"role": "user", "content": text}]) for text in prompts.harmless]
+        asked = [llama.render(prompt.as_dicts()) for prompt in prompts.harmless]
         said = engine.generate(asked, max_tokens=1, adapters={handle: 0.5})
         openers = tuple(llama.text(answer.tokens) for answer in said)  # so that some are refused
 
@@ -417,8 +417,8 @@ def test_the_goal_of_other_examples_is_said_to_be_of_the_shipped_ones(tiny, tmp_
     assert json.loads(done.stdout)["aligned_loss_on_these_examples"] is True
     assert "not on these" not in done.stderr
     for left_out in range(16):  # the guard of labels passes a random model's with a narrow margin
-        kinds = [("harmful", t) for i, t in enumerate(shipped.harmful) if i != left_out]
-        kinds += [("harmless", text) for text in shipped.harmless]
+        kinds = [("harmful", p.text) for i, p in enumerate(shipped.harmful) if i != left_out]
+        kinds += [("harmless", p.text) for p in shipped.harmless]
         rows.write_text("\n".join(json.dumps({"kind": k, "prompt": p}) for k, p in kinds))
         done = CliRunner().invoke(cli, [*command, "--examples", str(rows)])
         if not done.exit_code:
@@ -438,7 +438,7 @@ def test_the_command_takes_the_targets_own_adapters_and_a_context(tiny, tiny_ada
     done = CliRunner().invoke(cli, [*command, "--adapter", str(task), "-o", str(task)])
     assert isinstance(done.exception, OutputError) and "is also an input" in str(done.exception)
     done = CliRunner().invoke(cli, [*command, "--ctx", "64"])
-    assert isinstance(done.exception, SettingError) and "Give --ctx" in str(done.exception)
+    assert isinstance(done.exception, SettingError) and "Give n_ctx (--ctx)" in str(done.exception)
 
 
 def test_an_example_longer_than_the_usual_context_works(tiny):
@@ -453,7 +453,7 @@ def test_an_example_longer_than_the_usual_context_works(tiny):
         recalibrate(
             model, gene, Examples((words,), ("a",)), settings=RecalibrationSettings(passes=6)
         )
-    with pytest.raises(SettingError, match=r"Give --ctx \d+"):
+    with pytest.raises(SettingError, match=r"Give n_ctx \(--ctx\) \d+"):
         recalibrate(
             model, gene, Examples((words,), ("a",)), settings=RecalibrationSettings(n_ctx=4096)
         )

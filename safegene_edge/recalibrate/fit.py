@@ -26,6 +26,7 @@ from ..compat import open_model, require_fit
 from ..errors import NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene
+from ..prompts import Prompt
 from ..runtime.llama import SafeLlama
 from ..runtime.logits import kl_from_logits, log_softmax
 from .examples import Examples
@@ -87,8 +88,9 @@ class Recalibration:
         point: what they give; one of `curve`.
         curve: every evaluated point, in order; the first is the target without the gene.
         goal: the aligned model's own refusal loss, which the gene carries; 0 if it does not.
-        same_examples: whether the goal was measured on these harmful examples. It was measured on
-            the shipped ones: with others it is that of a like set, not of the same.
+        same_examples: whether what the gene carries of the aligned model was measured on these
+            examples. It was measured on the shipped ones: with others, goal and over-refusal are
+            those of a like set, not of the same.
     """
 
     expression: Expression
@@ -173,7 +175,10 @@ def recalibrate(
     best = _choose(points, settings.kl_budget, settings.weight, gene.aligned_loss)
     found = dict(zip(gene.split(), best.coefficients, strict=True))
     expression = Expression(found, gene.sha256, sha256(target))
-    same = set(examples.harmful) == set(shipped.harmful)
+    same = all(
+        set(getattr(examples, kind)) == set(getattr(shipped, kind))
+        for kind in ("harmful", "harmless")
+    )
     return Recalibration(expression, best, tuple(points), gene.aligned_loss, same)
 
 
@@ -229,8 +234,8 @@ class _Prompts:
     def of(cls, llama: SafeLlama, examples: Examples) -> _Prompts:
         """Rendered by the target's template."""
 
-        def rendered(texts: Iterable[str]) -> list[list[int]]:
-            return [list(llama.render([{"role": "user", "content": text}])) for text in texts]
+        def rendered(prompts: Iterable[Prompt]) -> list[list[int]]:
+            return [list(llama.render(prompt.as_dicts())) for prompt in prompts]
 
         return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
 
@@ -248,12 +253,13 @@ def _context(needed: int, n_ctx: int | None, trained: int) -> int:
     """
     if needed > (n_ctx or needed):
         raise SettingError(
-            f"an example needs {needed} KV cells, and n_ctx is {n_ctx}", f"Give --ctx {needed}"
+            f"an example needs {needed} KV cells, and n_ctx is {n_ctx}",
+            f"Give n_ctx (--ctx) {needed}",
         )
     if 0 < trained < needed and n_ctx is None:
         raise SettingError(
             f"an example needs {needed} tokens, the model's context has {trained}",
-            f"Shorten it, or give --ctx {needed} if the model can go beyond",
+            f"Shorten it, or give n_ctx (--ctx) {needed} if the model can go beyond",
         )
     return n_ctx or max(_CELLS, needed)
 
