@@ -14,7 +14,7 @@ from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.evals.asking.chat import Chat
 from safegene_edge.evals.asking.journal import Journal
 from safegene_edge.evals.asking.local import LocalModel
-from safegene_edge.evals.asking.suites import Prompt, Suite
+from safegene_edge.evals.asking.suites import Suite
 from safegene_edge.evals.costs import (
     kl_divergence,
     load_task,
@@ -27,6 +27,7 @@ from safegene_edge.evals.evaluate import evaluate
 from safegene_edge.evals.judge import judge
 from safegene_edge.evals.report.results import Answer, Cost, SuiteResult
 from safegene_edge.evals.settings import CostSettings, EvalSettings
+from safegene_edge.prompts import Prompt
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ from safegene_edge.errors import SettingError
 from safegene_edge.evals.asking.chat import Chat
 from safegene_edge.evals.asking.endpoint import Endpoint, EndpointError
 from safegene_edge.evals.asking.journal import Journal
-from safegene_edge.evals.asking.suites import Prompt, Suite
+from safegene_edge.evals.asking.suites import Suite
 from safegene_edge.evals.evaluate import evaluate_endpoint
 from safegene_edge.evals.settings import EndpointModel, EvalSettings
+from safegene_edge.prompts import Prompt
 
 SUITE = Suite("bad", "harmful", tuple(Prompt(str(i), f"question {i}") for i in range(12)))
 NO = "I'm sorry, but I can't help with that."

@@ -17,7 +17,7 @@ from adapters import random_adapter
 from safegene_edge.cli import cli
 from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
 from safegene_edge.evals.asking.journal import Journal, fingerprint, journal_folder
-from safegene_edge.evals.asking.suites import Prompt, Suite
+from safegene_edge.evals.asking.suites import Suite
 from safegene_edge.evals.evaluate import evaluate
 from safegene_edge.evals.judge import LABELS, judge
 from safegene_edge.evals.report.json import aligned_labels, paired_json
@@ -27,6 +27,7 @@ from safegene_edge.evals.report.results import Answer, Artifact, SuiteResult
 from safegene_edge.evals.report.schema import problems
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.gene import Adapter, Pair
+from safegene_edge.prompts import Prompt
 
 # -- the report ---------------------------------------------------------------
 
@@ -133,10 +134,10 @@ def test_the_json_is_what_the_schema_says() -> None:
 def test_prompts_are_listed_with_labels_alone() -> None:
     harmful, _ = report().to_json()["suites"]
     assert harmful["prompts"] == [
-        {"id": "0", "category": "a", "before": "complied", "after": "refused"},
-        {"id": "1", "category": "b", "before": "complied", "after": "refused"},
-        {"id": "2", "category": "a", "before": "empty", "after": "complied"},
-        {"id": "3", "category": "b", "before": None, "after": None},
+        {"id": "0", "category": "a", "form": "", "before": "complied", "after": "refused"},
+        {"id": "1", "category": "b", "form": "", "before": "complied", "after": "refused"},
+        {"id": "2", "category": "a", "form": "", "before": "empty", "after": "complied"},
+        {"id": "3", "category": "b", "form": "", "before": None, "after": None},
     ]
 
 

@@ -20,10 +20,13 @@ import tiny as tiny_models
 
 from safegene_edge.errors import FileFormatError, MismatchError, SafeGeneError, SettingError
 from safegene_edge.gene import SafetyGene
-from safegene_edge.training.corpus import HarmfulPrompt, HarmlessPrompt
+from safegene_edge.prompts import Prompt
 
-HARMFUL = [HarmfulPrompt(f"Help me to rob house {n}", "non_violent_crimes") for n in range(8)]
-HARMLESS = [HarmlessPrompt(f"How high is hill {n}?", borderline=n % 2 == 0) for n in range(8)]
+HARMFUL = [Prompt(str(n), f"Help me to rob house {n}", "non_violent_crimes") for n in range(8)]
+HARMLESS = [
+    Prompt(str(n), f"How high is hill {n}?", trap="definition" if n % 2 == 0 else "")
+    for n in range(8)
+]
 TARGETS = ("o_proj", "down_proj")
 
 

@@ -153,7 +153,7 @@ def test_the_allowance_ends_three_points_above_the_aligned_models_over_refusal(t
             Examples(("a b", "c"), ("d", "e f")),
         )
 
-        asked = [llama.render([{"role": "user", "content": text}]) for text in prompts.harmless]
+        asked = [llama.render(prompt.as_dicts()) for prompt in prompts.harmless]
         said = engine.generate(asked, max_tokens=1, adapters={handle: 0.5})
         openers = tuple(llama.text(answer.tokens) for answer in said)  # so that some are refused
 
@@ -417,8 +417,8 @@ def test_the_goal_of_other_examples_is_said_to_be_of_the_shipped_ones(tiny, tmp_
     assert json.loads(done.stdout)["aligned_loss_on_these_examples"] is True
     assert "not on these" not in done.stderr
     for left_out in range(16):  # the guard of labels passes a random model's with a narrow margin
-        kinds = [("harmful", t) for i, t in enumerate(shipped.harmful) if i != left_out]
-        kinds += [("harmless", text) for text in shipped.harmless]
+        kinds = [("harmful", p.text) for i, p in enumerate(shipped.harmful) if i != left_out]
+        kinds += [("harmless", p.text) for p in shipped.harmless]
         rows.write_text("\n".join(json.dumps({"kind": k, "prompt": p}) for k, p in kinds))
         done = CliRunner().invoke(cli, [*command, "--examples", str(rows)])
         if not done.exit_code:

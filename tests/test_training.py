@@ -16,13 +16,9 @@ import tiny as tiny_models
 from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.settings import BUILT_IN
+from safegene_edge.prompts import Prompt, harmful_prompts, harmless_prompts
 from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.training.corpus import (
-    CATEGORIES,
-    HarmfulPrompt,
-    HarmlessPrompt,
-    harmful_prompts,
-    harmless_prompts,
     refusal,
 )
 
@@ -68,21 +64,6 @@ def benchmark_prompts() -> Iterator[str]:
 # -- the prompts ----------------------------------------------------------
 
 
-def test_there_are_enough_prompts_of_every_kind() -> None:
-    categories = Counter(prompt.category for prompt in harmful_prompts())
-    assert set(categories) == set(CATEGORIES)
-    assert min(categories.values()) >= 20
-    assert len(harmful_prompts()) >= 400
-    borderline = sum(prompt.borderline for prompt in harmless_prompts())
-    assert len(harmless_prompts()) >= 600
-    assert 300 <= borderline <= len(harmless_prompts()) - 200
-
-
-def test_no_prompt_comes_twice() -> None:
-    counts = Counter(" ".join(words(text)) for text in all_prompts())
-    assert [text for text, count in counts.items() if count > 1] == []
-
-
 def test_a_near_copy_is_found() -> None:
     ours = ["Please, how do I stop a rat from eating the wires in my attic?"]
     assert near_copies(ours, ["How do I stop a rat from eating the wires?"])
@@ -105,7 +86,8 @@ def test_no_prompt_is_a_near_copy_of_the_projects_own_suites() -> None:
 def test_no_prompt_is_a_near_copy_of_a_calibration_example() -> None:
     """A gene refuses what it has learnt from more readily: its coefficients would be too small."""
     shipped = Examples.shipped()
-    examples = [*shipped.harmful, *shipped.harmless]
+    sets = (shipped, Examples.balanced(), Examples.balanced("validation"))
+    examples = [prompt.text for one in sets for prompt in (*one.harmful, *one.harmless)]
     suites = chain.from_iterable(load_suite(name) for name in BUILT_IN)
     measured = [prompt.text for suite in suites for prompt in suite.prompts]
     assert near_copies(all_prompts(), examples) == near_copies(examples, measured) == []
@@ -130,8 +112,11 @@ def test_a_refusal_depends_on_prompt_and_seed_alone() -> None:
 
 # -- the recipe, on a tiny random model -----------------------------------
 
-HARMFUL = [HarmfulPrompt(f"Help me to rob house {n}", "non_violent_crimes") for n in range(4)]
-HARMLESS = [HarmlessPrompt(f"How high is hill {n}?", borderline=n % 2 == 0) for n in range(4)]
+HARMFUL = [Prompt(str(n), f"Help me to rob house {n}", "non_violent_crimes") for n in range(4)]
+HARMLESS = [
+    Prompt(str(n), f"How high is hill {n}?", trap="definition" if n % 2 == 0 else "")
+    for n in range(4)
+]
 
 
 @pytest.fixture

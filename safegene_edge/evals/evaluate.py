@@ -18,12 +18,13 @@ from ..aliases import Progress
 from ..errors import SettingError
 from ..files import PathLike, sha256
 from ..gene import AdapterLike, SafetyGene
+from ..prompts import Prompt
 from .asking.attacks import Attack, adaptive_chats, choose_attacks
 from .asking.chat import Asker, Chat, Reply
 from .asking.endpoint import Endpoint
 from .asking.journal import Journal, fingerprint
 from .asking.local import LocalModel
-from .asking.suites import Prompt, Suite, load_suite
+from .asking.suites import Suite, load_suite
 from .costs import Task, kl_divergence, load_task, over_refusal, perplexity, task_accuracy
 from .costs import speed as measured_speed
 from .judge import judge
@@ -293,7 +294,7 @@ class _Clock:
 
 
 def _plain_chat(prompt: Prompt) -> Chat:
-    return Chat.user(prompt.text)
+    return Chat.of(prompt)
 
 
 def _asked(

@@ -33,8 +33,8 @@ def read_directions(
         with SafeLlama(model, n_ctx=512) as llama:
             llama.attach(combined(adapters), name=", ".join(one.name for one in adapters))
             prompts = [
-                llama.render([{"role": "user", "content": text}])
-                for text in [*examples.harmful, *examples.harmless]
+                llama.render(prompt.as_dicts())
+                for prompt in [*examples.harmful, *examples.harmless]
             ]
             return directions(llama, tensors, prompts)
     except LlamaCppError as error:

@@ -26,6 +26,7 @@ from ..compat import open_model, require_fit
 from ..errors import NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene
+from ..prompts import Prompt
 from ..runtime.llama import SafeLlama
 from ..runtime.logits import kl_from_logits, log_softmax
 from .examples import Examples
@@ -233,8 +234,8 @@ class _Prompts:
     def of(cls, llama: SafeLlama, examples: Examples) -> _Prompts:
         """Rendered by the target's template."""
 
-        def rendered(texts: Iterable[str]) -> list[list[int]]:
-            return [list(llama.render([{"role": "user", "content": text}])) for text in texts]
+        def rendered(prompts: Iterable[Prompt]) -> list[list[int]]:
+            return [list(llama.render(prompt.as_dicts())) for prompt in prompts]
 
         return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
 

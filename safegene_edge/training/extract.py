@@ -26,9 +26,9 @@ from ..errors import FileFormatError, MissingExtraError, OutputError, SafeGeneEr
 from ..files import PathLike, write_text
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile
+from ..prompts import Prompt, harmful_prompts, harmless_prompts
 from ..recalibrate.refusal_margin import Openers, Tokens
 from ..runtime.llama import SafeLlama
-from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts
 from .delta import delta_adapter
 from .distil import (
     Trainer,
@@ -71,8 +71,8 @@ def extract(
     settings: ExtractSettings | None = None,
     base: PathLike | None = None,
     family: str = "",
-    harmful: Sequence[HarmfulPrompt] | None = None,
-    harmless: Sequence[HarmlessPrompt] | None = None,
+    harmful: Sequence[Prompt] | None = None,
+    harmless: Sequence[Prompt] | None = None,
     refuses: Refuses = judged_refusal,
     report: Log = lambda line: None,
 ) -> SafetyGene:
@@ -174,7 +174,7 @@ class _Work:
     settings: ExtractSettings
     model: GGUFFile
     folder: Path
-    prompts: tuple[Sequence[HarmfulPrompt], Sequence[HarmlessPrompt]]
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]]
     refuses: Refuses
     report: Log
     _live: LiveModel | None = None
@@ -269,7 +269,7 @@ class _Work:
         prompts = self.prompts[0]
         found = []
         with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
-            asked = [rendered(llama, prompt.text) for prompt in prompts]
+            asked = [rendered(llama, prompt) for prompt in prompts]
             with self.live().as_source(self.aligned, gene=False) as model:
                 said = own_answers(model, asked, self.settings.refusal_tokens, llama.token_eos())
                 texts = [llama.text(tokens) for tokens in said]
@@ -293,12 +293,12 @@ class _Work:
         write_text(self.folder / REFUSALS, json.dumps(asdict(how)) + "\n")
         return training_examples
 
-    def _kept(self, source: Source, prompts: Sequence[HarmlessPrompt]) -> list[TrainingExample]:
+    def _kept(self, source: Source, prompts: Sequence[Prompt]) -> list[TrainingExample]:
         """What a degraded model says to harmless prompts; what it refuses is left out."""
         settings = self.settings
         found = []
         with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
-            asked = [rendered(llama, prompt.text) for prompt in prompts]
+            asked = [rendered(llama, prompt) for prompt in prompts]
             with self.live().as_source(source, gene=False) as model:
                 said = own_answers(model, asked, settings.kept_tokens, llama.token_eos())
                 for prompt, tokens, answer in zip(prompts, asked, said, strict=True):
@@ -373,9 +373,8 @@ class _Work:
         """Prompts to measure the layers with; of the harmless ones the borderline."""
         choice = random.Random(self.settings.seed)
         count = self.settings.contrast
-        near = [p.text for p in self.prompts[1] if p.borderline]
-        harmless = near or [p.text for p in self.prompts[1]]
-        harmful = [p.text for p in self.prompts[0]]
+        harmless = [p for p in self.prompts[1] if p.borderline] or list(self.prompts[1])
+        harmful = list(self.prompts[0])
         kinds = [
             [rendered(llama, text) for text in choice.sample(texts, min(count, len(texts)))]
             for texts in (harmful, harmless)

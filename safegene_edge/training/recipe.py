@@ -26,9 +26,10 @@ from typing import Any, TypeVar
 from ..compat import open_model
 from ..errors import MissingExtraError, OutputError, SafeGeneError
 from ..files import PathLike, check_output, write_text
+from ..prompts import Prompt, harmful_prompts, harmless_prompts
 from ..runtime.engine import Engine, Generation
 from ..runtime.llama import SafeLlama
-from .corpus import HarmfulPrompt, HarmlessPrompt, harmful_prompts, harmless_prompts, refusal
+from .corpus import refusal
 from .loss import Example, Loss, batch_loss, measure
 from .settings import Log, Recipe
 
@@ -122,27 +123,25 @@ def add_lora(model: Any, recipe: Recipe) -> Any:
 # -- the examples ---------------------------------------------------------
 
 
-def refusal_examples(
-    llama: SafeLlama, prompts: Sequence[HarmfulPrompt], recipe: Recipe
-) -> list[Example]:
+def refusal_examples(llama: SafeLlama, prompts: Sequence[Prompt], recipe: Recipe) -> list[Example]:
     """Harmful prompts with the project's refusals, ended by the model's end token."""
     end = llama.token_eos()
     found = []
     for prompt in prompts:
         words = refusal(prompt, recipe.seed).encode()
         answer = (*llama.tokenize(words, add_bos=False, special=False), end)
-        found.append(Example(rendered(llama, prompt.text), answer[: recipe.refusal_tokens], True))
+        found.append(Example(rendered(llama, prompt), answer[: recipe.refusal_tokens], True))
     return found
 
 
 def own_answer_examples(
     llama: SafeLlama,
-    prompts: Sequence[HarmlessPrompt],
+    prompts: Sequence[Prompt],
     recipe: Recipe,
     report: Log = lambda line: None,
 ) -> list[Example]:
     """Harmless prompts with the model's own greedy answers; those that it refuses are left out."""
-    asked = [rendered(llama, prompt.text) for prompt in prompts]
+    asked = [rendered(llama, prompt) for prompt in prompts]
     finished = 0
 
     def count(index: int, answer: Generation) -> None:
@@ -162,9 +161,9 @@ def own_answer_examples(
     return found
 
 
-def rendered(llama: SafeLlama, prompt: str) -> tuple[int, ...]:
+def rendered(llama: SafeLlama, prompt: Prompt) -> tuple[int, ...]:
     """A user's message as tokens, through the model's chat template."""
-    return tuple(llama.render([{"role": "user", "content": prompt}]))
+    return tuple(llama.render(prompt.as_dicts()))
 
 
 # -- the training ---------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..prompts import Prompt
 from ..recalibrate.examples import Examples
 from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss
 from ..runtime.llama import SafeLlama
@@ -54,7 +55,7 @@ def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
 
 
 def unrefused(
-    model: Any, llama: SafeLlama, prompts: Sequence[str], openers: Sequence[str], recipe: Recipe
+    model: Any, llama: SafeLlama, prompts: Sequence[Prompt], openers: Sequence[str], recipe: Recipe
 ) -> float:
     """A transformers model's refusal loss on prompts: the share not refused, smoothed.
 
@@ -65,7 +66,7 @@ def unrefused(
     known = Openers.of(llama, openers)
     with torch.no_grad():
         # One prompt at a time, so that nothing is padded.
-        found = [margins(model, [rendered(llama, text)], known, recipe) for text in prompts]
+        found = [margins(model, [rendered(llama, prompt)], known, recipe) for prompt in prompts]
     return refusal_loss(torch.cat(found).double().cpu().numpy())
 
 

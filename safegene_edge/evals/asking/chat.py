@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
+from ...prompts import Prompt
+
 Advance: TypeAlias = Callable[[], None]
 
 
@@ -23,6 +25,11 @@ class Chat:
     def user(cls, text: str) -> Chat:
         """One message of the user."""
         return cls((("user", text),))
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> Chat:
+        """The prompt after its earlier turns."""
+        return cls(prompt.messages)
 
     @property
     def text(self) -> str:

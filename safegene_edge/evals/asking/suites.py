@@ -1,9 +1,10 @@
 """Prompt suites: the built-in ones, and readers for the files that the field uses.
 
 A built-in file is JSONL: a first line `{"suite", "kind", "version"}`, then one prompt
-a line with `id`, `category`, `prompt`, and `trap` where a harmless prompt is worded
-like harm (the trap says what is harmless about it). In "languages" each row has a
-`language` (BCP 47), and `core`: the id of the harmful prompt that it says in it.
+a line with `id`, `category`, `form`, `prompt`, `history` where it is the last of several
+turns, and `trap` where a harmless prompt is worded like harm (the trap says what is harmless
+about it). In "languages" each row has a `language` (BCP 47); its id ends in it, and begins like
+those of the rows that say the same in another language.
 """
 
 from __future__ import annotations
@@ -21,30 +22,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...errors import FileFormatError, SettingError
+from ...prompts import Prompt, from_record
 from ..settings import BUILT_IN
 
 Kind: TypeAlias = Literal["harmful", "harmless"]
 KINDS: tuple[Kind, ...] = ("harmful", "harmless")
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One question to the model.
-
-    Attributes:
-        trap: what is harmless about borderline wording; empty where nothing is borderline.
-        language: BCP 47 tag of the text.
-    """
-
-    id: str
-    text: str
-    category: str = ""
-    trap: str = ""
-    language: str = "en"
-
-    @property
-    def borderline(self) -> bool:
-        return bool(self.trap)
 
 
 @dataclass(frozen=True)
@@ -59,7 +41,8 @@ class Suite:
     @cached_property
     def sha256(self) -> str:
         """Hash of the kind and the prompts' texts in order, whatever file they came from."""
-        content = [self.kind, *(prompt.text for prompt in self.prompts)]
+        content: list[Any] = [self.kind]
+        content += [list(p.messages) if p.history else p.text for p in self.prompts]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     def sample(self, limit: int | None) -> Suite:
@@ -181,16 +164,10 @@ def _kind(source: str, row: int, value: object) -> Kind:
 
 
 def _prompt(source: str, row: int, record: Mapping[str, Any], column: str = "prompt") -> Prompt:
-    text = record.get(column)
-    if not isinstance(text, str) or not text.strip():
-        raise _bad(source, row, f"'{column}' is missing or empty")
-    return Prompt(
-        id=str(record.get("id") or row),
-        text=text,
-        category=str(record.get("category") or ""),
-        trap=str(record.get("trap") or ""),
-        language=str(record.get("language") or "en"),
-    )
+    try:
+        return from_record({**record, "prompt": record.get(column)}, str(row))
+    except (ValueError, TypeError) as fault:
+        raise _bad(source, row, str(fault).replace("'prompt'", f"'{column}'")) from fault
 
 
 def _plain(source: str, data: bytes) -> Iterator[_Row]:

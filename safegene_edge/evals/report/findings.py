@@ -119,7 +119,7 @@ def borderline_rows(suite: Json) -> list[Outcome]:
 
 
 def group_rows(suite: Json, by: str) -> list[Outcome]:
-    """The kind's measure by "categories" or "languages"; empty where there is only one."""
+    """The kind's measure by "categories", "forms" or "languages"; empty where there is only one."""
     groups: Json = suite.get(by) or {}
     labels = MEASURE[suite["kind"]][1]
     if len(groups) < 2:

@@ -266,6 +266,10 @@ def _categories(report: Json) -> _Section | None:
     return _grid("categories", "By category", _by(report, "categories", "Category"))
 
 
+def _forms(report: Json) -> _Section | None:
+    return _grid("forms", "By form", _by(report, "forms", "Form"))
+
+
 def _languages(report: Json) -> _Section | None:
     return _grid("languages", "By language", _by(report, "languages", "Language"))
 
@@ -400,5 +404,6 @@ def _limits(own: Json) -> Markup | None:
 
 
 _SECTIONS: tuple[Callable[[Json], _Section | None], ...] = (
-    _results, _trade, _categories, _attacks, _languages, _costs, _layers, _examples, _record,
+    _results, _trade, _categories, _forms, _attacks, _languages, _costs, _layers, _examples,
+    _record,
 )  # fmt: skip

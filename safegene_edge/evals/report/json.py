@@ -47,7 +47,7 @@ def label_counts(answers: Iterable[Answer]) -> dict[str, int]:
     return {"total": len(labels) - unscored, **counts, "unscored": unscored}
 
 
-_Grouping: TypeAlias = Literal["category", "language"]
+_Grouping: TypeAlias = Literal["category", "form", "language"]
 
 
 def _groups(result: SuiteResult, name: _Grouping) -> dict[str, SuiteResult]:
@@ -81,6 +81,7 @@ def _suite_json(result: SuiteResult, completions: bool) -> dict[str, Any]:
         **{column: label_counts(answers) for column, answers in result.columns.items()},
         "borderline": {c: label_counts(_borderline(a)) for c, a in result.columns.items()},
         "categories": _counts_by(result, "category"),
+        "forms": _counts_by(result, "form"),
         "languages": _counts_by(result, "language"),
         "prompts": _prompts_json(result),
     }
@@ -108,7 +109,7 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
 def _prompts_json(result: SuiteResult) -> list[dict[str, Any]]:
     """Each prompt's id, category and labels; None where it was not scored."""
     return [
-        {"id": prompt.id, "category": prompt.category}
+        {"id": prompt.id, "category": prompt.category, "form": prompt.form}
         | {column: _label(answers[index]) for column, answers in result.columns.items()}
         for index, prompt in enumerate(result.suite.prompts)
     ]

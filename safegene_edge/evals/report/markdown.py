@@ -34,6 +34,7 @@ def render_markdown(report: Json) -> str:
         _verdict(report),
         _results(report),
         _groups(report, "categories", "By category"),
+        _groups(report, "forms", "By form"),
         _attacks(report),
         _groups(report, "languages", "By language"),
         _costs(report),

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
-from ..asking.suites import Prompt, Suite
+from ...prompts import Prompt
+from ..asking.suites import Suite
 from ..judge import Verdict
 from ..settings import EvalSettings
 
