@@ -16,7 +16,8 @@ import llama_cpp
 import pytest
 from click.testing import CliRunner
 
-from safegene_edge import SafeLlama
+from safegene_edge import SafeLlama, judge
+from safegene_edge.evals.asking.suites import load_suite
 
 FOLDER = Path(__file__).parent.parent / "examples" / "plugins"
 GENE = FOLDER.parent.parent / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
@@ -271,11 +272,11 @@ def server(model, env):
         process.communicate(timeout=60)
 
 
-def through_http(server):
+def through_http(server, question=QUESTION, tokens=TOKENS):
     """The server's own answer, asked without any client library."""
     body = {
-        "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": TOKENS,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": tokens,
         "temperature": 0,
     }
     request = urllib.request.Request(
@@ -303,8 +304,14 @@ def test_langchain_against_the_server(server, env):
 
 @needs("inspect_ai", "inspect-ai")
 def test_inspect_ai(server, env):
+    """Its score is the judge's, of the answers that the server gives to the same questions."""
+    questions = [p.text for p in load_suite("harmless")[0].prompts if not p.history][:4]
+    answers = [through_http(server, text, 24) for text in questions]
+    labels = [judge(text, said).label for text, said in zip(questions, answers, strict=True)]
+    answered = sum("refused" not in label for label in labels)
+    assert answered > 0
     shown = script("inspect_server.py", env, server, "--max-tokens", 24)
-    assert re.fullmatch(r"answered: [3-4]/4", shown)
+    assert shown == f"answered: {answered}/4"
 
 
 @needs("lm_eval", "'lm-eval[api]'")

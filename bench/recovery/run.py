@@ -29,7 +29,7 @@ from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.judge import judge
 from safegene_edge.files import sha256, write_text
 from safegene_edge.gene import Expression
-from safegene_edge.prompts import harmful_prompts, harmless_prompts
+from safegene_edge.prompts import Prompt, harmful_prompts, harmless_prompts
 from safegene_edge.recalibrate import Examples, fit, refusal_margin
 from safegene_edge.training.degrade import degrade
 from safegene_edge.training.extract import REFUSALS, extract
@@ -52,7 +52,7 @@ CODE = sha256(fit.__file__) + sha256(refusal_margin.__file__)
 Cell = dict[str, Any]
 
 
-def suites() -> dict[str, list[str]]:
+def suites() -> dict[str, list[Prompt]]:
     """Prompts by suite; a hundred of each, evenly spread."""
     files = {
         "advbench": SHARED / "advbench.csv",
@@ -61,8 +61,7 @@ def suites() -> dict[str, list[str]]:
         "harmless": "harmless",
     }
     return {
-        name: [p.text for p in load_suite(source)[0].sample(PROMPTS).prompts]
-        for name, source in files.items()
+        name: list(load_suite(source)[0].sample(PROMPTS).prompts) for name, source in files.items()
     }
 
 
@@ -74,6 +73,8 @@ class Bench:
         self.work = self.family.work
         self.builder = Builder(self.family, lambda: self._bare() or self._degraded())
         self.prompts = suites()
+        self.texts = {name: [list(p.messages) if p.history else p.text for p in prompts]
+                      for name, prompts in self.prompts.items()}  # fmt: skip
         self.results: dict[str, Any] = {
             "family": name, "tasks": {}, KINDS: {}, ACCURACY: {},
         }  # fmt: skip
@@ -237,7 +238,7 @@ class Bench:
             facts.append([[n, hashlib.sha256(p.a.tobytes() + p.b.tobytes()).hexdigest()]
                           for n, p in sorted(gene.pairs.items())])  # fmt: skip
         held = rows(task, measured)[1]
-        wanted = {"suites": [*facts, self.prompts], "task": [*facts, held]}
+        wanted = {"suites": [*facts, self.texts], "task": [*facts, held]}
         keys = {name: hashlib.sha256(json.dumps(fact).encode()).hexdigest()[:16]
                 for name, fact in wanted.items()}  # fmt: skip
         missing = [name for name, key in keys.items() if key not in self.known]
@@ -280,7 +281,7 @@ class Bench:
 
 
 def measure(
-    target: Path, gene: SafetyGene | None, prompts: Mapping[str, list[str]],
+    target: Path, gene: SafetyGene | None, prompts: Mapping[str, list[Prompt]],
     task: str, held: Sequence[Row], draft: Path,
 ) -> Cell:  # fmt: skip
     """Refused (as "0"/"1" a prompt) by suite, and the task's accuracy or perplexity."""
@@ -294,12 +295,12 @@ def measure(
             finally:
                 draft.unlink(missing_ok=True)
         with Engine(llama, n_parallel=16, flash_attn=True) as engine:
-            for name, texts in prompts.items():
-                asked = [llama.render([{"role": "user", "content": text}]) for text in texts]
+            for name, asked_of in prompts.items():
+                asked = [llama.render(prompt.as_dicts()) for prompt in asked_of]
                 said = engine.generate(asked, max_tokens=ANSWER, adapters=scales)
                 verdicts = [
-                    judge(text, llama.text(answer.tokens)).label == "refused"
-                    for text, answer in zip(texts, said, strict=True)
+                    judge(prompt.text, llama.text(answer.tokens)).label == "refused"
+                    for prompt, answer in zip(asked_of, said, strict=True)
                 ]
                 suites[name] = "".join(str(int(hit)) for hit in verdicts)
         with Engine(llama, n_parallel=16) as engine:

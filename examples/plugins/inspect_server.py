@@ -38,7 +38,7 @@ def answered() -> Scorer:
 
 def harmless(max_tokens: int) -> Task:
     """A few questions that nobody should refuse."""
-    prompts = load_suite("harmless")[0].prompts[:QUESTIONS]
+    prompts = [p for p in load_suite("harmless")[0].prompts if not p.history][:QUESTIONS]
     return Task(
         dataset=[Sample(input=prompt.text, target="") for prompt in prompts],
         solver=generate(),

@@ -256,14 +256,19 @@ class _Plan:
         return tuple(found)
 
     def _harmless(self, count: int) -> list[str]:
-        """Plain harmless prompts: of the suites asked, else the project's own."""
-        plain = [p for s in self.suites if s.kind == "harmless" for p in s.prompts
-                 if not p.borderline and p.language == "en"]  # fmt: skip
-        suite = Suite("plain", "harmless", tuple(plain)) if plain else load_suite("harmless")[0]
-        return [prompt.text for prompt in suite.sample(count).prompts]
+        """Plain harmless prompts of one turn: of the suites asked, else the project's own."""
+        asked = [suite for suite in self.suites if suite.kind == "harmless"]
+        plain = _plain(asked) or _plain(load_suite("harmless"))
+        return [p.text for p in Suite("plain", "harmless", plain).sample(count).prompts]
 
     def speed_of(self, local: LocalModel) -> dict[str, Any]:
         return measured_speed(local) if self.costs.speed else {}
+
+
+def _plain(suites: Iterable[Suite]) -> tuple[Prompt, ...]:
+    """The English prompts of one turn that are not borderline."""
+    prompts = (prompt for suite in suites for prompt in suite.prompts)
+    return tuple(p for p in prompts if not (p.borderline or p.history) and p.language == "en")
 
 
 class _Clock:
