@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import os
 import tempfile
-import threading
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -27,62 +22,15 @@ from ..hub import resolve
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler
 from .controls import ControlTexts
 from .devices import physical_cores
+from .shared import AttachedAdapter as AttachedAdapter
+from .shared import SharedLlama
 
 DEFAULT_CONTEXT = 2048
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
 
 
-@dataclass(eq=False)
-class AttachedAdapter:
-    """A handle on an adapter that a model has loaded. Compared by identity."""
-
-    name: str
-    scale: float
-    content: Adapter = field(repr=False)
-    source: Path | None = None
-    """The file it was read from."""
-    pointer: Any = field(default=None, repr=False)
-
-
-class ContextOwner(Protocol):
-    """What has a context of its own on a `SafeLlama`'s model: an `Engine`."""
-
-    def require_closable(self) -> None:
-        """LlamaCppError where the calling thread is in the midst of using the context."""
-
-    def close(self) -> None:
-        """End what runs on the context, and free it; again does nothing."""
-
-    def release(self, handle: AttachedAdapter) -> None:
-        """Take an adapter off the context; SettingError where an answer depends on it."""
-
-
-def _while_open(method: Callable[..., Any]) -> Any:
-    """The method as a call that closing waits for."""
-
-    @functools.wraps(method)
-    def call(self: SafeLlama, *args: Any, **options: Any) -> Any:
-        with self._in_use():
-            return method(self, *args, **options)
-
-    return call
-
-
-def _alone(method: Callable[..., Any], *, spoils_streams: bool = True) -> Any:
-    """The method as a call that has the model's own context to itself."""
-
-    @functools.wraps(method)
-    def call(self: SafeLlama, *args: Any, **options: Any) -> Any:
-        with self._own_context() as outermost:
-            if outermost and spoils_streams:
-                self._turn += 1
-            return method(self, *args, **options)
-
-    return call
-
-
-class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
+class SafeLlama(SharedLlama):
     """A `llama_cpp.Llama` with any number of adapters, each with a scale of its own.
 
     Whatever takes a `Llama` takes this. Adapters are checked against the model before
@@ -129,14 +77,7 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         self._attached: list[AttachedAdapter] = []
-        self._owners: weakref.WeakSet[ContextOwner] = weakref.WeakSet()
-        # Locks are taken in this order: the turn on the own context, an engine's, the guard.
-        self._turns = _Turns()
-        self._guard = threading.RLock()  # adapters and contexts change one at a time
-        self._users: list[int] = []  # threads within a call; it is freed when there are none
-        self._unused = threading.Condition()
-        self._turn = 0  # grows when a stream that was begun before cannot go on
-        self._closed = False
+        self._share()
         refused = sorted(key for key in options if key.startswith("lora_"))
         if refused:
             raise SettingError(f"{refused[0]} is not used here", "Give adapters=[(path, scale)]")
@@ -277,15 +218,6 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
                 raise LlamaCppError("llama.cpp refused to set the adapters")
         return frozenset(chosen)
 
-    def open_context(self, owner: ContextOwner, params: Any) -> Any:
-        """A new llama.cpp context on this model, or None; `owner` is closed before the model."""
-        with self._guard:
-            self._require_open()
-            context = llama_cpp.llama_init_from_model(self.model, params)
-            if context:
-                self._owners.add(owner)
-            return context
-
     def _load(self, adapter: AdapterLike, name: str) -> Any:
         if isinstance(adapter, Adapter):
             with tempfile.TemporaryDirectory(prefix="safegene-") as folder:
@@ -347,40 +279,8 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         if handle not in self._attached:
             raise SettingError(f"{handle.name}: is not attached to this model")
 
-    def close(self) -> None:
-        """Free the model, its contexts and its adapters; again does nothing.
-
-        Batchers and engines on the model are closed first, so that nothing they use goes
-        away under them. A request that still waits ends with "error". A chat or completion in
-        another thread ends at its next token, with LlamaCppError, and so does a stream.
-
-        Raises:
-            LlamaCppError: a batcher's listener, an engine's callback, or what an answer calls
-                (a logits processor, say) calls this.
-        """
-        if threading.get_ident() in self._users:
-            raise LlamaCppError(
-                "a model cannot be closed by what it calls", "Close it from another thread"
-            )
-        with self._guard:
-            owners = list(self._owners)
-            for owner in owners:
-                owner.require_closable()
-            self._closed = True
-        for owner in owners:
-            owner.close()
-        with self._unused:
-            self._unused.wait_for(lambda: not self._users)
-        with self._guard:  # for others that close it, too
-            self._attached.clear()  # llama.cpp frees a model's adapters with the model
-            if hasattr(self, "_stack"):  # __del__ also runs where the model never loaded
-                super().close()
-                # llama-cpp-python would go on to use what is freed.
-                self._ctx = self._model = self._batch = self.tokenizer_ = _Closed()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise _closed_error()
+    def _let_go(self) -> None:
+        self._attached.clear()  # llama.cpp frees a model's adapters with the model
 
     def __enter__(self) -> SafeLlama:
         return self
@@ -393,90 +293,6 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
         for key in [key for key in state if key.startswith("lora_")]:
             del state[key]
         return {**state, "adapters": [(a.content, a.scale) for a in self._attached]}
-
-    # -- one thread at a time ---------------------------------------------
-
-    tokenize = _while_open(llama_cpp.Llama.tokenize)
-    detokenize = _while_open(llama_cpp.Llama.detokenize)
-    n_ctx = _while_open(llama_cpp.Llama.n_ctx)
-    n_embd = _while_open(llama_cpp.Llama.n_embd)
-    n_vocab = _while_open(llama_cpp.Llama.n_vocab)
-    token_bos = _while_open(llama_cpp.Llama.token_bos)
-    token_eos = _while_open(llama_cpp.Llama.token_eos)
-    token_nl = _while_open(llama_cpp.Llama.token_nl)
-    pooling_type = _while_open(llama_cpp.Llama.pooling_type)
-    reset = _alone(llama_cpp.Llama.reset)
-    eval = _alone(llama_cpp.Llama.eval)
-    sample = _alone(llama_cpp.Llama.sample, spoils_streams=False)
-    embed = _alone(llama_cpp.Llama.embed)
-    save_state = _alone(llama_cpp.Llama.save_state, spoils_streams=False)
-    load_state = _alone(llama_cpp.Llama.load_state)
-
-    @functools.wraps(llama_cpp.Llama.generate)
-    def generate(self, *args: Any, **options: Any) -> Any:
-        return self._in_steps(super().generate(*args, **options), begins=True)
-
-    def _create_completion(self, *args: Any, **options: Any) -> Any:
-        # A completion that isn't streamed is one step of this, and its tokens steps of `generate`.
-        return self._in_steps(super()._create_completion(*args, **options), begins=False)
-
-    def _in_steps(
-        self, items: Generator[Any, Any, None], *, begins: bool
-    ) -> Generator[Any, Any, None]:
-        """The items, each made with the own context to itself; LlamaCppError once it is spoilt."""
-        turn, sent = None, None
-        while True:
-            with self._own_context():
-                if turn is None and begins:
-                    self._turn += 1
-                    turn = self._turn
-                if turn is not None and turn != self._turn:
-                    raise LlamaCppError(
-                        "an answer cannot go on: the adapters were changed, or another text was "
-                        "begun",
-                        "Read a stream to its end first, or answer with a Batcher",
-                    )
-                try:
-                    item = items.send(sent)
-                except StopIteration:
-                    return
-                if not begins:
-                    turn = self._turn
-            sent = yield item
-
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Closing waits until this is over."""
-        thread = threading.get_ident()
-        with self._unused:
-            self._require_open()
-            self._users.append(thread)
-        try:
-            yield
-        finally:
-            with self._unused:
-                self._users.remove(thread)
-                self._unused.notify_all()
-
-    @contextmanager
-    def _own_context(self) -> Iterator[bool]:
-        """The own context is this thread's; whether it was not before."""
-        with self._in_use(), self._turns as outermost:
-            self._require_open()  # a wait may have come before
-            yield outermost
-
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        """Adapters may be changed on all contexts of the model."""
-        if threading.get_ident() in self._users:
-            raise SettingError(
-                "adapters cannot be changed by what an answer calls", "Change them between answers"
-            )
-        with self._own_context(), self._guard:
-            yield
-
-    def _of_own(self, context: Any) -> AbstractContextManager[Any]:
-        return self._own_context() if context == self.ctx else nullcontext()
 
     # -- chat -------------------------------------------------------------
 
@@ -571,46 +387,6 @@ class SafeLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     def _token_text(self, token: int) -> str:
         return str(self._model.token_get_text(token)) if token >= 0 else ""
-
-
-class _Turns:
-    """A lock for a thread that may take it again, and which others get in between.
-
-    With an RLock, a thread that makes one token after the other takes it back each time before
-    those that wait have woken up.
-    """
-
-    def __init__(self) -> None:
-        self._next, self._lock = threading.Lock(), threading.Lock()
-        self._owner: int | None = None
-        self._depth = 0
-
-    def __enter__(self) -> bool:
-        """Take it; False where the thread has it already."""
-        thread = threading.get_ident()
-        if self._owner != thread:
-            with self._next:  # who waits for the lock keeps the one that had it from its return
-                self._lock.acquire()
-            self._owner = thread
-        self._depth += 1
-        return self._depth == 1
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._owner = None
-            self._lock.release()
-
-
-class _Closed:
-    """Stands where a freed part of a model was: whatever is asked of it fails."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise _closed_error()
-
-
-def _closed_error() -> LlamaCppError:
-    return LlamaCppError("the model is closed", "Load it again")
 
 
 def _require_finite(scale: float) -> None:
