@@ -39,6 +39,9 @@ def main() -> None:
     gene = SafetyGene.shipped()
     say(f"the shipped gene: {len(gene.layers)} layers, {gene.n_parameters:,} parameters")
     aligned = converted("smollm2-135m-safety", model, cache)
+    say("the aligned model: evaluating")
+    asked = EvalSettings(limit=PROMPTS_PER_SUITE)
+    (refused, _), (over, _) = counts(evaluate(model, adapters=[aligned], settings=asked).to_json())
     rows = []
     for task in TASKS:
         adapters = [aligned, converted(f"smollm2-135m-tasks/{task}", model, cache)]
@@ -52,7 +55,7 @@ def main() -> None:
             model,
             fitted,
             adapters=adapters,
-            settings=EvalSettings(limit=PROMPTS_PER_SUITE),
+            settings=asked,
             progress=progress if sys.stderr.isatty() else None,
         )
         facts = report.to_json()
@@ -62,7 +65,8 @@ def main() -> None:
         write_text(page.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
     print(table(rows))
     print("\nn/N (share, 95 % Wilson interval); over-refused: harmless prompts, half of them")
-    print("borderline in wording, that were refused")
+    print("borderline in wording, that were refused wholly or in part")
+    print(f"the aligned model: refused {refused}, over-refused {over}")
     print(f"\nreports: {cache}/demo-*.html")
     flags = " ".join(f"--adapter {path}" for path in adapters)
     print(f"try it: safegene-edge chat {model} {flags} --gene {fitted}")
