@@ -99,16 +99,25 @@ def atomic_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Iterator[P
     temporary = Path(name)
     try:
         yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would surprise whoever shares the file
+        _settle(temporary, [temporary], 0o666)
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _settle(made: Path, files: Iterable[Path], mode: int) -> None:
+    """Write files through to the disk, and give what was made the mode that the user's mask allows.
+
+    mkstemp's 0600 would surprise whoever shares the file.
+    """
+    for file in files:
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    made.chmod(mode & ~umask)
 
 
 def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> None:
@@ -140,12 +149,7 @@ def atomic_folder(folder: PathLike) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        _settle(temporary, temporary.iterdir(), 0o777)
         if folder.exists():
             folder.rmdir()  # empty, as checked; not every system renames over an empty folder
         os.replace(temporary, folder)

@@ -38,7 +38,7 @@ class SuiteResult:
     @property
     def columns(self) -> dict[str, Answers]:
         """ "before" and, with a gene, "after"."""
-        return {"before": self.before, **({} if self.after is None else {"after": self.after})}
+        return _columns(self.before, self.after)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,11 @@ class AttackResult:
     @property
     def columns(self) -> dict[str, Answers]:
         """ "before" and, with a gene, "after"."""
-        return {"before": self.before, **({} if self.after is None else {"after": self.after})}
+        return _columns(self.before, self.after)
+
+
+def _columns(before: Answers, after: Answers | None) -> dict[str, Answers]:
+    return {"before": before} if after is None else {"before": before, "after": after}
 
 
 @dataclass(frozen=True)
