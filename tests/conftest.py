@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny as tiny_models
 from browser import chromium, visit
+
+from safegene_edge.runtime.llama import SafeLlama
 
 __all__ = ["chromium", "visit"]  # fixtures of the tests that need a browser
 
@@ -49,3 +52,17 @@ def quantised(
         return path
 
     return made
+
+
+@pytest.fixture
+def sent_prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The prompts that reach llama-cpp-python, as it gets them."""
+    seen: list[Any] = []
+    create = SafeLlama.create_completion
+
+    def watched(self: SafeLlama, prompt: Any, *args: Any, **options: Any) -> Any:
+        seen.append(prompt)
+        return create(self, prompt, *args, **options)
+
+    monkeypatch.setattr(SafeLlama, "create_completion", watched)
+    return seen

