@@ -160,15 +160,19 @@ def read_peft(folder: PathLike) -> PeftAdapter:
 
 def unsupported(source: str, refusals: Iterable[Refusal]) -> UnsupportedError:
     """One error that names every item under its reason."""
+    return UnsupportedError(
+        f"{source}: cannot be a GGUF LoRA: {listed(refusals)}",
+        "Train or save the adapter without these, or merge it into its base first",
+    )
+
+
+def listed(refusals: Iterable[Refusal]) -> str:
+    """Every item with its reason, those of one reason together."""
     by_reason: dict[str, list[str]] = {}
     for refusal in refusals:
         by_reason.setdefault(refusal.reason, []).append(refusal.item)
-    listed = "; ".join(
+    return "; ".join(
         f"{', '.join(collapse_layers(items))}: {reason}" for reason, items in by_reason.items()
-    )
-    return UnsupportedError(
-        f"{source}: cannot be a GGUF LoRA: {listed}",
-        "Train or save the adapter without these, or merge it into its base first",
     )
 
 

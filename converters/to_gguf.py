@@ -30,7 +30,7 @@ from .peft import (
     WEIGHTS,
     PeftAdapter,
     Refusal,
-    collapse_layers,
+    listed,
     module_of,
     read_peft,
     unsupported,
@@ -146,14 +146,8 @@ def _misfit(tensor: str | None, shape: tuple[int, int], names: BaseNames) -> str
 
 
 def _mismatch(source: str, misfits: list[Refusal], names: BaseNames) -> MismatchError:
-    by_reason: dict[str, list[str]] = {}
-    for misfit in misfits:
-        by_reason.setdefault(misfit.reason, []).append(misfit.item)
-    listed = "; ".join(
-        f"{', '.join(collapse_layers(items))}: {why}" for why, items in by_reason.items()
-    )
     return MismatchError(
-        f"{source} does not fit {names.model.path}: {listed}",
+        f"{source} does not fit {names.model.path}: {listed(misfits)}",
         "Give the model that the adapter was trained on",
     )
 

@@ -79,11 +79,7 @@ def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
             raise OutputError(f"{path}: is also an input", "Name another output")
     if path.is_dir():
         raise OutputError(f"{path}: is a folder", "Name an output file")
-    folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"{path}: the folder {folder} does not exist", "Create it first")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: the folder {folder} is not writable", "Choose another")
+    _require_parent(path)
     return path
 
 
@@ -105,6 +101,14 @@ def atomic_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Iterator[P
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _require_parent(path: Path) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist", "Create it first")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: the folder {folder} is not writable", "Choose another")
 
 
 def _settle(made: Path, files: Iterable[Path], mode: int) -> None:
@@ -134,11 +138,7 @@ def check_folder(folder: PathLike) -> Path:
             raise OutputError(f"{folder}: the folder is not empty", "Name a new folder")
     elif folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder}: is not a folder", "Name a new folder")
-    parent = folder.parent
-    if not parent.is_dir():
-        raise OutputError(f"{folder}: the folder {parent} does not exist", "Create it first")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"{folder}: the folder {parent} is not writable", "Choose another")
+    _require_parent(folder)
     return folder
 
 
