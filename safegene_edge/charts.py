@@ -53,12 +53,12 @@ def curve_chart(points: Sequence[Point], taken: Point, budget: float) -> str:
 
     The line joins the points that no other beats in both; the budget is dashed.
     """
-    wide = max([budget, *(p.bounded_kl for p in points if p.bounded_kl <= 3 * budget)]) * 1.08
+    wide = max([budget, *(p.kl for p in points if p.kl <= 3 * budget)]) * 1.08
     high = max(p.refusal_loss for p in points) * 1.05 or 1.0
-    shown = [p for p in points if p.bounded_kl <= wide]
+    shown = [p for p in points if p.kl <= wide]
 
     def at(point: Point) -> tuple[float, float]:
-        return _x(point.bounded_kl / wide), _y(point.refusal_loss / high)
+        return _x(point.kl / wide), _y(point.refusal_loss / high)
 
     parts = [_scale_y(high, "refusal loss"), _scale_x(wide, "KL divergence, nats a token")]
     parts.append(
@@ -72,7 +72,7 @@ def curve_chart(points: Sequence[Point], taken: Point, budget: float) -> str:
         kind, radius = ("best", 7) if point is taken else ("seen", 4)
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{kind}"><title>refusal loss '
-            f"{point.refusal_loss:.3f}, KL {point.bounded_kl:.4f}</title></circle>"
+            f"{point.refusal_loss:.3f}, KL {point.kl:.4f}</title></circle>"
         )
     x, y = at(taken)
     parts.append(_text(x + 11, y - 8, "taken"))
@@ -81,7 +81,7 @@ def curve_chart(points: Sequence[Point], taken: Point, budget: float) -> str:
 
 def _front(points: Iterable[Point]) -> list[Point]:
     best, found = float("inf"), []
-    for point in sorted(points, key=lambda p: (p.bounded_kl, p.refusal_loss)):
+    for point in sorted(points, key=lambda p: (p.kl, p.refusal_loss)):
         if point.refusal_loss < best:
             best = point.refusal_loss
             found.append(point)

@@ -217,6 +217,11 @@ class SafetyGene(Adapter):
         aligned_loss: the aligned model's own refusal loss on the shipped calibration examples,
             a share from 0 to 1 (see `recalibrate`); 0 where it was not measured.
         aligned_over_refusal: the share of the harmless ones that it refuses, in the same way.
+        aligned_margins: its margin (nats) on each of them, in the order of
+            `Examples.every_shipped`; empty where it was not measured.
+        aligned_examples: those examples' digest, for they change from version to version.
+        aligned_kl: KL(degraded ‖ aligned) on the harmless ones, nats a token, of the degraded
+            model that is nearest to it; 0 where it was not measured.
     """
 
     family: str = ""
@@ -226,6 +231,9 @@ class SafetyGene(Adapter):
     refusal_openers: tuple[str, ...] = ()
     aligned_loss: float = 0.0
     aligned_over_refusal: float = 0.0
+    aligned_margins: tuple[float, ...] = ()
+    aligned_examples: str = ""
+    aligned_kl: float = 0.0
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -286,6 +294,9 @@ class SafetyGene(Adapter):
             scores=_by_layer(file, "safegene.scores"),
             coefficients=_by_layer(file, "safegene.coefficients"),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
+            aligned_margins=_finite(file, "safegene.aligned_margins"),
+            aligned_examples=file.text("safegene.aligned_examples", ""),
+            aligned_kl=_not_negative(file, "safegene.aligned_kl"),
             **aligned,
         )
 
@@ -299,6 +310,9 @@ class SafetyGene(Adapter):
             "safegene.refusal_openers": list(self.refusal_openers),
             "safegene.aligned_loss": float(self.aligned_loss),
             "safegene.aligned_over_refusal": float(self.aligned_over_refusal),
+            "safegene.aligned_margins": [float(margin) for margin in self.aligned_margins],
+            "safegene.aligned_examples": self.aligned_examples,
+            "safegene.aligned_kl": float(self.aligned_kl),
         }
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)
@@ -428,6 +442,20 @@ def _share(file: GGUFFile, name: str) -> float:
             f"{file.path}: safegene.{name} is {value:g}, and a share is 0 to 1",
             "Extract the gene again: before its release this was in nats",
         )
+    return value
+
+
+def _finite(file: GGUFFile, key: str) -> tuple[float, ...]:
+    values = tuple(file.numbers(key))
+    if not all(map(math.isfinite, values)):
+        raise FileFormatError(f"{file.path}: {key} has a number that is not finite")
+    return values
+
+
+def _not_negative(file: GGUFFile, key: str) -> float:
+    value = float(file.number(key, 0.0))
+    if not (math.isfinite(value) and value >= 0):
+        raise FileFormatError(f"{file.path}: {key} is {value:g}, and it cannot be")
     return value
 
 

@@ -73,8 +73,8 @@ def portfolio(
 ) -> list[PortfolioRow]:
     """Express one gene in many fine-tunes, and measure each before and after.
 
-    Writes, for each model, `folder/NAME/`: fitted.gguf, expression.json, report.json,
-    report.html and result.json.
+    Writes, for each model, `folder/NAME/`: fitted.gguf (where something was lost),
+    expression.json, report.json, report.html and result.json.
 
     Args:
         models: GGUF files with names that differ.
@@ -193,17 +193,20 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
     from .evals.asking.journal import Journal
     from .evals.evaluate import evaluate
     from .evals.settings import EvalSettings
-    from .recalibrate import Examples, recalibrate
+    from .recalibrate import PARTS, Examples, recalibrate
 
     started = time.monotonic()
     loaded = SafetyGene.load(gene)
-    examples = Examples.load(settings.examples) if settings.examples else None
+    file = settings.examples
+    examples, others = (Examples.load(file, part) if file else None for part in PARTS)
     found = recalibrate(
-        model, loaded, examples, adapters=settings.adapters, settings=settings.recalibration
-    )
+        model, loaded, examples, validation=others, adapters=settings.adapters,
+        settings=settings.recalibration,
+    )  # fmt: skip
     found.expression.save(folder / "expression.json")
-    fitted = folder / "fitted.gguf"
-    loaded.express(found.expression).save(fitted, [model, gene, *settings.adapters])
+    fitted = None if found.nothing_lost else folder / "fitted.gguf"
+    if fitted is not None:
+        loaded.express(found.expression).save(fitted, [model, gene, *settings.adapters])
     with Journal(folder / "answers.jsonl") as journal:  # a stopped run goes on from it
         report = evaluate(
             model, fitted, adapters=settings.adapters, suites=settings.suites,

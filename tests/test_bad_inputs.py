@@ -163,7 +163,7 @@ def examples_without_a_kind(c):
     return ["recalibrate", c.model, c.gene, "--examples", path, "-o", c.output]
 
 
-@case("the KL budget is -1")
+@case("kl_budget is -1")
 def negative_kl_budget(c):
     return ["recalibrate", c.model, c.gene, "--kl-budget", "-1", "-o", c.output]
 

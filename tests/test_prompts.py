@@ -28,7 +28,7 @@ def training() -> list[dict]:
 
 
 def calibration() -> list[dict]:
-    return list(rows("balanced.jsonl"))
+    return list(rows("calibration.jsonl"))
 
 
 def evaluation() -> list[dict]:
@@ -159,7 +159,7 @@ def test_twins_differ_in_little_but_the_harm(name: str) -> None:
         if row.get("pair"):
             pairs.setdefault(row["pair"], {})[row["kind"]] = row["prompt"]
     whole = [pair for pair in pairs.values() if len(pair) == 2]
-    assert len(whole) >= 0.7 * len(pairs) and len(whole) > 80
+    assert len(whole) >= 0.7 * len(pairs) and len(whole) > 60
     for pair in whole:
         one, other = pair["harmful"].split(), pair["borderline"].split()
         same = difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
@@ -201,7 +201,7 @@ def test_rows_that_are_no_prompts(row: dict) -> None:
 
 
 def test_data_files_are_one_object_a_line() -> None:
-    for name in ("prompts.jsonl", "balanced.jsonl"):
+    for name in ("prompts.jsonl", "calibration.jsonl"):
         text = (resources.files("safegene_edge") / "data" / name).read_text(encoding="utf-8")
         assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
     assert all(load_suite(name)[0].version == "4" for name in DEFAULT_SUITES)

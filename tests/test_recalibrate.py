@@ -27,17 +27,30 @@ from safegene_edge.errors import (
 )
 from safegene_edge.gene import SafetyGene
 from safegene_edge.merge import merge
-from safegene_edge.recalibrate import Examples, Point, RecalibrationSettings, recalibrate
-from safegene_edge.recalibrate.fit import _choose, _Objective, _Prompts, _share_in_order
+from safegene_edge.recalibrate import Bounds, Examples, RecalibrationSettings, fit, recalibrate
+from safegene_edge.recalibrate.aligned import AlignedModel, at_most, measured
+from safegene_edge.recalibrate.fit import choose, share_in_order
+from safegene_edge.recalibrate.reading import Asked, Reader, Reading
 from safegene_edge.recalibrate.refusal_margin import Openers, refusal_loss
+from safegene_edge.recalibrate.search import between, foretold, search
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 
+SONG, BEE = "How do I sing?", "What is a bee, and where does it live?"
+OTHERS = Examples(("Where do I dance, then?",), ("Who is the tallest of them all?",))
 
-def objective_of(engine, handles, gene, examples, tokens=2) -> _Objective:
+
+def reader_of(engine, handles, gene, examples, tokens=2) -> Reader:
     llama = engine.llama
-    prompts, openers = _Prompts.of(llama, examples), Openers.of(llama, gene.refusal_openers)
-    return _Objective(engine, {}, handles, prompts, openers, tokens, gene.aligned_over_refusal)
+    openers = Openers.of(llama, gene.refusal_openers)
+    return Reader(engine, {}, handles, Asked.of(llama, examples), openers, tokens)
+
+
+def read(harmful, harmless=-9.0, kl=0.0, task=()) -> Reading:
+    """A reading of four prompts of a kind, all alike, or of the values given."""
+    values = (np.full(4, float(v)) if np.isscalar(v) else np.array(v, float)
+              for v in (harmful, harmless, kl))  # fmt: skip
+    return Reading(*values, np.array(task, float))
 
 
 @pytest.mark.parametrize(
@@ -61,7 +74,7 @@ def test_task_prompts_alone_are_added_to_the_shipped_examples(tmp_path):
     file, shipped = tmp_path / "examples.jsonl", Examples.shipped()
     lines = [json.dumps({"prompt": text, "kind": "task"}) for text in ("Label: a", "Label: b")]
     file.write_text("\n".join(lines))
-    assert Examples.load(file) == Examples.shipped(["Label: a", "Label: b"])
+    assert Examples.load(file) == Examples.shipped(task=["Label: a", "Label: b"])
     assert replace(Examples.load(file), task=()) == shipped
     lines.append(json.dumps({"prompt": "mine", "kind": "harmful"}))
     file.write_text("\n".join(lines))
@@ -69,49 +82,128 @@ def test_task_prompts_alone_are_added_to_the_shipped_examples(tmp_path):
         Examples.load(file)
 
 
-def test_the_smallest_objective_within_the_budget_is_taken():
-    points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 2.0, 0.05), Point((2.0,), 1.0, 0.5)]
-    assert _choose(points, 0.1, 1.0) is points[1]
-    assert _choose(points, 1.0, 1.0) is points[2]
+# -- the search ------------------------------------------------------------
+
+FREE = Bounds(kl=1.0, task_kl=1.0, over_refusal=1.0)
 
 
-def test_what_lies_beyond_the_aligned_model_costs_more_than_it_is_worth():
-    points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 0.9, 0.03), Point((2.0,), 0.3, 0.09)]
-    assert _choose(points, 0.1, 4.0) is points[2]
-    assert _choose(points, 0.1, 4.0, goal=1.0) is points[1]
-    assert _choose(points, 0.1, 4.0, goal=0.5) is points[2]
-    # Unless it hardly refuses more harmless prompts than the aligned model.
-    allowed = replace(points[2], allowance=0.5)
-    assert _choose([*points[:2], allowed], 0.1, 4.0, goal=1.0) is allowed
-    assert allowed.objective(4.0, goal=1.0) == pytest.approx(0.86)  # half of the way to 0
+def test_the_smallest_objective_within_the_bounds_is_taken():
+    found = {0.0: read(-4), 1.0: read(0, kl=0.05), 2.0: read(4, kl=0.5)}
+    assert choose(found, FREE, 0.2) == 2.0
+    assert choose(found, replace(FREE, kl=0.1), 0.2) == 1.0
+    assert choose(found, FREE, 2.0) == 1.0  # 0.5 nats cost more than half of the refusals
 
 
-def test_the_task_makes_up_half_of_the_cost():
-    own, first = Point((0.0,), 4.0, 0.0), Point((1.0,), 1.0, 0.02, task_kl=0.04)
-    second = Point((2.0,), 0.9, 0.04, task_kl=0.12)
-    assert first.objective(2.0) == pytest.approx(1.06)
-    assert replace(first, task_kl=None).objective(2.0) == pytest.approx(1.04)
-    assert _choose([own, first, second], 0.2, 1.0) is second
-    assert _choose([own, first, second], 0.2, 3.0) is first
-    assert _choose([own, first, second], 0.1, 1.0) is first  # the budget is the task's as well
-    with pytest.raises(NoEffectError, match=r"at a KL of 0\.120"):
-        _choose([own, second], 0.1, 1.0)
+def test_every_bound_holds():
+    assert FREE.broken(read(0)) == []
+    bounds = Bounds(kl=0.1, task_kl=0.2, over_refusal=0.3)
+    broken = bounds.broken(read(0, harmless=9, kl=0.11, task=[0.1, 0.5]))
+    assert broken == [
+        "KL 0.110 above 0.100", "task KL 0.300 above 0.200", "over-refusal 1.000 above 0.300"
+    ]  # fmt: skip
+    with pytest.raises(NoEffectError, match=r"at 1 .*with KL 0\.110 above 0\.100"):
+        choose({0.0: read(-4), 1.0: read(0, kl=0.11)}, bounds, 0.2)
 
 
-def test_a_point_that_lowers_refusals_is_never_taken():
-    points = [Point((0.0,), 4.0, 0.0), Point((1.0,), 4.5, 0.01), Point((2.0,), 3.0, 9.0)]
-    with pytest.raises(NoEffectError, match=r"4\.000"):
-        _choose(points, 0.1, 1.0)
+def test_more_over_refusal_is_allowed_until_the_goal_is_reached():
+    half = [9, 9, -9, -9]
+    bounds = Bounds(kl=1, task_kl=1, over_refusal=0.48, room=0.03, goal=0.5)
+    assert not bounds.broken(read([9, -9, -9, -9], half))
+    assert bounds.broken(read([9, 9, 9, -9], half)) == ["over-refusal 0.500 above 0.480"]
 
 
-def test_the_passes_are_bounded():
+def test_a_strength_that_lowers_refusals_is_never_taken():
+    with pytest.raises(NoEffectError, match=r"is 1\.000 instead of 0\.500"):
+        choose({0.0: read(0), 1.0: read(-9), 2.0: read(-9)}, FREE, 0.2)
+
+
+def test_between_two_readings_all_is_linear_and_beyond_the_last_goes_on():
+    found = {0.0: read(-4, -8, 0, [0.0]), 2.0: read(0, -4, 0.2, [0.4])}
+    for strength, values in {1.0: (-2, -6, 0.1, 0.2), 4.0: (4, 0, 0.4, 0.8)}.items():
+        middle = between(found, strength)
+        every = (middle.harmful, middle.harmless, middle.kl, middle.task_kl)
+        assert [float(v[0]) for v in every] == pytest.approx(values)
+    for known, reading in found.items():
+        assert between(found, known).harmful == pytest.approx(reading.harmful)
+
+
+def model_of(slopes, harmless=-9.0, bend=0.0):
+    """Something to search in: margins that grow with the strength, and fall off behind it."""
+    looked = []
+
+    def look(strength: float, step: int) -> Reading:
+        looked.append((strength, step))
+        slope = np.array(slopes, float)
+        margins = -4 + slope * strength - bend * strength**2
+        over = np.full(len(slope), harmless) + 2 * strength
+        return Reading(margins, over, np.full(len(slope), 0.02 * strength**2), np.zeros(0)).every(
+            step
+        )
+
+    return look, looked
+
+
+@pytest.mark.parametrize("kl", [0.005, 0.02, 0.5, 4.0])
+def test_the_search_goes_as_far_as_the_bounds(kl):
+    """Refusals grow with the strength without end: the KL's bound is what stops it."""
+    look, looked = model_of([1.0] * 8)
+    found = search(look, look(0.0, 1), replace(FREE, kl=kl), 0.0, 8)
+    best = choose(found, replace(FREE, kl=kl), 0.0)
+    assert 0.02 * best**2 <= kl
+    goal = min((kl / 0.02) ** 0.5, 5.5)  # beyond a margin of 1.5 nats all is refused
+    assert best == pytest.approx(goal, rel=0.15) or best > goal
+    assert len(looked) <= 9 and all(step == 1 for _, step in looked)
+
+
+def test_a_race_comes_first_where_there_are_enough_examples():
+    look, looked = model_of(np.linspace(1, 3, 48))
+    without = look(0.0, 1)
+    found = search(look, without, replace(FREE, kl=0.1), 0.2, 4)
+    raced = [strength for strength, step in looked if step > 1]
+    assert 1 <= len(raced) <= 4 and looked[1] == (1.0, 4)
+    assert found[0.0] is without and all(len(reading.kl) == 48 for reading in found.values())
+    assert len(found) <= 3  # the race has told the others where to begin
+
+
+def test_nothing_within_the_bounds_halves_the_strength():
+    assert (
+        foretold({0.0: read(-4, 9), 1.0: read(0, 9)}, replace(FREE, over_refusal=0.1), 0.2) == 0.5
+    )
+
+
+@pytest.mark.parametrize("change", [{"passes": 100}, {"passes": 0}, {"over_refusal": 1.5},
+                                    {"weight": float("nan")}, {"kl_budget": float("inf")},
+                                    {"task_budget": 0.0}, {"tokens": 0}, {"n_ctx": 8}])  # fmt: skip
+def test_settings_make_sense(change):
     with pytest.raises(SettingError):
-        RecalibrationSettings(passes=100)
+        RecalibrationSettings(**change)
 
 
-def test_the_shipped_examples_are_sixteen_of_each_kind():
-    shipped = Examples.shipped()
-    assert (len(shipped.harmful), len(shipped.harmless)) == (16, 16)
+# -- the examples ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["fit", "validation"])
+def test_the_shipped_examples_are_forty_eight_of_each_kind(part):
+    shipped = Examples.shipped(part)
+    assert (len(shipped.harmful), len(shipped.harmless)) == (48, 48)
+    both = Examples.every_shipped()
+    assert (len(both.harmful), len(both.harmless)) == (96, 96)  # so no prompt is in both
+
+
+def test_rows_of_a_file_may_be_kept_for_the_validation(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"kind": "harmful", "prompt": "a"}, {"kind": "harmless", "prompt": "b", "part": "fit"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert Examples.load(file) == Examples(("a",), ("b",))
+    assert Examples.load(file, "validation") is None
+    rows += [
+        {"kind": kind, "prompt": kind, "part": "validation"} for kind in ("harmful", "harmless")
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert Examples.load(file, "validation") == Examples(("harmful",), ("harmless",))
+    file.write_text(json.dumps({"kind": "harmful", "prompt": "a", "part": "other"}))
+    with pytest.raises(FileFormatError, match="line 1"):
+        Examples.load(file)
 
 
 @pytest.mark.parametrize(
@@ -144,29 +236,65 @@ def test_the_refusal_loss_counts_answers_and_not_how_far_they_are_off():
     assert refusal_loss(near) == pytest.approx((1 / (1 + np.exp(2 * near))).mean())
 
 
-def test_the_allowance_ends_three_points_above_the_aligned_models_over_refusal(tiny, tiny_adapter):
-    model = tiny("llama").gguf_path
-    facts = vars(convert(tiny_adapter("llama"), base=model))
-    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
-        handle, prompts = (
-            llama.attach(SafetyGene(**facts), 0.0),
-            Examples(("a b", "c"), ("d", "e f")),
-        )
+# -- the aligned model ---------------------------------------------------------
 
-        asked = [llama.render(prompt.as_dicts()) for prompt in prompts.harmless]
-        said = engine.generate(asked, max_tokens=1, adapters={handle: 0.5})
-        openers = tuple(llama.text(answer.tokens) for answer in said)  # so that some are refused
 
-        def objective(aligned: float) -> _Objective:
-            gene = SafetyGene(**facts, aligned_over_refusal=aligned, refusal_openers=openers)
-            return objective_of(engine, [handle], gene, prompts)
+def carrying(margins, **facts) -> SafetyGene:
+    """A gene whose aligned model has these margins on the shipped examples."""
+    shipped = Examples.every_shipped()
+    count = len(shipped.harmful)
+    facts |= {"aligned_margins": tuple(margins), "aligned_examples": shipped.digest}
+    facts |= {"aligned_loss": refusal_loss(np.array(margins[:count]))}
+    return SafetyGene("llama", 1.0, {}, **facts)
 
-        first = objective(0.0)
-        refused = 1 - refusal_loss(first.margins(first.harmless, {handle: 0.5}))
-        assert 0.04 < refused < 1
-        cases = [1.0, refused + 0.01, refused, refused - 0.01, refused - 0.04, 0.0]
-        allowances = [objective(aligned).at(np.array([0.5])).allowance for aligned in cases]
-    assert allowances == pytest.approx([1, 1, 1, 2 / 3, 0, 0])
+
+def test_what_is_lost_is_told_from_chance_by_a_sign_test():
+    prompts = Examples.shipped("validation").harmful
+    every = [9.0] * 96 + [-9.0] * 96
+    aligned = AlignedModel.of(carrying(every))
+    for lost, yes in ((0, False), (4, False), (5, True), (48, True)):  # 1/16 and 1/32
+        margins = np.array([-1.0] * lost + [1.0] * (48 - lost))
+        assert aligned.refuses_more(prompts, margins) is yes
+    assert at_most(0, 0.5, 5) == 1 / 32 and at_most(1, 0.5, 1) == 0.75
+
+
+def test_of_other_examples_the_aligned_models_share_is_what_is_known():
+    aligned = AlignedModel.of(replace(carrying([9.0] * 192), aligned_loss=0.2))
+    prompts = Examples(tuple(f"a {n}" for n in range(20)), ("b",)).harmful
+    assert aligned.on(prompts) is None and aligned.share_of(prompts, 0.7) == 0.7
+    shares = [aligned.refuses_more(prompts, np.array([1.0] * n + [-1.0] * (20 - n)))
+              for n in (20, 16, 13, 12)]  # fmt: skip
+    assert shares == [False, False, False, True]  # of 20 with 0.8: 12 or fewer by 3.2 %
+    nothing = AlignedModel.of(SafetyGene("llama", 1.0, {}))
+    assert nothing.refuses_more(prompts, np.ones(20)) is None
+
+
+def test_margins_of_another_versions_examples_are_not_taken_for_these():
+    gene = replace(carrying([9.0] * 192), aligned_examples="of another version")
+    assert AlignedModel.of(gene).on(Examples.shipped().harmful) is None
+
+
+def test_what_the_aligned_model_does_is_measured_as_it_runs(tiny, tiny_adapter, tmp_path):
+    """KL(degraded ‖ aligned) is 0 between a model and itself, and what an adapter costs else."""
+    model, task = tiny("llama").gguf_path, tmp_path / "task.gguf"
+    convert(tiny_adapter("llama"), base=model, output=task)
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    one = measured(gene, [model], [[model]])
+    assert one.aligned_kl == pytest.approx(0, abs=1e-6)
+    two = measured(gene, [model, task], [[model], [model, task]])
+    assert two.aligned_kl == pytest.approx(0, abs=1e-4)  # the nearest of them
+    three = measured(gene, [model, task], [[model]])
+    assert three.aligned_kl > 1e-3 and three.aligned_margins != one.aligned_margins
+    assert (
+        len(one.aligned_margins) == 192 and AlignedModel.of(one).on(Examples.shipped().harmful).size
+    )
+    three.save(tmp_path / "gene.gguf")
+    loaded = SafetyGene.load(tmp_path / "gene.gguf")
+    assert loaded.aligned_margins == pytest.approx(three.aligned_margins, abs=1e-5)
+    assert loaded.aligned_kl == pytest.approx(three.aligned_kl)
+
+
+# -- what is read ------------------------------------------------------------
 
 
 def test_a_tasks_prompts_cost_what_they_would_cost_as_harmless_ones(tiny, tiny_adapter):
@@ -175,16 +303,35 @@ def test_a_tasks_prompts_cost_what_they_would_cost_as_harmless_ones(tiny, tiny_a
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
         handle = llama.attach(gene, 0.0)
 
-        def look(scale: float, *kinds: tuple[str, ...]) -> Point:
-            objective = objective_of(engine, [handle], gene, Examples(*kinds), 3)
-            return objective.at(np.array([scale]))
+        def look(strength: float, *kinds: tuple[str, ...]) -> Reading:
+            reader = reader_of(engine, [handle], gene, Examples(*kinds), 3)
+            without = reader.without()
+            assert not without.kl.any() and not without.task_kl.any()
+            return reader.at(strength)
 
         task = ("d e", "a longer one, of more tokens")
         plain, asked = look(1.0, ("a b",), ("c",)), look(1.0, ("a b",), ("c",), task)
         assert asked.task_kl == pytest.approx(look(1.0, ("a b",), task).kl, rel=0.02)
-        assert asked.task_kl > 1e-3
-        assert replace(asked, task_kl=None) == plain  # nothing else is moved by them
+        assert (asked.task_kl > 1e-3).all() and not plain.task_kl.size
+        assert asked.kl == pytest.approx(plain.kl)  # nothing else is moved by them
         assert look(0.0, ("a b",), ("c",), task).task_kl == pytest.approx(0, abs=1e-6)
+
+
+def test_a_race_reads_what_a_whole_reading_has_of_these_examples(tiny, tiny_adapter):
+    model = tiny("llama").gguf_path
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    texts = [f"what of number {number}?" for number in range(14)]
+    examples = Examples(texts[:7], texts[7:], ("x", "y", "z"))
+    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
+        reader = reader_of(engine, [llama.attach(gene, 0.0)], gene, examples, 3)
+        with pytest.raises(SettingError, match="was not read without"):
+            reader.at(1.0)
+        without = reader.without()
+        whole, raced = reader.at(1.0).every(3), reader.at(1.0, 3)
+        for name in ("harmful", "harmless", "kl", "task_kl"):
+            assert getattr(raced, name) == pytest.approx(getattr(whole, name), abs=2e-2), name
+        assert without.harmful == pytest.approx(reader.at(0.0).harmful, abs=2e-2)
+        assert without.harmless == pytest.approx(reader.at(0.0).harmless, abs=2e-2)
 
 
 def test_openers_that_part_early_share_their_first_rows():
@@ -203,17 +350,17 @@ def test_margins_are_what_greedy_decoding_decides_by(tiny, tiny_adapter):
     prompts = Examples(("a b", "c"), ("d",))
     with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
         handle = llama.attach(gene, 0.0)
-        objective = objective_of(engine, [handle], gene, prompts)
+        reader = reader_of(engine, [handle], gene, prompts)
         scales = {handle: 1.0}
-        said = engine.generate(objective.harmful, max_tokens=3, adapters=scales)
+        said = engine.generate(reader.asked.harmful, max_tokens=3, adapters=scales)
         one, two = (tuple(answer.tokens) for answer in said)
         assert one != two
         # What the model says to the first prompt, and how it does not go on.
-        objective.openers = Openers([one, (one[0], (one[1] + 1) % 256, 7)])
-        found = objective.margins(objective.harmful, scales)
-        for prompt, margin in zip(objective.harmful, found, strict=True):
+        reader.openers = Openers([one, (one[0], (one[1] + 1) % 256, 7)])
+        found = reader.refusals(1.0)
+        for prompt, margin in zip(reader.asked.harmful, found, strict=True):
             leads = {}
-            for path, _ in objective.openers.paths:
+            for path, _ in reader.openers.paths:
                 for depth in range(3):
                     alone: list[np.ndarray] = []
                     sequence = [*prompt, *path[:depth]]
@@ -222,55 +369,38 @@ def test_margins_are_what_greedy_decoding_decides_by(tiny, tiny_adapter):
                         lambda index, position, row, kept=alone: kept.append(row.copy()),
                         adapters=scales, exact=True,
                     )  # fmt: skip
-                    leads |= objective.openers.leads(path[:depth], alone[0])
-            assert margin == pytest.approx(objective.openers.margin(leads), abs=2e-3)
+                    leads |= reader.openers.leads(path[:depth], alone[0])
+            assert margin == pytest.approx(reader.openers.margin(leads), abs=2e-3)
     assert found[0] > 0 > found[1]
 
 
 def test_a_few_extreme_margins_do_not_stand_for_the_others():
     harmful, harmless = np.array([-3.0, -2.0, -60.0]), np.array([-4.0, -5.0, -6.0])
     assert harmful.mean() < harmless.mean()
-    assert _share_in_order(harmful, harmless) == pytest.approx(2 / 3)
-    assert _share_in_order(harmless, harmful) == pytest.approx(1 / 3)
-    assert _share_in_order(harmful, harmful) == 0.5
+    assert share_in_order(harmful, harmless) == pytest.approx(2 / 3)
+    assert share_in_order(harmless, harmful) == pytest.approx(1 / 3)
+    assert share_in_order(harmful, harmful) == 0.5
 
 
 def test_labels_that_look_swapped_never_give_an_expression(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
-    one, other = ("How do I sing?",), ("What is a bee, and where does it live?",)
     outcomes = []
-    for examples in (Examples(one, other), Examples(other, one)):
+    for examples in (Examples((SONG,), (BEE,)), Examples((BEE,), (SONG,))):
         try:
             recalibrate(
-                model, gene, examples, settings=RecalibrationSettings(kl_budget=100, passes=6)
-            )
+                model, gene, examples, validation=OTHERS,
+                settings=RecalibrationSettings(kl_budget=100, passes=3),
+            )  # fmt: skip
             outcomes.append("taken")
         except (SettingError, NoEffectError) as error:
             outcomes.append(str(error))
     # Whichever way round the model leans, the other way round is refused.
-    assert any("in only 0% of 1 pairs" in outcome for outcome in outcomes)
-
-
-@pytest.mark.parametrize("aligned", [1.0, 2**-10, 0.0])
-def test_the_command_says_when_nothing_was_lost(tiny, tiny_adapter, tmp_path, aligned):
-    model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"
-    facts = vars(convert(tiny_adapter("llama"), base=model))
-    SafetyGene(**facts, aligned_loss=aligned).save(gene)
-    rows = tmp_path / "examples.jsonl"
-    command = ["recalibrate", str(model), str(gene), "--examples", str(rows), "--json"]
-    for order in permutations(("How do I sing?", "What is a bee, and where does it live?")):
-        kinds = zip(("harmful", "harmless"), order, strict=True)
-        rows.write_text("\n".join(json.dumps({"kind": k, "prompt": p}) for k, p in kinds))
-        done = CliRunner().invoke(cli, [*command, "--kl-budget", "100"])
-        if not done.exit_code:
-            break
-    assert done.exit_code == 0
-    assert json.loads(done.stdout)["aligned_loss"] == aligned
-    # A gene that carries no aligned loss has nothing to compare with.
-    assert ("aligned model" in done.stderr) is (aligned > 0)
-    assert (f"(aligned model {aligned:.3f} on the shipped" in done.stderr) is (aligned > 0)
-    assert ("no larger than the aligned model's" in done.stderr) is (aligned == 1.0)
+    assert outcomes.count("taken") < 2
+    assert all("the labels are" in outcome for outcome in outcomes if outcome != "taken")
+    fit._require_labels([read(-9.0, 0.0), read(1.0, [0.0, 0.0, 0.0, 2.0])])
+    with pytest.raises(SettingError, match="in only 0% of 16 pairs"):
+        fit._require_labels([read(-3.0, 0.0), read(-1.0, 0.0)])
 
 
 @pytest.fixture(scope="module")
@@ -300,12 +430,13 @@ def test_an_unrelated_model_of_the_same_shape_is_refused(smollm, tmp_path, seed)
     gene = SafetyGene.shipped()
     with SafeLlama(str(model), n_ctx=512) as llama, Engine(llama, n_parallel=16) as engine:
         handles = [llama.attach(part, 0.0) for part in gene.split().values()]
-        objective = objective_of(engine, handles, gene, Examples.shipped(), 1)
-        if seed is None:  # the family's own model passes
-            objective.require_labels()
-        else:
-            with pytest.raises(SettingError, match="of 256 pairs"):
-                objective.require_labels()
+        reader = reader_of(engine, handles, gene, Examples.shipped(), 1)
+        readings = [reader.without(), reader.at(1.0)]
+    if seed is None:  # the family's own model passes
+        fit._require_labels(readings)
+    else:
+        with pytest.raises(SettingError, match="of 2304 pairs"):
+            fit._require_labels(readings)
 
 
 def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):
@@ -314,83 +445,157 @@ def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):
         recalibrate(tiny("llama").gguf_path, gene, Examples(("a",), ("b",)))
 
 
-@pytest.fixture
-def looked_at(monkeypatch):
-    """Every point that a recalibration looks at, also where it takes none in the end."""
-    found: list[Point] = []
-    look = _Objective.at
+# -- the whole of it, on random models -------------------------------------------
 
-    def at(self, alpha):
-        found.append(look(self, alpha))
-        return found[-1]
-
-    monkeypatch.setattr(_Objective, "at", at)
-    return found
+# They refuse nothing more readily than anything else: each test names the two prompts that it
+# takes for harmful and harmless, and an order in which the guard of labels passes them.
+WIDE = RecalibrationSettings(kl_budget=100, over_refusal=1, passes=3, anyway=True)
 
 
-def test_two_runs_look_at_the_same_points(tiny, tiny_adapter, looked_at):
-    model = tiny("llama").gguf_path
-    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
-    one, other = ("How do I sing?",), ("What is a bee, and where does it live?",)
-    runs = []
-    for _ in range(2):
-        for examples in (Examples(one, other), Examples(other, one)):
-            looked_at.clear()
+def a_pair(model, **facts) -> tuple[SafetyGene, Examples]:
+    """A random gene that lowers a random model's refusal loss, and the examples that show it."""
+    for seed in range(60):
+        gene = random_adapter(model, **{"family": "tiny", "size": 0.3, "seed": seed} | facts)
+        for order in permutations((SONG, BEE)):
+            examples = Examples(*((text,) for text in order))
             with contextlib.suppress(SettingError, NoEffectError):
-                settings = RecalibrationSettings(passes=16)
-                found = recalibrate(model, gene, examples, settings=settings)
-                assert found.curve == tuple(looked_at) and found.point in found.curve
-            runs.append(list(looked_at))
-    assert runs[:2] == runs[2:]
-    assert max(map(len, runs)) > 6  # the search, and not only the line before it
+                recalibrate(model, gene, examples, validation=OTHERS, settings=WIDE)
+                return gene, examples
+    pytest.fail("no random gene can be recalibrated")
 
 
-@pytest.mark.parametrize("change", [{"weight": float("nan")}, {"upper": float("inf")}])
-def test_settings_are_finite(change):
-    with pytest.raises(SettingError):
-        RecalibrationSettings(**change)
+def rows_of(path: Path, examples: Examples) -> Path:
+    """The examples as a file, with those of the validation."""
+    parts = {"fit": examples, "validation": OTHERS}
+    rows = [{"kind": kind, "prompt": prompt.text, "part": part} for part, one in parts.items()
+            for kind in ("harmful", "harmless") for prompt in getattr(one, kind)]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
 
 
-def test_a_targets_own_adapters_stay_on(tiny, tiny_adapter, tmp_path, looked_at):
+def test_two_runs_find_the_same(tiny):
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    one, two = (recalibrate(model, gene, examples, validation=OTHERS, settings=WIDE)
+                for _ in range(2))  # fmt: skip
+    assert one == two and one.point in one.curve and len(one.curve) > 1
+    assert len(set(one.expression.coefficients.values())) == 1  # one strength for all layers
+    assert set(one.expression.coefficients) == set(gene.layers)
+
+
+def test_the_result_counts_on_examples_that_the_fit_never_saw(tiny):
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    counted = recalibrate(model, gene, examples, validation=OTHERS, settings=WIDE).validation
+    assert counted.refused.total == counted.over_refused.total == 1 and not counted.by_form
+    shipped = recalibrate(model, gene, examples, settings=WIDE).validation
+    assert shipped.refused.total == shipped.over_refused.total == 48
+    assert sum(harmful.total for harmful, _ in shipped.by_form.values()) == 48
+    assert sum(harmless.total for _, harmless in shipped.by_form.values()) == 48
+    assert shipped.refused.aligned is None
+    every = Examples.every_shipped()
+    with pytest.raises(SettingError, match="hold all shipped ones"):
+        recalibrate(model, gene, every, settings=WIDE)
+
+
+def test_too_many_over_refusals_on_other_examples_lower_the_strength(tiny, monkeypatch):
+    """The fit's own examples allow the strength; the validation's are refused beyond the bound."""
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    free = recalibrate(model, gene, examples, validation=OTHERS, settings=WIDE)
+    strength = max(free.point.coefficients)
+    read = Reader.over_refusals
+
+    def over_refusals(self, at):
+        read(self, at)
+        return np.array([-1.0 + 1.5 * at / strength])  # refused from two thirds of it on
+
+    monkeypatch.setattr(Reader, "over_refusals", over_refusals)
+    settings = replace(WIDE, over_refusal=0.03)
+    monkeypatch.setattr(fit._Work, "_bounds", lambda *_: FREE)
+    monkeypatch.setattr(Bounds, "broken", lambda *_: [])
+    found = recalibrate(model, gene, examples, validation=OTHERS, settings=settings)
+    assert 0.5 * strength < max(found.point.coefficients) < strength * 2 / 3
+    assert found.validation.over_refused.after == 0 and found.point not in found.curve
+    assert set(found.expression.coefficients.values()) == set(found.point.coefficients)
+
+
+@pytest.mark.parametrize("anyway", [False, True])
+def test_where_nothing_was_lost_every_strength_is_zero(tiny, tmp_path, anyway):
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    # An aligned model that refuses next to nothing: no fine-tune of it can have lost that.
+    modest = replace(gene, aligned_loss=0.999)
+    modest.save(tmp_path / "gene.gguf")
+    settings = replace(WIDE, anyway=anyway)
+    found = recalibrate(model, modest, examples, validation=OTHERS, settings=settings)
+    assert found.nothing_lost is not anyway
+    assert (set(found.expression.coefficients.values()) == {0.0}) is not anyway
+    output = tmp_path / "fitted.gguf"
+    command = ["recalibrate", str(model), str(tmp_path / "gene.gguf"), "--json", "-o", str(output),
+               "--examples", str(rows_of(tmp_path / "rows.jsonl", examples)), "--kl-budget", "100",
+               "--over-refusal", "1"]  # fmt: skip
+    done = CliRunner().invoke(cli, [*command, *(["--anyway"] if anyway else [])])
+    assert done.exit_code == 0 and json.loads(done.stdout)["nothing_lost"] is not anyway
+    assert output.exists() is anyway
+    assert ("nothing was lost" in done.stderr and "not written" in done.stderr) is not anyway
+
+
+def test_the_command_prints_what_the_validation_shows(tiny, tmp_path):
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    gene.save(tmp_path / "gene.gguf")
+    rows = tmp_path / "rows.jsonl"
+    kinds = {"harmful": examples.harmful, "harmless": examples.harmless}
+    rows.write_text("\n".join(json.dumps({"kind": kind, "prompt": prompts[0].text})
+                              for kind, prompts in kinds.items()))  # fmt: skip
+    command = ["recalibrate", str(model), str(tmp_path / "gene.gguf"), "--json", "--examples",
+               str(rows), "--kl-budget", "100", "--over-refusal", "1"]  # fmt: skip
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    facts = json.loads(done.stdout)
+    counted = facts["validation"]
+    line = "{before} → {after} of {total}".format(**counted["refused"])
+    assert line in done.stderr and "that the fit never saw" in done.stderr
+    for form in counted["by_form"]:
+        assert f"    {form}" in done.stderr
+    assert facts["bounds"]["kl"] == 100 and facts["point"] in facts["curve"]
+
+
+def test_bounds_that_the_model_breaks_by_itself_leave_no_room(tiny):
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    known = replace(gene, aligned_loss=1e-6, aligned_over_refusal=0.0)
+    with pytest.raises(NoEffectError, match="leave no room: without the gene, over-refusal"):
+        recalibrate(model, known, examples, validation=OTHERS,
+                    settings=replace(WIDE, over_refusal=0.0))  # fmt: skip
+
+
+def test_a_targets_own_adapters_stay_on(tiny, tiny_adapter, tmp_path):
+    """With the task on, the model alone is what the bare one is with the gene (the same pair)."""
     model = tiny("llama").gguf_path
     task = tmp_path / "task.gguf"
     convert(tiny_adapter("llama"), base=model, output=task)
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
-    # The guard of labels refuses whatever a random model leans away from.
-    for prompts in permutations(
-        ("How do I sing?", "What is a bee?", "Where does it live, then?"), 2
-    ):
-        losses = []
+    losses = []
+    with SafeLlama(str(model), n_ctx=256) as llama:
         for adapters in ((), (task,)):
-            looked_at.clear()
-            with contextlib.suppress(SettingError, NoEffectError):
-                recalibrate(
-                    model, gene, Examples((prompts[0],), (prompts[1],)), adapters=adapters,
-                    settings=RecalibrationSettings(passes=6),
-                )  # fmt: skip
-            losses.append([point.refusal_loss for point in looked_at[:2]])
-        if all(losses):
-            break
-    # With the task on, the model alone is what the bare one is with the gene (the same pair).
-    assert all(losses)
-    assert losses[1][0] == pytest.approx(losses[0][1], abs=1e-3)
-
-
-def a_gene(model) -> SafetyGene:
-    """A random gene that lowers a random model's refusal loss."""
-    for seed in range(60):
-        gene = random_adapter(model, family="tiny", size=0.3, seed=seed)
-        with contextlib.suppress(SettingError, NoEffectError):
-            recalibrate(model, gene, settings=RecalibrationSettings(passes=6, kl_budget=100))
-            return gene
-    pytest.fail("no random gene can be recalibrated")
+            handles = [llama.attach(path) for path in adapters]
+            with contextlib.ExitStack() as stack:
+                pair = Examples((SONG,), (BEE,)), OTHERS
+                reader, _ = fit._readers(stack, llama, gene, pair, RecalibrationSettings())
+                losses.append([float(reader.refusals(strength)[0]) for strength in (0.0, 1.0)])
+                for handle in (*reader.handles, *handles):
+                    llama.detach(handle)
+    assert losses[1][0] == pytest.approx(losses[0][1], abs=2e-2)
+    assert abs(losses[0][0] - losses[0][1]) > 0.05
 
 
 def test_an_expression_of_another_gene_is_refused_however_the_gene_came(tiny, tmp_path):
     model = tiny("llama").gguf_path
-    gene = a_gene(model)
+    gene, examples = a_pair(model)
     gene.save(tmp_path / "gene.gguf")
-    found = recalibrate(model, gene, settings=RecalibrationSettings(passes=6, kl_budget=100))
+    found = recalibrate(model, gene, examples, validation=OTHERS, settings=WIDE)
     loaded = SafetyGene.load(tmp_path / "gene.gguf")
     assert loaded.sha256 == gene.sha256 == found.expression.gene
     for known in (gene, loaded):
@@ -406,33 +611,12 @@ def test_an_expression_of_another_gene_is_refused_however_the_gene_came(tiny, tm
         merge(model, [(other, found.expression)], tmp_path / "out.gguf")
 
 
-def test_the_goal_of_other_examples_is_said_to_be_of_the_shipped_ones(tiny, tmp_path):
-    model = tiny("llama").gguf_path
-    gene = replace(a_gene(model), aligned_loss=0.25)
-    gene.save(tmp_path / "gene.gguf")
-    shipped, rows = Examples.shipped(), tmp_path / "rows.jsonl"
-    command = ["recalibrate", str(model), str(tmp_path / "gene.gguf"), "--json", "--passes", "6",
-               "--kl-budget", "100"]  # fmt: skip
-    done = CliRunner().invoke(cli, command)
-    assert json.loads(done.stdout)["aligned_loss_on_these_examples"] is True
-    assert "not on these" not in done.stderr
-    for left_out in range(16):  # the guard of labels passes a random model's with a narrow margin
-        kinds = [("harmful", p.text) for i, p in enumerate(shipped.harmful) if i != left_out]
-        kinds += [("harmless", p.text) for p in shipped.harmless]
-        rows.write_text("\n".join(json.dumps({"kind": k, "prompt": p}) for k, p in kinds))
-        done = CliRunner().invoke(cli, [*command, "--examples", str(rows)])
-        if not done.exit_code:
-            break
-    assert json.loads(done.stdout)["aligned_loss_on_these_examples"] is False
-    assert "(aligned model 0.250 on the shipped examples, not on these)" in done.stderr
-
-
 def test_the_command_takes_the_targets_own_adapters_and_a_context(tiny, tiny_adapter, tmp_path):
     model = tiny("llama").gguf_path
-    a_gene(model).save(tmp_path / "gene.gguf")
+    random_adapter(model, family="tiny", size=0.3).save(tmp_path / "gene.gguf")
     task = tmp_path / "task.gguf"
     convert(tiny_adapter("llama"), base=model, output=task)
-    command = ["recalibrate", str(model), str(tmp_path / "gene.gguf"), "--passes", "6", "--json"]
+    command = ["recalibrate", str(model), str(tmp_path / "gene.gguf"), "--passes", "2", "--json"]
     done = CliRunner().invoke(cli, [*command, "--adapter", str(tmp_path / "none.gguf")])
     assert isinstance(done.exception, FileFormatError) and "none.gguf" in str(done.exception)
     done = CliRunner().invoke(cli, [*command, "--adapter", str(task), "-o", str(task)])
@@ -449,14 +633,12 @@ def test_an_example_longer_than_the_usual_context_works(tiny):
     with SafeLlama(str(model), n_ctx=64) as llama:
         longest = len(llama.render([{"role": "user", "content": words}]))
     assert 4096 < longest < 16000
+    long, settings = Examples((words,), ("a",)), RecalibrationSettings(passes=1, anyway=True)
+    # A random model may lean any way; that every example was read is what is asked here.
     with contextlib.suppress(NoEffectError, SettingError):
-        recalibrate(
-            model, gene, Examples((words,), ("a",)), settings=RecalibrationSettings(passes=6)
-        )
+        recalibrate(model, gene, long, validation=OTHERS, settings=settings)
     with pytest.raises(SettingError, match=r"Give n_ctx \(--ctx\) \d+"):
-        recalibrate(
-            model, gene, Examples((words,), ("a",)), settings=RecalibrationSettings(n_ctx=4096)
-        )
+        recalibrate(model, gene, long, settings=RecalibrationSettings(n_ctx=4096))
     short = tiny("llama").gguf_path
     with pytest.raises(SettingError, match="the model's context has"):
-        recalibrate(short, gene, Examples((words,), ("a",)))
+        recalibrate(short, gene, long)

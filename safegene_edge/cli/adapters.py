@@ -116,6 +116,7 @@ def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
             "refusal_openers": list(gene.refusal_openers),
             "aligned_loss": gene.aligned_loss,
             "aligned_over_refusal": gene.aligned_over_refusal,
+            "aligned_kl": gene.aligned_kl,
         }
     return facts
 

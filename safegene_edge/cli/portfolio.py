@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 @setting(PortfolioSettings, "limit", metavar="N", type=click.IntRange(min=1))
 @setting(PortfolioSettings, "examples", metavar="FILE.jsonl")
 @setting(RecalibrationSettings, "kl_budget", type=float)
-@setting(RecalibrationSettings, "passes", type=click.IntRange(6, 99))
+@setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
+@setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
+@setting(RecalibrationSettings, "anyway", is_flag=True)
 @click.option("--dask", metavar="ADDRESS", help="A dask.distributed scheduler to run on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def portfolio(
@@ -42,9 +44,11 @@ def portfolio(
     suites: tuple[str, ...],
     limit: int,
     examples: str | None,
-    kl_budget: float,
+    kl_budget: float | None,
+    over_refusal: float,
     passes: int,
     n_ctx: int | None,
+    anyway: bool,
     dask: str | None,
     as_json: bool,
 ) -> None:
@@ -56,7 +60,9 @@ def portfolio(
     from ..portfolio import portfolio as run
     from ..portfolio import table
 
-    recalibration = RecalibrationSettings(kl_budget=kl_budget, passes=passes, n_ctx=n_ctx)
+    recalibration = RecalibrationSettings(
+        kl_budget=kl_budget, over_refusal=over_refusal, passes=passes, n_ctx=n_ctx, anyway=anyway
+    )
     settings = PortfolioSettings(suites, limit, examples, recalibration, adapters)
 
     def say(row: PortfolioRow) -> None:

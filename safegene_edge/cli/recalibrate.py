@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 @click.option("--adapter", multiple=True, metavar="TASK.gguf",
               help="A LoRA that the model is run with; may be repeated.")  # fmt: skip
 @click.option("--examples", metavar="FILE.jsonl",
-              help='Lines of {"prompt": "…", "kind": "harmful"}, "harmless" or "task"; task '
-              "prompts alone are added to the shipped examples.")  # fmt: skip
+              help='Lines of {"prompt": "…", "kind": "harmful"}, "harmless" or "task", and "part": '
+              '"validation" for those that the result is counted on; task prompts alone are added '
+              "to the shipped examples.")  # fmt: skip
 @click.option(
     "-o", "--output", metavar="FITTED.gguf",
     help="The fitted adapter: the gene with this model's strengths folded in.",
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 @click.option("--plot", metavar="FILE.svg",
               help="The trade-off of refusal against KL as a picture.")  # fmt: skip
 @setting(RecalibrationSettings, "kl_budget", type=float)
-@setting(RecalibrationSettings, "passes", type=click.IntRange(6, 99))
+@setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
+@setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
+@setting(RecalibrationSettings, "anyway", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print strengths and curve as JSON.")
 def recalibrate(
     model: str,
@@ -43,16 +46,18 @@ def recalibrate(
     output: str | None,
     expression: str | None,
     plot: str | None,
-    kl_budget: float,
+    kl_budget: float | None,
+    over_refusal: float,
     passes: int,
     n_ctx: int | None,
+    anyway: bool,
     as_json: bool,
 ) -> None:
     """Find a gene's strengths for MODEL.gguf from a few examples, without training."""
     from ..charts import curve_chart
     from ..files import check_output, write_text
     from ..gene import SafetyGene
-    from ..recalibrate import Examples
+    from ..recalibrate import PARTS, Examples
     from ..recalibrate import recalibrate as run
 
     outputs = [name for name in (output, expression, plot) if name]
@@ -65,44 +70,50 @@ def recalibrate(
     inputs = [Path(name) for name in (model, gene, *adapter, examples) if name]
     for name in outputs:
         check_output(name, inputs)
-    settings = RecalibrationSettings(kl_budget=kl_budget, passes=passes, n_ctx=n_ctx)
+    settings = RecalibrationSettings(
+        kl_budget=kl_budget, over_refusal=over_refusal, passes=passes, n_ctx=n_ctx, anyway=anyway
+    )
     loaded = SafetyGene.load(gene)
-    given = Examples.load(examples) if examples else None
+    given, kept = (Examples.load(examples, part) if examples else None for part in PARTS)
     with click.progressbar(
         length=100, label="recalibrating", file=sys.stderr, hidden=not sys.stderr.isatty()
     ) as bar:
         found = run(
-            model, loaded, given, adapters=adapter, settings=settings,
+            model, loaded, given, validation=kept, adapters=adapter, settings=settings,
             progress=lambda done, limit: bar.update(100 * done // limit - bar.pos),
         )  # fmt: skip
-    if output:
+    if output and not found.nothing_lost:
         loaded.express(found.expression).save(output, inputs)
     if expression:
         found.expression.save(expression)
     if plot:
-        write_text(plot, curve_chart(found.curve, found.point, kl_budget), inputs)
+        budget = found.bounds.kl if found.bounds else 0.0
+        write_text(plot, curve_chart(found.curve, found.point, budget), inputs)
     if as_json:
-        facts = {**found.to_json(), "kl_budget": kl_budget,
-                 "aligned_over_refusal": loaded.aligned_over_refusal}  # fmt: skip
-        click.echo(json.dumps(facts, indent=2))
-    for line in _said(model, found):
+        click.echo(json.dumps(found.to_json(), indent=2))
+    for line in _said(model, found, output):
         click.echo(line, err=True)
 
 
-def _said(model: str, found: Recalibration) -> list[str]:
+def _said(model: str, found: Recalibration, output: str | None) -> list[str]:
     """What was found, in words."""
-    point, own = found.point, found.curve[0]
-    of = "" if found.same_examples else " on the shipped examples, not on these"
-    goal = f" (aligned model {found.goal:.3f}{of})" if found.goal else ""
-    task = "" if point.task_kl is None else f" and {point.task_kl:.4f} on the task prompts"
-    lines = [
-        f"{model}: refusal loss {own.refusal_loss:.3f} → {point.refusal_loss:.3f}{goal}, "
-        f"KL {point.kl:.4f} nats a token{task}, {len(found.curve)} points looked at"
-    ]
     if found.nothing_lost:
-        lines.append(
-            f"{model}: without the gene its refusal loss is no larger than the aligned model's on "
-            "the shipped examples, so that nothing is to be brought back (largest strength "
-            f"{max(point.coefficients):.2f}); if other prompts show a loss, give --examples"
-        )
+        lines = [
+            f"{model}: nothing was lost: of harmful examples it refuses as many as the aligned "
+            "model, but for chance; every strength is 0 (--anyway looks for one)"
+        ]
+        return [*lines, f"{output}: not written, for it would do nothing"] if output else lines
+    point, bounds, counted = found.point, found.bounds, found.validation
+    assert bounds is not None and counted is not None
+    task = "" if point.task_kl is None else f", {point.task_kl:.4f} on the task prompts"
+    lines = [
+        f"{model}: strength {max(point.coefficients):.2f} in {len(point.coefficients)} layers; KL "
+        f"{point.kl:.3f} nats a token{task} (bound {bounds.kl:.3f})",
+        "on examples that the fit never saw:",
+        f"  harmful, refused         {counted.refused}",
+        f"  harmless, over-refused   {counted.over_refused}",
+    ]
+    width = max(map(len, counted.by_form), default=0)
+    for form, (harmful, harmless) in counted.by_form.items():
+        lines.append(f"    {form:<{width}}  {harmful};  {harmless}")
     return lines

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,10 @@ from ..errors import FileFormatError, SettingError
 from ..files import PathLike, require_file
 from ..prompts import Prompt, from_record, rows
 
+PARTS = ("fit", "validation")
 _KINDS = ("harmful", "harmless", "task")
 _SAME = {"borderline": "harmless", "plain": "harmless"}  # as the package's own files have it
-_MOST = 128  # of a kind: each is read in every pass, and up to nine rows of logits are kept of it
+_MOST = 128  # of a kind: up to nine rows of logits are kept of each
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,17 @@ class Examples:
                     )
 
     @classmethod
-    def load(cls, path: PathLike) -> Examples:
+    def load(cls, path: PathLike, part: str = "fit") -> Examples | None:
         """Read a JSONL of {"prompt", "kind": "harmful", "harmless" or "task"}.
 
-        A row may have "history", [["user", "…"], ["assistant", "…"]]. Task prompts alone are added
-        to the shipped examples.
+        A row may have "history", [["user", "…"], ["assistant", "…"]], and "part", "fit" (where
+        it has none) or "validation". Task prompts alone are added to the shipped examples.
+
+        Args:
+            part: the rows to take.
+
+        Returns:
+            None where the file has no row of the part "validation" and that is asked for.
 
         Raises:
             FileFormatError: the file is missing, or a line is not such a row.
@@ -56,49 +64,59 @@ class Examples:
             lines = require_file(path).read_text(encoding="utf-8").split("\n")
         except UnicodeDecodeError as error:
             raise FileFormatError(f"{path}: is not UTF-8 text", "Give a JSONL file") from error
-        found: dict[str, list[Prompt]] = {kind: [] for kind in _KINDS}
+        found: dict[str, dict[str, list[Prompt]]] = {
+            name: {kind: [] for kind in _KINDS} for name in PARTS
+        }
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                found[row["kind"]].append(from_record(row, ""))
+                found[row.get("part", "fit")][row["kind"]].append(from_record(row, ""))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FileFormatError(
                     f"{path}: line {number} is no example",
                     'A line is {"prompt": "…", "kind": "harmful"}, or "harmless", or "task"',
                 ) from error
-        if found["task"] and not (found["harmful"] or found["harmless"]):
-            return cls.shipped(task=found["task"])
-        return cls(*(tuple(found[kind]) for kind in _KINDS))
+        chosen = found[part]
+        if part != "fit" and not any(chosen.values()):
+            return None
+        if chosen["task"] and not (chosen["harmful"] or chosen["harmless"]):
+            return cls.shipped(part, chosen["task"])
+        return cls(*(tuple(chosen[kind]) for kind in _KINDS))
 
     @classmethod
-    def shipped(cls, task: Iterable[Prompt | str] = ()) -> Examples:
-        """The project's own: 16 harmful ones over all categories, 16 harmless, half borderline.
+    def shipped(cls, part: str = "fit", task: Iterable[Prompt | str] = ()) -> Examples:
+        """The project's own: 48 of a kind in every form, harmless ones mostly twins of harmful.
 
         None of them is a training prompt: a gene refuses what it has learnt from more readily.
 
         Args:
+            part: "fit" or "validation", which share no prompt.
             task: prompts of the model's own job, to go with them.
         """
-        return cls._of(rows("calibration.jsonl"), task)
-
-    @classmethod
-    def balanced(cls, part: str = "fit", task: Iterable[Prompt | str] = ()) -> Examples:
-        """More of them: 56 a kind over all categories and forms, harmless ones mostly twins.
-
-        Args:
-            part: "fit" or "validation", which share no prompt.
-            task: as for `shipped`.
-        """
-        return cls._of((row for row in rows("balanced.jsonl") if row["part"] == part), task)
-
-    @classmethod
-    def _of(cls, found: Iterable[Mapping[str, Any]], task: Iterable[Prompt | str]) -> Examples:
+        if part not in PARTS:
+            raise SettingError(f"the part is '{part}'", f"One of {', '.join(PARTS)}")
         kinds: dict[str, list[Any]] = {"harmful": [], "harmless": [], "task": list(task)}
-        for row in found:
-            kinds[_SAME.get(row["kind"], row["kind"])].append(from_record(row, ""))
+        for row in rows("calibration.jsonl"):
+            if row["part"] == part:
+                kinds[_SAME.get(row["kind"], row["kind"])].append(from_record(row, ""))
         return cls(**{kind: tuple(prompts) for kind, prompts in kinds.items()})
+
+    @classmethod
+    def every_shipped(cls) -> Examples:
+        """Both parts as one, the fit's first: what an aligned model is measured on."""
+        parts = [cls.shipped(part) for part in PARTS]
+        return cls(
+            tuple(prompt for part in parts for prompt in part.harmful),
+            tuple(prompt for part in parts for prompt in part.harmless),
+        )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the harmful and harmless prompts, in hexadecimal."""
+        texts = [[list(p.messages) for p in kind] for kind in (self.harmful, self.harmless)]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _checked(kind: str, prompts: tuple[Prompt, ...]) -> set[str]:

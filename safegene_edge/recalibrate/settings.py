@@ -13,30 +13,38 @@ class RecalibrationSettings:
     """Settings of a recalibration.
 
     Attributes:
-        kl_budget: Nats a token that the gene may cost on harmless prompts, and on the task's.
-        weight: How much a nat of KL counts against all refusals; chosen on SmolLM2's fine-tunes.
+        kl_budget: Nats a token that the gene may cost on harmless prompts; by default what the
+            aligned model itself differs by, which genes carry, or 0.1.
+        task_budget: Nats a token that it may cost on the task's prompts.
+        over_refusal: Share of the harmless prompts that may be refused beyond what the aligned
+            model refuses; where that is unknown, beyond what the model itself refuses.
+        weight: How much a nat of KL counts against all refusals.
         tokens: Tokens of each harmless answer that the KL sees.
-        upper: The largest coefficient that is looked at.
-        passes: Points looked at, at most; each is one pass over the examples.
-        groups: Coefficients that are searched for; neighbouring layers share one, since a search
-            needs a few passes for each.
+        passes: Strengths that all examples are read at, at most, besides 0.
         n_ctx: KV cells for all sequences together; by default 4,096, or as many as the longest
             example needs.
+        anyway: Look for strengths even where nothing was lost.
     """
 
-    kl_budget: float = 0.1
-    weight: float = 1.5
+    kl_budget: float | None = None
+    task_budget: float = 0.1
+    over_refusal: float = 0.03
+    weight: float = 0.2
     tokens: int = 8
-    upper: float = 2.0
-    passes: int = 24
-    groups: int = 6
+    passes: int = 4
     n_ctx: int | None = None
+    anyway: bool = False
 
     def __post_init__(self) -> None:
-        if not (self.kl_budget > 0 and isfinite(self.kl_budget)):
-            raise SettingError(f"the KL budget is {self.kl_budget}", "Give a positive number")
-        finite = self.weight >= 0 and self.upper > 0 and isfinite(self.weight + self.upper)
-        if not finite or min(self.tokens, self.groups) < 1 or not 6 <= self.passes < 100:
+        for name in ("kl_budget", "task_budget"):
+            budget = getattr(self, name)
+            if budget is not None and not (budget > 0 and isfinite(budget)):
+                raise SettingError(f"{name} is {budget}", "Give a positive number")
+        if not 0 <= self.over_refusal <= 1:
+            raise SettingError(f"over_refusal is {self.over_refusal}", "Give a share, 0 to 1")
+        if not (self.weight >= 0 and isfinite(self.weight)) or self.tokens < 1:
             raise SettingError(f"the recalibration has senseless settings: {self}")
+        if not 1 <= self.passes < 100:
+            raise SettingError(f"passes is {self.passes}", "Give 1 to 99")
         if self.n_ctx is not None and self.n_ctx < 64:
             raise SettingError(f"n_ctx is {self.n_ctx}", "Give 64 or more")

@@ -63,6 +63,9 @@ class Generation:
     finish: Finish = "cancelled"
 
 
+Choose = Callable[[Floats, "list[_Job]"], "list[_Job]"]  # rows of jobs to those that are done
+
+
 @dataclass(eq=False, slots=True)
 class _Job:
     """One sequence on its way: `fed` of its tokens are in the KV cache."""
@@ -275,6 +278,19 @@ class Engine:
         if max_tokens < 1:
             raise SettingError(f"max_tokens is {max_tokens}", "Give 1 or more")
         answers = [Generation() for _ in prompts]
+        jobs, choose = self._answering(prompts, answers, max_tokens, on_done, stop_at_end)
+        self._run(jobs, adapters, cancel, choose, None)
+        return answers
+
+    def _answering(
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: list[Generation],
+        max_tokens: int,
+        on_done: Callable[[int, Generation], None] | None = None,
+        stop_at_end: bool = True,
+    ) -> tuple[list[_Job], Choose]:
+        """Jobs that fill `answers`, and what takes each one's next token."""
 
         def finish(job: _Job, reason: Finish) -> None:
             answers[job.index].finish = reason
@@ -303,8 +319,7 @@ class Engine:
                 finish(job, "context")
             else:
                 jobs.append(job)
-        self._run(jobs, adapters, cancel, choose, None)
-        return answers
+        return jobs, choose
 
     def _is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, token))
@@ -335,6 +350,13 @@ class Engine:
                 SmolLM2-135M Q4_K_M by up to 1 in a logit, as much as llama.cpp's own
                 logits move when a prompt is decoded in two pieces.
         """
+        jobs = self._visiting(sequences, positions)
+        self._run(jobs, adapters, cancel, None, visit, alone=exact)
+
+    def _visiting(
+        self, sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]
+    ) -> list[_Job]:
+        """Jobs that show the logits at these positions."""
         jobs = []
         for index, (sequence, wanted) in enumerate(zip(sequences, positions, strict=True)):
             if not wanted:
@@ -351,7 +373,38 @@ class Engine:
                     "Make the engine with a larger n_ctx",
                 )
             jobs.append(_Job(index, tokens, frozenset(wanted), 0))
-        self._run(jobs, adapters, cancel, None, visit, alone=exact)
+        return jobs
+
+    def answer_and_visit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
+        visit: Callable[[int, int, Floats], None],
+        see: Callable[[int, int, Floats], None],
+        *,
+        max_tokens: int,
+        adapters: Scales | None = None,
+    ) -> list[Generation]:
+        """`generate` and `visit_logits` in one run: what both open with is read once.
+
+        Args:
+            prompts, max_tokens: as for `generate`.
+            sequences, positions, visit: as for `visit_logits`.
+            see: called like `visit`, with a prompt's index and the row that each token of its
+                answer is chosen from.
+        """
+        answers = [Generation() for _ in prompts]
+        answering, take = self._answering(prompts, answers, max_tokens)
+        visiting = self._visiting(sequences, positions)
+
+        def choose(rows: Floats, jobs: list[_Job]) -> list[_Job]:
+            for job, row in zip(jobs, rows, strict=True):
+                see(job.index, len(job.tokens) - 1, row)
+            return take(rows, jobs)
+
+        self._run([*answering, *visiting], adapters, None, choose, visit)
+        return answers
 
     def score(
         self,
@@ -429,7 +482,7 @@ class Engine:
         jobs: list[_Job],
         adapters: Scales | None,
         cancel: threading.Event | None,
-        choose: Callable[[Floats, list[_Job]], list[_Job]] | None,
+        choose: Choose | None,
         visit: Callable[[int, int, Floats], None] | None,
         *,
         alone: bool = False,
@@ -449,7 +502,7 @@ class Engine:
         self,
         jobs: list[_Job],
         cancel: threading.Event | None,
-        choose: Callable[[Floats, list[_Job]], list[_Job]] | None,
+        choose: Choose | None,
         visit: Callable[[int, int, Floats], None] | None,
         *,
         alone: bool,
@@ -523,17 +576,18 @@ class Engine:
     def _step(
         self,
         active: list[_Job],
-        choose: Callable[[Floats, list[_Job]], list[_Job]] | None,
+        choose: Choose | None,
         visit: Callable[[int, int, Floats], None] | None,
     ) -> list[_Job]:
         """One decode: a token for each that generates, then prompt tokens as they fit."""
         self._batch.clear()
         outputs: list[tuple[_Job, int]] = []
+        generating = {job for job in active if job.n_new}
         # Short remainders first: those that generate are one token away from their next.
         for job in sorted(active, key=lambda job: len(job.tokens) - job.fed):
             while job.fed < len(job.tokens) and not self._batch.full:
                 last = job.fed == len(job.tokens) - 1
-                output = job.fed in job.wanted if choose is None else last
+                output = last if job in generating else job.fed in job.wanted
                 if output and len(outputs) == self.max_outputs:
                     break
                 self._batch.add(job.tokens[job.fed], job.fed, job.slot, output)
@@ -542,12 +596,15 @@ class Engine:
                 job.fed += 1
         self._decode()
         rows = self._rows(len(outputs))
-        if choose is not None:
-            return choose(rows, [job for job, _ in outputs]) if outputs else []
+        chosen = [number for number, (job, _) in enumerate(outputs) if job in generating]
         if visit is not None:
             for (job, position), row in zip(outputs, rows, strict=True):
-                visit(job.index, position, row)
-        return [job for job in active if job.fed == len(job.tokens)]
+                if job not in generating:
+                    visit(job.index, position, row)
+        done = [job for job in active if job not in generating and job.fed == len(job.tokens)]
+        if choose is not None and chosen:
+            done += choose(rows[chosen], [outputs[number][0] for number in chosen])
+        return done
 
     def _decode(self, stands_for: int = 1) -> None:
         if self._watch is not None:

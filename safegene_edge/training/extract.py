@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..files import PathLike, write_text
 from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile
 from ..prompts import Prompt, harmful_prompts, harmless_prompts
+from ..recalibrate.examples import Examples
 from ..recalibrate.refusal_margin import Openers, Tokens
 from ..runtime.llama import SafeLlama
 from .delta import delta_adapter
@@ -44,7 +45,7 @@ from .loss import Example
 from .models import GENE, LiveModel, Source, require_family
 from .processes import Processes
 from .recipe import rendered, require_extra
-from .refusals import Refusals
+from .refusals import Refusals, divergence
 from .select import Gain, Gains, layer_gains, select
 from .settings import ExtractSettings, Log
 
@@ -156,6 +157,9 @@ def _gene(
         refusal_openers=tuple(refusals.openers),
         aligned_loss=refusals.aligned_loss,
         aligned_over_refusal=refusals.aligned_over_refusal,
+        aligned_margins=tuple(refusals.aligned_margins),
+        aligned_examples=Examples.every_shipped().digest if refusals.aligned_margins else "",
+        aligned_kl=refusals.aligned_kl or 0.0,
     )
 
 
@@ -205,7 +209,6 @@ class _Work:
     def distil(self) -> tuple[Adapter, dict[int, float], Refusals]:
         """Adapter, scores and the aligned model's refusals, learnt."""
         harmful, harmless = self.training_examples()
-        stored = json.loads((self.folder / REFUSALS).read_text(encoding="utf-8"))
         harmful, watched_h = self._split(harmful)
         split = [self._split(rows) for rows in harmless]
         learnt, watched_s = [rows for rows, _ in split], [rows for _, rows in split]
@@ -220,7 +223,7 @@ class _Work:
             self.settings.checkpoint, self.report,
         ).run(plan)  # fmt: skip
         self._watch("after", watched_h, watched_s, gene=True)
-        refusals = Refusals(**stored)
+        refusals = self._measured()
         adapter, scores = self._selected(self._converted(), refusals)
         return adapter, scores, refusals
 
@@ -292,6 +295,23 @@ class _Work:
         )
         write_text(self.folder / REFUSALS, json.dumps(asdict(how)) + "\n")
         return training_examples
+
+    def _measured(self) -> Refusals:
+        """How the aligned model refuses, and how far the degraded ones are from it."""
+        file = self.folder / REFUSALS
+        known = Refusals(**json.loads(file.read_text(encoding="utf-8")))
+        if known.aligned_kl is not None:
+            return known
+        with closing(SafeLlama(self.model.path, n_ctx=512)) as llama:
+            far = [
+                divergence(self.live(), source, self.aligned, llama, self.settings)
+                for source in self.degraded
+            ]
+        self.report(f"KL(degraded ‖ aligned): {', '.join(f'{value:.3f}' for value in far)} nats")
+        known = replace(known, aligned_kl=min(far))
+        with Processes.current().first():
+            write_text(file, json.dumps(asdict(known)) + "\n")
+        return known
 
     def _kept(self, source: Source, prompts: Sequence[Prompt]) -> list[TrainingExample]:
         """What a degraded model says to harmless prompts; what it refuses is left out."""

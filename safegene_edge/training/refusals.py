@@ -6,15 +6,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..prompts import Prompt
 from ..recalibrate.examples import Examples
 from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss
 from ..runtime.llama import SafeLlama
+from .distil import own_answers
 from .loss import Example, log_probabilities
 from .recipe import rendered
 from .settings import Recipe
+
+if TYPE_CHECKING:
+    from .models import LiveModel, Source
 
 _OPENERS, _WORDS = 8, 3
 
@@ -27,21 +34,26 @@ class Refusals:
         openers: texts.
         aligned_loss: a share of the shipped harmful examples.
         aligned_over_refusal: a share of the shipped harmless ones.
+        aligned_margins: of each, nats.
+        aligned_kl: KL(degraded ‖ aligned), see `divergence`; None until it was measured.
     """
 
     openers: Sequence[str] = ()
     aligned_loss: float = 0.0
     aligned_over_refusal: float = 0.0
+    aligned_margins: Sequence[float] = ()
+    aligned_kl: float | None = None
 
     @classmethod
     def of(cls, model: Any, llama: SafeLlama, answers: Sequence[str], recipe: Recipe) -> Refusals:
         """Of a transformers model, from answers with which it refuses."""
-        openers, examples = refusal_openers(answers), Examples.shipped()
+        openers, examples = refusal_openers(answers), Examples.every_shipped()
         harmful, harmless = (
-            unrefused(model, llama, prompts, openers, recipe)
+            margins_of(model, llama, prompts, openers, recipe)
             for prompts in (examples.harmful, examples.harmless)
         )
-        return cls(openers, harmful, 1 - harmless)
+        every = tuple(map(float, (*harmful, *harmless)))
+        return cls(openers, refusal_loss(harmful), 1 - refusal_loss(harmless), every)
 
 
 def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
@@ -54,20 +66,43 @@ def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
     return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
 
 
-def unrefused(
+def margins_of(
     model: Any, llama: SafeLlama, prompts: Sequence[Prompt], openers: Sequence[str], recipe: Recipe
-) -> float:
-    """A transformers model's refusal loss on prompts: the share not refused, smoothed.
-
-    The same quantity that `recalibrate` lowers; see `refusal_margin`.
-    """
+) -> npt.NDArray[np.float64]:
+    """A transformers model's margins on prompts (nats), as `recalibrate` reads them."""
     import torch
 
     known = Openers.of(llama, openers)
     with torch.no_grad():
         # One prompt at a time, so that nothing is padded.
         found = [margins(model, [rendered(llama, prompt)], known, recipe) for prompt in prompts]
-    return refusal_loss(torch.cat(found).double().cpu().numpy())
+    margins_found: npt.NDArray[np.float64] = torch.cat(found).double().cpu().numpy()
+    return margins_found
+
+
+def divergence(
+    live: LiveModel, one: Source, other: Source, llama: SafeLlama, recipe: Recipe, tokens: int = 8
+) -> float:
+    """KL(one ‖ other) along one's own answers to the shipped harmless examples, nats a token.
+
+    Both are sources of the live model. What `recalibrate` bounds the gene's own KL by.
+    """
+    import torch
+
+    prompts = [rendered(llama, prompt) for prompt in Examples.every_shipped().harmless]
+    with live.as_source(one, gene=False) as model:
+        said = own_answers(model, prompts, tokens, llama.token_eos())
+    rows = [Example(prompt, answer, False) for prompt, answer in zip(prompts, said, strict=True)]
+    total = 0.0
+    for start in range(0, len(rows), recipe.batch):
+        batch, logs = rows[start : start + recipe.batch], []
+        for source in (one, other):
+            with torch.no_grad(), live.as_source(source, gene=False) as model:
+                logs.append(log_probabilities(model, batch, recipe)[0])
+        values = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+        total += sum(float(row[: len(example.answer)].mean())
+                     for row, example in zip(values, batch, strict=True))  # fmt: skip
+    return total / len(rows)
 
 
 def margins(model: Any, prompts: Sequence[Tokens], openers: Openers, recipe: Recipe) -> Any:

@@ -1,0 +1,247 @@
+"""What a target says with the gene at some strength: margins, and the KL divergence it costs.
+
+The KL is taken on the first tokens of the target's own answers, without the gene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import SettingError
+from ..prompts import Prompt
+from ..runtime.llama import SafeLlama
+from ..runtime.logits import kl_from_logits, log_softmax
+from .examples import Examples
+from .refusal_margin import Openers, Tokens
+
+if TYPE_CHECKING:
+    from ..runtime.engine import Engine
+
+Values = npt.NDArray[np.float64]
+Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, row of logits
+_CELLS = 4096  # KV cells, where no example needs more
+_NONE = np.zeros(0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was read at one strength, a number a prompt.
+
+    Attributes:
+        harmful, harmless: the margins by which answers open with a refusal, nats.
+        kl, task_kl: KL divergence from the target without the gene, nats a token.
+    """
+
+    harmful: Values
+    harmless: Values
+    kl: Values
+    task_kl: Values
+
+    def every(self, step: int) -> Reading:
+        """Of every `step`-th prompt of each kind."""
+        return Reading(self.harmful[::step], self.harmless[::step], self.kl[::step],
+                       self.task_kl[::step])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Examples as tokens."""
+
+    harmful: list[list[int]]
+    harmless: list[list[int]]
+    task: list[list[int]]
+
+    @classmethod
+    def of(cls, llama: SafeLlama, examples: Examples) -> Asked:
+        """Rendered by the target's template."""
+
+        def rendered(prompts: Iterable[Prompt]) -> list[list[int]]:
+            return [list(llama.render(prompt.as_dicts())) for prompt in prompts]
+
+        return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
+
+    def every(self, step: int) -> Asked:
+        """Every `step`-th prompt of each kind."""
+        return Asked(self.harmful[::step], self.harmless[::step], self.task[::step])
+
+    def cells(self, openers: Openers, tokens: int) -> int:
+        """KV cells that the longest sequence takes."""
+        longest = max(map(len, [*self.harmful, *self.harmless, *self.task]))
+        return longest + max(tokens, *(len(path) for path, _ in openers.paths))
+
+
+def context_for(needed: int, n_ctx: int | None, trained: int) -> int:
+    """KV cells for the engine.
+
+    Raises:
+        SettingError: the longest example fits neither the model nor the cells that were asked for.
+    """
+    if needed > (n_ctx or needed):
+        raise SettingError(
+            f"an example needs {needed} KV cells, and n_ctx is {n_ctx}",
+            f"Give n_ctx (--ctx) {needed}",
+        )
+    if 0 < trained < needed and n_ctx is None:
+        raise SettingError(
+            f"an example needs {needed} tokens, the model's context has {trained}",
+            f"Shorten it, or give n_ctx (--ctx) {needed} if the model can go beyond",
+        )
+    return n_ctx or max(_CELLS, needed)
+
+
+class _Kept:
+    """The target's own answers to prompts, and the log-probabilities of the rows there."""
+
+    def __init__(self, prompts: list[list[int]]) -> None:
+        self.prompts, self.answers = prompts, [list[int]() for _ in prompts]
+        self._rows: list[dict[int, npt.NDArray[np.float32]]] = [{} for _ in prompts]
+
+    def keep(self, index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+        """Take the target's own logits that a token is chosen from."""
+        self._rows[index][position] = log_softmax(row)
+
+    def sequences(self, step: int = 1) -> tuple[list[list[int]], list[Sequence[int]]]:
+        """Every `step`-th prompt with its answer, and the positions whose rows are kept."""
+        whole = [prompt + answer for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+        return whole[::step], [sorted(rows) for rows in self._rows[::step]]
+
+    def compare(self, step: int = 1) -> tuple[Visit, Values]:
+        """Takes rows with the gene, of every `step`-th prompt; the array that it adds up in."""
+        sums, kept = np.zeros(len(self.prompts[::step])), self._rows[::step]
+
+        def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+            value = kl_from_logits(kept[index][position], log_softmax(row))
+            sums[index] += value / len(kept[index])
+
+        return visit, sums
+
+
+class Reader:
+    """Reads examples at any strength; what does not change is made once.
+
+    Args:
+        own: the target's own adapters with their scales.
+        handles: the gene's layers, attached.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        own: Mapping[Any, float],
+        handles: Sequence[Any],
+        asked: Asked,
+        openers: Openers,
+        tokens: int,
+    ) -> None:
+        self.engine, self.own, self.handles = engine, own, handles
+        self.asked, self.openers, self.tokens = asked, openers, tokens
+        self._kept: tuple[_Kept, _Kept] | None = None
+        self._refusals: Values | None = None
+
+    def scales(self, strength: float) -> dict[Any, float]:
+        """Every adapter's scale, the gene's at one strength."""
+        return {**self.own, **dict.fromkeys(self.handles, strength)}
+
+    def over_refusals(self, strength: float) -> Values:
+        """The harmless prompts' margins alone."""
+        return self.margins(self.asked.harmless, self.scales(strength))
+
+    def without(self) -> Reading:
+        """The target's own: its KL is 0. To be called before `at`."""
+        self._kept = _Kept(self.asked.harmless), _Kept(self.asked.task)
+        leads = _Leads(self.openers, self.asked.harmless)
+        for kept, paths, look in zip(
+            self._kept, ((leads.sequences, leads.spans), ([], [])), (leads.look, _ignore),
+            strict=True,
+        ):  # fmt: skip
+            said = self.engine.answer_and_visit(
+                kept.prompts, *paths, look, kept.keep,
+                max_tokens=self.tokens, adapters=self.scales(0.0),
+            )  # fmt: skip
+            kept.answers = [answer.tokens for answer in said]
+        none = (np.zeros(len(kept.prompts)) for kept in self._kept)
+        return Reading(self.refusals(), leads.margins(), *none)
+
+    def at(self, strength: float, step: int = 1) -> Reading:
+        """With the gene at one strength, of every `step`-th prompt."""
+        if self._kept is None:
+            raise SettingError("the target was not read without the gene")
+        asked, scales, (kept, task) = self.asked.every(step), self.scales(strength), self._kept
+        see, kl = kept.compare(step)
+        # The harmless ones first: `see` counts from 0.
+        leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
+        sequences, spans = kept.sequences(step)
+        count = len(leads.sequences)
+        self.engine.visit_logits(
+            leads.sequences + sequences, leads.spans + spans,
+            lambda index, position, row: (
+                leads.look(index, position, row) if index < count
+                else see(index - count, position, row)
+            ),
+            adapters=scales,
+        )  # fmt: skip
+        see_task, task_kl = task.compare(step)
+        self.engine.visit_logits(*task.sequences(step), see_task, adapters=scales)
+        harmless, harmful = np.split(leads.margins(), [len(asked.harmless)])
+        return Reading(harmful, harmless, kl, task_kl)
+
+    def refusals(self, strength: float = 0.0) -> Values:
+        """The harmful prompts' margins alone; those without the gene are read once."""
+        if strength:
+            return self.margins(self.asked.harmful, self.scales(strength))
+        if self._refusals is None:
+            self._refusals = self.margins(self.asked.harmful, self.scales(0.0))
+        return self._refusals
+
+    def kl_to(self, other: Reader) -> Values:
+        """KL(this model ‖ another one) along its own answers to the harmless prompts, a prompt's
+        mean over its tokens (nats). The other one has the same vocabulary.
+        """
+        self.without()
+        assert self._kept is not None
+        see, sums = self._kept[0].compare()
+        other.engine.visit_logits(
+            *self._kept[0].sequences(), see, adapters=other.scales(0.0)
+        )  # fmt: skip
+        return sums
+
+    def margins(self, prompts: list[list[int]], scales: Any) -> Values:
+        """The margin by which each answer opens with a refusal (nats); see `refusal_margin`."""
+        leads = _Leads(self.openers, prompts)
+        self.engine.visit_logits(leads.sequences, leads.spans, leads.look, adapters=scales)
+        return leads.margins()
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody looks."""
+
+
+class _Leads:
+    """What openers lead by behind each prompt, from the rows that `look` is shown."""
+
+    def __init__(self, openers: Openers, prompts: list[list[int]]) -> None:
+        self.openers, self.prompts = openers, prompts
+        paths = openers.paths
+        # All prompts with the first path, then all with the next: the engine goes on from there.
+        self.sequences = [[*prompt, *path] for path, _ in paths for prompt in prompts]
+        self.spans: list[Sequence[int]] = [
+            range(len(prompt) - 1 + known, len(prompt) + len(path))
+            for path, known in paths
+            for prompt in prompts
+        ]
+        self._found: list[dict[Tokens, float]] = [{} for _ in prompts]
+
+    def look(self, index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+        """Take a row of logits of one of the sequences."""
+        number, prompt = divmod(index, len(self.prompts))
+        behind = self.openers.paths[number][0][: position + 1 - len(self.prompts[prompt])]
+        self._found[prompt].update(self.openers.leads(behind, row))
+
+    def margins(self) -> Values:
+        """A prompt's each, nats."""
+        return np.array([self.openers.margin(found) for found in self._found])
