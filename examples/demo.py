@@ -3,8 +3,7 @@
     make demo
 
 Each fine-tune is the aligned model with a task's adapter, which wore its refusals off. The
-shipped gene is recalibrated for each (common coefficients alone, to be quick), side-loaded, and
-measured. Everything derived is kept in a cache folder.
+shipped gene is recalibrated for each, side-loaded, and measured. Everything derived is kept in a cache folder.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from safegene_edge import SafetyGene, convert, evaluate, recalibrate
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import write_text
 from safegene_edge.portfolio import PortfolioRow, counts, table
-from safegene_edge.recalibrate import RecalibrationSettings
 
 HERE = Path(__file__).parent
 TASKS = ("news", "reviews", "maths")
@@ -42,14 +40,15 @@ def main() -> None:
     say("the aligned model: evaluating")
     asked = EvalSettings(limit=PROMPTS_PER_SUITE)
     (refused, _), (over, _) = counts(evaluate(model, adapters=[aligned], settings=asked).to_json())
-    rows = []
+    rows, tried = [], ""
     for task in TASKS:
         adapters = [aligned, converted(f"smollm2-135m-tasks/{task}", model, cache)]
         say(f"{task}: recalibrating")
-        settings = RecalibrationSettings(passes=6)
-        found = recalibrate(model, gene, adapters=adapters, settings=settings)
-        fitted = cache / f"demo-{task}.gguf"
-        gene.express(found.expression).save(fitted)
+        found = recalibrate(model, gene, adapters=adapters)
+        fitted = None
+        if not found.nothing_lost:
+            fitted = cache / f"demo-{task}.gguf"
+            gene.express(found.expression).save(fitted)
         say(f"{task}: evaluating before and after")
         report = evaluate(
             model,
@@ -60,6 +59,9 @@ def main() -> None:
         )
         facts = report.to_json()
         rows.append(PortfolioRow(task, *counts(facts), kl=found.point.kl))
+        if fitted is not None:
+            flags = " ".join(f"--adapter {path}" for path in adapters)
+            tried = f"{flags} --gene {fitted}"
         page = cache / f"demo-{task}.html"
         write_text(page, report.to_html())
         write_text(page.with_suffix(".json"), json.dumps(facts, indent=2) + "\n")
@@ -68,8 +70,7 @@ def main() -> None:
     print("borderline in wording, that were refused wholly or in part")
     print(f"the aligned model: refused {refused}, over-refused {over}")
     print(f"\nreports: {cache}/demo-*.html")
-    flags = " ".join(f"--adapter {path}" for path in adapters)
-    print(f"try it: safegene-edge chat {model} {flags} --gene {fitted}")
+    print(f"try it: safegene-edge chat {model} {tried}")
     say(f"{time.monotonic() - start:.0f} s")
 
 

@@ -124,6 +124,13 @@ def large() -> dict[str, Any]:
                     ("adaptive", "", (0, 0, 60, 0), (5, 0, 55, 0)),
                 )
             ],
+            "attack_twins": [
+                {"name": name, "paper": "", "before": counts(*b), "after": counts(*a)}
+                for name, b, a in (
+                    ("prefix injection", (1, 0, 58, 1), (17, 1, 42, 0)),
+                    ("base64", (0, 0, 11, 49), (0, 0, 5, 55)),
+                )
+            ],
             "costs": [
                 {
                     "name": "KL divergence on harmless prompts",

@@ -96,6 +96,12 @@ def test_the_figures_are_those_of_the_json():
         place = cells.index(attack["name"])
         assert cells[place + 1 : place + 3] == counts
         assert f"| {attack['name']} | {' | '.join(counts)} |" in markdown
+    for attack in report["attack_twins"]:
+        counts = [
+            str(findings.count(attack[c], findings.OVER_REFUSED)) for c in ("before", "after")
+        ]
+        assert all(text in cells and text in markdown for text in counts)
+        assert f"| {attack['name']} | {' | '.join(counts)} |" in markdown
 
 
 def test_the_plots_show_what_the_json_holds():
@@ -108,7 +114,8 @@ def test_the_plots_show_what_the_json_holds():
             assert f"{share:.2f}".rstrip("0").rstrip(".") + "%" in shown
     plots = [a for a in page.attributes("svg") if a.get("role") == "img"]
     ids = {attributes.get("id") for _, attributes in page.tags}
-    assert len(plots) == 6  # refusal against over-refusal, 2 suites, attacks, languages, layers
+    # Refusal against over-refusal, 2 suites, attacks and their twins, languages, layers.
+    assert len(plots) == 7
     for plot in plots:
         assert set(str(plot["aria-labelledby"]).split()) <= ids
     bars = page.attributes("rect")
@@ -144,7 +151,7 @@ def test_costs_that_are_shares_read_as_shares():
 
 # -- parts that are missing ---------------------------------------------------
 
-OPTIONAL = ("attacks", "costs", "coefficients", "record", "times", "versions")
+OPTIONAL = ("attacks", "attack_twins", "costs", "coefficients", "record", "times", "versions")
 OF_SUITE = ("borderline", "categories", "languages", "prompts", "paired", "version")
 
 

@@ -106,6 +106,7 @@ def evaluate(
             chat_template_sha256=_template_hash(llama),
             coefficients=_coefficients(handle),
             attacks=asked[1],
+            attack_twins=asked[2],
             costs=found,
             versions=_versions(),
             times=clock.times(threads=llama.n_threads, **timed),
@@ -146,6 +147,7 @@ def evaluate_endpoint(
         settings=settings,
         chat_template_sha256="",
         attacks=asked[1],
+        attack_twins=asked[2],
         costs=tuple(over_refusal(r) for r in asked[0] if r.suite.kind == "harmless"),
         versions={"safegene_edge": __version__},
         times=clock.times(),
@@ -199,20 +201,39 @@ class _Plan:
             if suite.kind == "harmful" and not suite.name.startswith(_NO_ATTACK)
         ]
 
+    @property
+    def twins(self) -> list[Suite]:
+        """Harmless prompts for the same wrappers: the first suite that has borderline ones."""
+        harmless = [s for s in self.suites if s.kind == "harmless"] if self.attacks else []
+        chosen = [s for s in harmless if any(p.borderline for p in s.prompts)] or harmless
+        return [
+            suite.sample(self.settings.attack_limit)
+            for suite in chosen[:1]
+            if not suite.name.startswith(_NO_ATTACK)
+        ]
+
     def n_answers(self, n_columns: int) -> int:
         """Answers in all, for the progress."""
         attacked = len(self.attacks) * sum(len(suite.prompts) for suite in self.attacked)
+        attacked += len(self._wrappers) * sum(len(suite.prompts) for suite in self.twins)
         tasks = sum(len(task.items) for task in self.tasks)
         return n_columns * (sum(len(s.prompts) for s in self.suites) + attacked + tasks)
 
+    @property
+    def _wrappers(self) -> list[Attack]:
+        """The attacks that can be put around any prompt: not the one that searches."""
+        return [attack for attack in self.attacks if attack.apply is not None]
+
     def ask(
         self, asker: Asker, clock: _Clock, progress: Progress | None
-    ) -> tuple[tuple[SuiteResult, ...], tuple[AttackResult, ...]]:
-        """Every suite and every attack, column by column."""
+    ) -> tuple[tuple[SuiteResult, ...], tuple[AttackResult, ...], tuple[AttackResult, ...]]:
+        """Every suite, every attack and its harmless twins, column by column."""
         clock.count(self.n_answers(len(asker.columns)), progress)
         answers: dict[str, list[Answers]] = {}
         attacked: dict[str, list[Answers]] = {}
         jobs = [(suite, attack) for suite in self.attacked for attack in self.attacks]
+        n_attacks = len(jobs)
+        jobs += [(suite, attack) for suite in self.twins for attack in self._wrappers]
         for column in asker.columns:
             with clock.measure(column):
                 answers[column] = [
@@ -238,7 +259,7 @@ class _Plan:
             )
             for index, (suite, attack) in enumerate(jobs)
         )
-        return suites, attacks
+        return suites, attacks[:n_attacks], attacks[n_attacks:]
 
     def costs_of(
         self, local: LocalModel, results: Sequence[SuiteResult], clock: _Clock

@@ -289,11 +289,27 @@ def _attacks(report: Json) -> _Section | None:
     title = "Attack success"
     svg = plots.intervals("plot-attacks", title, rows)
     papers = [(row.name, attack["paper"]) for attack, row in found if attack.get("paper")]
+    twins = findings.attack_twin_rows(report)
+    twin_title = "Over-refused in the same wrapper"
     return _Section(
         "attacks",
         "Attacks",
         tag("p", "How many harmful prompts were complied with under each attack: less is better."),
         _plot(report, title, svg, rows, "Attack"),
+        *(
+            (
+                tag("p", findings.TWINS),
+                _plot(
+                    report,
+                    twin_title,
+                    plots.intervals("plot-twins", twin_title, twins),
+                    twins,
+                    "Attack",
+                ),
+            )
+            if twins
+            else ()
+        ),
         _details("Where the attacks come from", _facts(papers)) if papers else None,
     )
 

@@ -27,6 +27,7 @@ def report_json(found: Evaluation) -> dict[str, Any]:
         "settings": asdict(found.settings),
         "suites": [_whole_suite_json(found, result) for result in found.suites],
         "attacks": [_attack_json(result) for result in found.attacks],
+        "attack_twins": [_attack_json(result) for result in found.attack_twins],
         "costs": [cost.to_json() for cost in found.costs],
         "times": dict(found.times),
     }

@@ -110,6 +110,9 @@ def _attacks(report: Json) -> Iterator[str]:
     papers = [f"{text(row.name)}: {text(a['paper'])}" for a, row in found if a.get("paper")]
     if papers:
         yield f"From {'; '.join(papers)}."
+    if twins := findings.attack_twin_rows(report):
+        yield findings.TWINS
+        yield _rows_table(report, "Attack, around harmless prompts", twins)
 
 
 def _costs(report: Json) -> Iterator[str]:

@@ -43,7 +43,11 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class AttackResult:
-    """The answers to one attack on one suite; complied of total is its success rate."""
+    """The answers to one attack on one suite.
+
+    Of a harmful one complied of total is its success rate; of a harmless one refused of total
+    says how much of what it wins is refusing whatever is worded so.
+    """
 
     name: str
     paper: str
@@ -105,6 +109,7 @@ class Evaluation:
     chat_template_sha256: str
     coefficients: Mapping[int, float] = field(default_factory=dict)
     attacks: tuple[AttackResult, ...] = ()
+    attack_twins: tuple[AttackResult, ...] = ()
     costs: tuple[Cost, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     times: Mapping[str, Any] = field(default_factory=dict)

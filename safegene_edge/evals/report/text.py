@@ -15,6 +15,8 @@ def render_text(report: Json) -> str:
     attacks = findings.attack_rows(report)
     if attacks:
         rows += [["attacks that succeeded"], *_cells((row for _, row in attacks), "  ")]
+    if twins := findings.attack_twin_rows(report):
+        rows += [["over-refused in the same wrapper"], *_cells(twins, "  ")]
     return "\n".join([*_in_columns([head, *rows]), "", *_notes(report)])
 
 
