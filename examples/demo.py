@@ -3,7 +3,8 @@
     make demo
 
 Each fine-tune is the aligned model with a task's adapter, which wore its refusals off. The
-shipped gene is recalibrated for each, side-loaded, and measured. Everything derived is kept in a cache folder.
+shipped gene is recalibrated for each, side-loaded, and measured. Everything derived is kept in a
+cache folder.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 
 from safegene_edge.gene import Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile
+from safegene_edge.runtime.engine import Engine
+from safegene_edge.runtime.llama import SafeLlama
 
 MATRICES = ("attn_q", "attn_v", "attn_output", "ffn_down")
 
@@ -27,6 +31,24 @@ def random_adapter(
             b = random.normal(0, size, (rows, rank)).astype(np.float32)
             pairs[name] = Pair(a, b)
     return SafetyGene(file.architecture, alpha, pairs, **facts)
+
+
+def opening_gene(
+    model: Path, texts: Iterable[str], adapters: Iterable[Path] = (), **facts: Any
+) -> SafetyGene:
+    """A random gene that makes a random model refuse these texts, by its own openers.
+
+    It says that its aligned model refuses all, at a KL of 5 nats, so that no bound is in its way.
+    """
+    wide = {"aligned_loss": 1e-3, "aligned_over_refusal": 1.0, "aligned_kl": 5.0}
+    gene = random_adapter(model, **{"family": "tiny", "size": 0.3} | wide | facts)
+    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=2) as engine:
+        for adapter in adapters:
+            llama.attach(adapter)
+        scales = {handle: handle.scale for handle in (*llama.adapters, llama.attach(gene))}
+        asked = [llama.render([{"role": "user", "content": text}]) for text in texts]
+        said = engine.generate(asked, max_tokens=1, adapters=scales)
+        return replace(gene, refusal_openers=tuple({llama.text(one.tokens) for one in said}))
 
 
 def adapter_for(model: Path, folder: Path, **facts: Any) -> Path:

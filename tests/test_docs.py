@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from adapters import random_adapter
+from adapters import opening_gene
 from safetensors.numpy import load_file, save_file
 
 from safegene_edge import SafetyGene, convert, evaluate, recalibrate
@@ -35,6 +35,7 @@ from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.merge.settings import RUN_UP_TO, MergeSettings
 from safegene_edge.portfolio import express_one
 from safegene_edge.recalibrate.examples import Examples
+from safegene_edge.recalibrate.search import Bounds
 from safegene_edge.serve.settings import ServeSettings
 
 if sys.version_info >= (3, 11):
@@ -118,14 +119,18 @@ def has_snippets(page):
 @pytest.fixture(scope="module")
 def few():
     """Fewer prompts in everything that is shipped: the snippets stay, and take seconds."""
-    shipped, suites = Examples.shipped(), evaluate_module.load_suite
+    shipped, suites = Examples.shipped, evaluate_module.load_suite
 
     def first(name_or_path):
         return [replace(suite, prompts=suite.prompts[:2]) for suite in suites(name_or_path)]
 
     with pytest.MonkeyPatch.context() as patch:
-        less = Examples(shipped.harmful[:2], shipped.harmless[:2])
-        patch.setattr(Examples, "shipped", lambda task=(): replace(less, task=tuple(task)))
+
+        def few_of(part="fit", task=()):
+            every = shipped(part)
+            return Examples(every.harmful[:2], every.harmless[:2], tuple(task))
+
+        patch.setattr(Examples, "shipped", few_of)
         for module in (evaluate_module, record_module):
             patch.setattr(module, "load_suite", first)
         patch.setattr(portfolio_module, "_apart", express_one)  # in this process
@@ -155,19 +160,29 @@ def shelf(few, tiny, tiny_adapter, tmp_path_factory):
     return folder
 
 
+def unguarded(patch):
+    """A random model refuses nothing more readily than anything else, and keeps to no bound."""
+    patch.setattr(import_module("safegene_edge.recalibrate.fit"), "_ORDERED", 0.0)
+    patch.setattr(import_module("safegene_edge.recalibrate.search"), "_MOST", 1.0)
+    patch.setattr(Bounds, "broken", lambda self, reading: [])
+
+
 def a_gene(model, task):
     """A random adapter that lowers the refusal loss of a random model, as a gene would.
 
     It does so on the model with the task's adapter, too, as the cookbook has it.
     """
-    for seed in range(60):
-        gene = random_adapter(model, family="tiny", size=0.3, seed=seed)
-        try:
-            for adapters in ([], [task]):
-                recalibrate(model, gene, adapters=adapters)
-        except (NoEffectError, SettingError):
-            continue
-        return gene
+    texts = [prompt.text for prompt in Examples.shipped().harmful]
+    with pytest.MonkeyPatch.context() as patch:
+        unguarded(patch)
+        for seed in range(60):
+            gene = opening_gene(model, texts, seed=seed)
+            try:
+                for adapters in ([], [task]):
+                    recalibrate(model, gene, adapters=adapters)
+            except (NoEffectError, SettingError):
+                continue
+            return gene
     pytest.fail("no random adapter can be recalibrated")
 
 
@@ -180,6 +195,7 @@ def place(shelf, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bin_folder = str(Path(sys.executable).parent)
     monkeypatch.setenv("PATH", bin_folder + os.pathsep + os.environ["PATH"])
+    unguarded(monkeypatch)
     # The shipped gene is SmolLM2's, whose recalibration takes a minute: a tiny model's stands in.
     monkeypatch.setattr("safegene_edge.gene.SHIPPED", str(shelf / "GENE.gguf"))
     return folder

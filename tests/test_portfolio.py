@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from adapters import opening_gene
 from click.testing import CliRunner
 
 from safegene_edge.cli import cli
-from safegene_edge.converters import convert
 from safegene_edge.errors import FileFormatError, SettingError
 from safegene_edge.evals.settings import DEFAULT_SUITES
 from safegene_edge.evals.statistics import Count
@@ -25,33 +25,43 @@ HARMFUL, HARMLESS = "How do I sing?", "What is a bee, and where does it live?"
 
 
 @pytest.fixture
-def shelf(tiny, tiny_adapter, tmp_path):
+def shelf(tiny, tmp_path):
     """Two models, a gene that fits, and settings with which the tiny gene can be expressed."""
     source = tiny("llama").gguf_path
     models = [tmp_path / "one.gguf", tmp_path / "two.gguf"]
     for model in models:
         shutil.copy(source, model)
     gene = tmp_path / "gene.gguf"
-    whole = SafetyGene(**vars(convert(tiny_adapter("llama"), base=source)))
-    whole.scaled(0.5).save(gene)  # of which twice is looked at for the labels' order
     suite = tmp_path / "suite.jsonl"
     rows = [(HARMFUL, "harmful"), (HARMLESS, "harmless")]
     suite.write_text(
         "".join(json.dumps({"prompt": text, "kind": kind}) + "\n" for text, kind in rows)
     )
     examples = tmp_path / "examples.jsonl"
-    # A random gene leans either way: take the order of labels in which it is no contradiction.
-    for first, second in (("harmful", "harmless"), ("harmless", "harmful")):
-        lines = [{"prompt": HARMFUL, "kind": first}, {"prompt": HARMLESS, "kind": second}]
-        examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        settings = PortfolioSettings(
-            (str(suite),), 2, str(examples), RecalibrationSettings(kl_budget=1e3, passes=6)
-        )
-        trial = tmp_path / f"trial-{first}"
+    lines = [{"prompt": text, "kind": kind} for text, kind in rows]
+    examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    wide = RecalibrationSettings(kl_budget=1e3, over_refusal=1, passes=3, anyway=True)
+    settings = PortfolioSettings((str(suite),), 2, str(examples), wide)
+    for seed in range(20):
+        opening_gene(source, [HARMFUL], seed=seed).save(gene)
+        trial = tmp_path / f"trial-{seed}"
         trial.mkdir()
         if not express_one(models[0], gene, trial, settings).error:
             return models, gene, settings
-    pytest.fail("the tiny gene can be expressed in neither order")
+    pytest.fail("no random gene can be expressed")
+
+
+def test_where_nothing_was_lost_no_adapter_is_fitted(shelf, tmp_path):
+    models, gene, settings = shelf
+    known = replace(SafetyGene.load(gene), aligned_loss=0.999)  # nothing to lose
+    known.save(gene)
+    careful = replace(settings, recalibration=replace(settings.recalibration, anyway=False))
+    folder = tmp_path / "out"
+    folder.mkdir()
+    row = express_one(models[0], gene, folder, careful)
+    assert not row.error and set(row.coefficients.values()) == {0.0} and row.refused
+    names = {path.name for path in folder.iterdir()}
+    assert "fitted.gguf" not in names and {"expression.json", "report.json"} <= names
 
 
 def test_every_model_gets_its_files_and_a_row(shelf, tmp_path):

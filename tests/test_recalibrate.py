@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapters import random_adapter
+from adapters import opening_gene, random_adapter
 from click.testing import CliRunner
 from gguf import GGML_QUANT_SIZES, GGUFReader
 
@@ -105,11 +105,21 @@ def test_every_bound_holds():
         choose({0.0: read(-4), 1.0: read(0, kl=0.11)}, bounds, 0.2)
 
 
-def test_more_over_refusal_is_allowed_until_the_goal_is_reached():
-    half = [9, 9, -9, -9]
-    bounds = Bounds(kl=1, task_kl=1, over_refusal=0.48, room=0.03, goal=0.5)
-    assert not bounds.broken(read([9, -9, -9, -9], half))
-    assert bounds.broken(read([9, 9, 9, -9], half)) == ["over-refusal 0.500 above 0.480"]
+def test_refusals_beyond_the_goal_gain_nothing():
+    found = {0.0: read(-9), 1.0: read([9, 9, 9, -9], kl=0.1), 2.0: read(9, kl=0.2)}
+    assert choose(found, FREE, 0.2) == 2.0
+    assert choose(found, replace(FREE, goal=0.25), 0.2) == 1.0
+
+
+def test_the_bound_is_a_standard_error_below_what_other_prompts_shall_keep(tiny):
+    """Of four examples, half of them refused by the aligned model: 0.5 + 0.03 - 0.25."""
+    gene = SafetyGene("llama", 1.0, {}, aligned_loss=0.1, aligned_over_refusal=0.5, aligned_kl=0.3)
+    examples = Examples(("a",), ("b", "c", "d", "e"))
+    work = fit._Work(gene, examples, OTHERS, None, None, RecalibrationSettings(), None)
+    bounds = work._bounds(AlignedModel.of(gene), read(0))
+    assert bounds == Bounds(0.3, 0.1, pytest.approx(0.28), pytest.approx(0.1))
+    unknown = work._bounds(AlignedModel.of(SafetyGene("llama", 1.0, {})), read(0, harmless=0))
+    assert unknown == Bounds(0.1, 0.1, pytest.approx(0.55), 0.0)  # five points above its own half
 
 
 def test_a_strength_that_lowers_refusals_is_never_taken():
@@ -134,7 +144,7 @@ def model_of(slopes, harmless=-9.0, bend=0.0):
     def look(strength: float, step: int) -> Reading:
         looked.append((strength, step))
         slope = np.array(slopes, float)
-        margins = -4 + slope * strength - bend * strength**2
+        margins = -1 + slope * strength - bend * strength**2
         over = np.full(len(slope), harmless) + 2 * strength
         return Reading(margins, over, np.full(len(slope), 0.02 * strength**2), np.zeros(0)).every(
             step
@@ -150,7 +160,7 @@ def test_the_search_goes_as_far_as_the_bounds(kl):
     found = search(look, look(0.0, 1), replace(FREE, kl=kl), 0.0, 8)
     best = choose(found, replace(FREE, kl=kl), 0.0)
     assert 0.02 * best**2 <= kl
-    goal = min((kl / 0.02) ** 0.5, 5.5)  # beyond a margin of 1.5 nats all is refused
+    goal = min((kl / 0.02) ** 0.5, 5.5)  # beyond that all is refused, more or less
     assert best == pytest.approx(goal, rel=0.15) or best > goal
     assert len(looked) <= 9 and all(step == 1 for _, step in looked)
 
@@ -449,15 +459,16 @@ def test_a_gene_of_another_width_is_refused(tiny, tiny_adapter):
 
 # They refuse nothing more readily than anything else: each test names the two prompts that it
 # takes for harmful and harmless, and an order in which the guard of labels passes them.
+UNKNOWN = {"aligned_loss": 0.0, "aligned_over_refusal": 0.0, "aligned_kl": 0.0}
 WIDE = RecalibrationSettings(kl_budget=100, over_refusal=1, passes=3, anyway=True)
 
 
 def a_pair(model, **facts) -> tuple[SafetyGene, Examples]:
     """A random gene that lowers a random model's refusal loss, and the examples that show it."""
     for seed in range(60):
-        gene = random_adapter(model, **{"family": "tiny", "size": 0.3, "seed": seed} | facts)
-        for order in permutations((SONG, BEE)):
-            examples = Examples(*((text,) for text in order))
+        for harmful, harmless in permutations((SONG, BEE)):
+            gene = opening_gene(model, [harmful], seed=seed, **UNKNOWN | facts)
+            examples = Examples((harmful,), (harmless,))
             with contextlib.suppress(SettingError, NoEffectError):
                 recalibrate(model, gene, examples, validation=OTHERS, settings=WIDE)
                 return gene, examples
@@ -525,7 +536,7 @@ def test_where_nothing_was_lost_every_strength_is_zero(tiny, tmp_path, anyway):
     model = tiny("llama").gguf_path
     gene, examples = a_pair(model)
     # An aligned model that refuses next to nothing: no fine-tune of it can have lost that.
-    modest = replace(gene, aligned_loss=0.999)
+    modest = replace(gene, aligned_loss=0.999, aligned_over_refusal=0.9)
     modest.save(tmp_path / "gene.gguf")
     settings = replace(WIDE, anyway=anyway)
     found = recalibrate(model, modest, examples, validation=OTHERS, settings=settings)

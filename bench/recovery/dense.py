@@ -52,7 +52,7 @@ def searched(target: Path, gene: SafetyGene, bounds: Bounds, chosen: float) -> d
     refused = aligned.share_of(part.harmful, aligned.refused)
     over = aligned.share_of(part.harmless, aligned.over_refused)
     assert refused is not None and over is not None
-    bounds = replace(bounds, goal=1 - refused, over_refusal=over)
+    bounds = replace(bounds, goal=1 - refused, over_refusal=over + settings.over_refusal)
     draws = np.random.default_rng(SEED)
     count = len(gene.layers)
     group = np.arange(count) * GROUPS // count

@@ -2,15 +2,16 @@
 
 With c the coefficient of every layer, T the target, G the gene and w a weight, minimised is
 
-    J(c) = mean over harmful of L_refuse + w * mean over harmless of KL(p_T || p_{T+cG})
+    J(c) = max(goal, mean over harmful of L_refuse)
+           + w * mean over harmless of KL(p_T || p_{T+cG})
 
 L_refuse is the smoothed share of answers that open with none of the gene's refusal openers
-(`refusal_margin`). Bounds hold it: harmless examples are refused at most three points more than
-by the aligned model, and no more at all once as many harmful ones are; the KL is at most what the
-aligned model itself differs from degraded ones; and the task's KL, where its prompts are given, is
-within a budget of its own. What the strength does is counted on examples that the search never
-saw; where too many harmless ones of these are refused, it is lowered. design/recalibration.md says
-why one strength serves all layers.
+(`refusal_margin`), the goal the aligned model's own share. Bounds hold it: harmless examples are
+refused at most three points more than by the aligned model, less a standard error, so that others
+keep to it; the KL is at most what the aligned model itself differs from degraded ones; and the
+task's KL, where its prompts are given, is within a budget of its own. What the strength does is
+counted on examples that the search never saw; where too many harmless ones of these are refused,
+it is lowered. design/recalibration.md says why one strength serves all layers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
 _ORDERED = 0.6
-_KL, _UNKNOWN = 0.1, 0.02  # the KL's bound, and more room, where the aligned model is unknown
+_KL, _UNKNOWN = 0.1, 0.02  # the KL's bound, and more over-refusal, where little is known
+_LEAST = 0.01  # of the refusal loss: less is no gain
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
 
@@ -275,15 +277,16 @@ class _Work:
         return aligned.refuses_more(prompts, margins) is False
 
     def _bounds(self, aligned: AlignedModel, without: Reading) -> Bounds:
-        settings, room = self.settings, self.settings.over_refusal
+        settings, harmless = self.settings, self.examples.harmless
         refused = aligned.share_of(self.examples.harmful, aligned.refused)
-        over = aligned.share_of(self.examples.harmless, aligned.over_refused)
+        over = aligned.share_of(harmless, aligned.over_refused)
         if over is None:
-            over = 1 - refusal_loss(without.harmless)
-            room += _UNKNOWN
+            over = 1 - refusal_loss(without.harmless) + _UNKNOWN
+        else:  # other prompts shall keep to it, and these show a share only roughly
+            over -= (over * (1 - over) / len(harmless)) ** 0.5
         goal = 0.0 if refused is None else 1 - refused
         kl = settings.kl_budget or aligned.kl or _KL
-        return Bounds(kl, settings.task_budget, over, room, goal)
+        return Bounds(kl, settings.task_budget, over + settings.over_refusal, goal)
 
     def _lowered(self, strength: float, aligned: AlignedModel) -> tuple[float, Values, Values]:
         """The strength, less where the other examples show too many over-refusals; their margins.
@@ -342,10 +345,10 @@ def choose(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> flo
     """
     own = refusal_loss(found[0.0].harmful)
     others = {strength: reading for strength, reading in found.items() if strength}
-    kept = [s for s, reading in others.items()
-            if not bounds.broken(reading) and refusal_loss(reading.harmful) < own]  # fmt: skip
+    better = [s for s, read in others.items() if refusal_loss(read.harmful) <= own - _LEAST]
+    kept = [strength for strength in better if not bounds.broken(others[strength])]
     if kept:
-        return min(kept, key=lambda strength: objective(others[strength], weight))
+        return min(kept, key=lambda strength: objective(others[strength], weight, bounds.goal))
     least = min(others)
     broken = bounds.broken(others[least])
     now = refusal_loss(others[least].harmful)

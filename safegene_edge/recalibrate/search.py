@@ -31,24 +31,20 @@ class Bounds:
     Attributes:
         kl, task_kl: nats a token, on the harmless examples and on the task's prompts.
         over_refusal: smoothed share of the harmless examples that open with a refusal.
-        room: what may be added to it until the goal is reached.
-        goal: the aligned model's refusal loss. Refusals beyond it are welcome where they cost
-            nothing.
+        goal: the aligned model's refusal loss; refusals beyond it gain nothing.
     """
 
     kl: float
     task_kl: float
     over_refusal: float
-    room: float = 0.0
     goal: float = 0.0
 
     def broken(self, reading: Reading) -> list[str]:
         """The bounds that a reading does not keep, in words."""
-        room = self.room if refusal_loss(reading.harmful) > self.goal else 0.0
         found = {
             "KL": (mean(reading.kl), self.kl),
             "task KL": (mean(reading.task_kl), self.task_kl),
-            "over-refusal": (1 - refusal_loss(reading.harmless), self.over_refusal + room),
+            "over-refusal": (1 - refusal_loss(reading.harmless), self.over_refusal),
         }
         return [
             f"{name} {value:.3f} above {bound:.3f}"
@@ -62,9 +58,9 @@ def mean(values: Values) -> float:
     return float(values.mean()) if values.size else 0.0
 
 
-def objective(reading: Reading, weight: float) -> float:
+def objective(reading: Reading, weight: float, goal: float = 0.0) -> float:
     """J: the share of harmful examples that is not refused, smoothed, and the weighted KL."""
-    return refusal_loss(reading.harmful) + weight * mean(reading.kl)
+    return max(goal, refusal_loss(reading.harmful)) + weight * mean(reading.kl)
 
 
 def search(
@@ -96,7 +92,7 @@ def foretold(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> f
     kept = [strength for strength, reading in readings.items() if not bounds.broken(reading)]
     if not kept:
         return min(known for known in found if known) / 2
-    return min(kept, key=lambda strength: objective(readings[strength], weight))
+    return min(kept, key=lambda strength: objective(readings[strength], weight, bounds.goal))
 
 
 def between(found: Mapping[float, Reading], strength: float) -> Reading:
