@@ -32,7 +32,7 @@ from safegene_edge.evals.statistics import Count, Paired, mcnemar
 from safegene_edge.recalibrate import RecalibrationSettings
 
 # The search of the adaptive attack reads some thirty prompts for each one that it asks.
-ADAPTIVE_LIMIT = 12
+ADAPTIVE_LIMIT = 8
 JOURNAL = cache_folder() / "bench-attacks.jsonl"
 HEAD = ["attack", "harmful answered, without the gene", "with the gene", "mid-p",
         "harmless refused, without the gene", "with the gene"]  # fmt: skip
@@ -88,7 +88,7 @@ def into_docs(text: str) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--task", default="agnews,dolly")
+    parser.add_argument("--task", default="agnews")
     parser.add_argument("--gene", type=Path)
     parser.add_argument("--limit", type=int, default=40)
     return parser.parse_args()

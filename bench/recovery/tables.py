@@ -38,9 +38,11 @@ def write_tables() -> None:
         "steps on this one fine-tune, all layers. That, and Qwen's AG News, SST-2 and identity "
         "fine-tunes, were learnt on a GPU; Qwen's coefficients with all layers were found on "
         "another machine than the one below, where AG News' and SST-2's answers were measured, "
-        "too. As extraction and recalibration are now: all but what was trained for one model, "
-        "which is of those before: layers chosen by how far their outputs move, 40 more steps "
-        "with these, refusals smoothed by a nat, other calibration prompts.\n",
+        "too. **All of it with the shipped gene, the recalibration and the suites before suites' "
+        "version 4: 16 calibration prompts of a kind, six strengths in a box that ended at 2.** "
+        "What was trained for one model is of those before: layers chosen by how far their "
+        "outputs move, 40 more steps with these, refusals smoothed by a nat. What comes back now, "
+        "by suite and by form: forms.md.\n",
     ]
     both: dict[str, dict[str, Cell]] = {}
     for name in ("smollm2", "qwen"):
