@@ -13,7 +13,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("design/*.md", "bench/*/results.md", "bench/*/*.svg")
+OUTSIDE = ("design/*.md", "bench/*/*.md", "bench/*/*.svg")
 SCHEMA = "safegene_edge/evals/report/data/report.schema.json"
 
 

@@ -35,7 +35,7 @@ from safegene_edge.prompts import Prompt
 
 HERE = Path(__file__).parent
 ROWS = 800  # of a task, for its accuracy
-# Name, where it is, prompts of it (evenly spread) that SmolLM2 is asked; Qwen a third of them.
+# Name, where it is, prompts of it (evenly spread) that SmolLM2 is asked; Qwen a fifth of them.
 HARMFUL = (
     ("advbench", SHARED / "advbench.csv", 50),
     ("harmbench", SHARED / "harmbench_text.csv", 50),
@@ -49,7 +49,7 @@ HARMLESS = (
     ("borderline", "borderline", 100),
     ("harmless", "harmless", 56),
 )
-SHARE = {"smollm2": 1, "qwen": 3}
+SHARE = {"smollm2": 1, "qwen": 5}
 
 
 def suites(family: str) -> dict[str, list[Prompt]]:

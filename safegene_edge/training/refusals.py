@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,6 +89,7 @@ def divergence(
     """
     import torch
 
+    recipe = replace(recipe, kept_tokens=tokens)  # or a short one's weights would not reach
     prompts = [rendered(llama, prompt) for prompt in Examples.every_shipped().harmless]
     with live.as_source(one, gene=False) as model:
         said = own_answers(model, prompts, tokens, llama.token_eos())
