@@ -531,6 +531,16 @@ def test_too_many_over_refusals_on_other_examples_lower_the_strength(tiny, monke
     assert set(found.expression.coefficients.values()) == set(found.point.coefficients)
 
 
+def test_a_gene_that_over_refuses_at_any_strength_is_refused(tiny, monkeypatch):
+    """Of the validation's one harmless example; the fit's own allow it."""
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    monkeypatch.setattr(Reader, "over_refusals", lambda self, at: np.array([9.0 if at else -1e-3]))
+    with pytest.raises(NoEffectError, match="0 of 1 without the gene, and 0 are allowed"):
+        recalibrate(model, gene, examples, validation=OTHERS,
+                    settings=replace(WIDE, over_refusal=0.9))  # fmt: skip
+
+
 @pytest.mark.parametrize("anyway", [False, True])
 def test_where_nothing_was_lost_every_strength_is_zero(tiny, tmp_path, anyway):
     model = tiny("llama").gguf_path

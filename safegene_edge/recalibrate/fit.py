@@ -307,6 +307,12 @@ class _Work:
             strength *= max(kept)
             margins = self.other.over_refusals(strength)
         self._tick()
+        if not strength:
+            raise NoEffectError(
+                "any strength refuses too many of the validation's harmless examples: "
+                f"{int((own > 0).sum())} of {total} without the gene, and {int(most)} are allowed",
+                "--over-refusal (over_refusal) allows more",
+            )
         return strength, own, margins
 
     def _validated(
