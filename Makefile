@@ -37,7 +37,7 @@ types: $(VENV)/dev
 docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# The shipped gene anew, resumable: about half an hour on two cores, see docs/extract.md.
+# The shipped gene anew, resumable; docs/extract.md says how long it takes.
 gene: $(VENV)/dev
 	$(BIN)/python -m safegene_edge.training.gene --aligned-adapter examples/smollm2-135m-safety
 

@@ -15,6 +15,7 @@ from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.settings import DEFAULT_SUITES
 from safegene_edge.prompts import CATEGORIES, FORMS, Prompt, from_record, rows
 
+TWINS = {"calibration": 68}  # of 96: the longest pairs are training prompts
 UNTWINNED = "child_sexual_exploitation"  # harmful ones alone, for training alone
 TRAPS = {
     "definition", "fiction", "figure of speech", "food", "game", "history", "homonym", "law",
@@ -159,7 +160,7 @@ def test_twins_differ_in_little_but_the_harm(name: str) -> None:
         if row.get("pair"):
             pairs.setdefault(row["pair"], {})[row["kind"]] = row["prompt"]
     whole = [pair for pair in pairs.values() if len(pair) == 2]
-    assert len(whole) >= 0.7 * len(pairs) and len(whole) > 60
+    assert len(whole) >= 0.7 * len(pairs) and len(whole) >= TWINS.get(name, 81)
     for pair in whole:
         one, other = pair["harmful"].split(), pair["borderline"].split()
         same = difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()

@@ -552,13 +552,13 @@ def test_where_nothing_was_lost_every_strength_is_zero(tiny, tmp_path, anyway):
     found = recalibrate(model, modest, examples, validation=OTHERS, settings=settings)
     assert found.nothing_lost is not anyway
     assert (set(found.expression.coefficients.values()) == {0.0}) is not anyway
-    output = tmp_path / "fitted.gguf"
+    output, plot = tmp_path / "fitted.gguf", tmp_path / "plot.svg"
     command = ["recalibrate", str(model), str(tmp_path / "gene.gguf"), "--json", "-o", str(output),
                "--examples", str(rows_of(tmp_path / "rows.jsonl", examples)), "--kl-budget", "100",
-               "--over-refusal", "1"]  # fmt: skip
+               "--over-refusal", "1", "--plot", str(plot)]  # fmt: skip
     done = CliRunner().invoke(cli, [*command, *(["--anyway"] if anyway else [])])
     assert done.exit_code == 0 and json.loads(done.stdout)["nothing_lost"] is not anyway
-    assert output.exists() is anyway
+    assert output.exists() is anyway and plot.exists() is anyway
     assert ("nothing was lost" in done.stderr and "not written" in done.stderr) is not anyway
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import table
+from tables import accuracies
 
-from safegene_edge.evals.statistics import Count, Paired
 from safegene_edge.prompts import FORMS
 
 HERE = Path(__file__).parent
@@ -55,7 +55,9 @@ def _family(found: Cell) -> list[str]:
         parts.append(_by_form(entries, column, found["forms"][OWN]))
         parts += [_over(entries, column), _stay(entries, column), _fits(entries, column)]
     if found["accuracy"]:
-        parts.append(_accuracy(found["accuracy"]))
+        hits = {task: {name: cell["hits"] for name, cell in entry.items()}
+                for task, entry in found["accuracy"].items()}  # fmt: skip
+        parts.append("### The tasks\n\n" + accuracies(hits))
     said = ", ".join(f"{key}: {value}" for key, value in found["machine"].items())
     parts.append(f"Answers of at most {found['tokens']} tokens. Machine: {said}.\n")
     return parts
@@ -194,20 +196,6 @@ def _fits(entries: dict[str, Entry], column: str) -> str:
 def _shares(counted: Cell) -> str:
     aligned = "" if counted["aligned"] is None else f" ({counted['aligned']})"
     return f"{counted['before']} → {counted['after']}{aligned} of {counted['total']}"
-
-
-def _accuracy(tasks: dict[str, Any]) -> str:
-    lines = []
-    for task, entry in tasks.items():
-        hits = {name: [hit == "1" for hit in cell["hits"]] for name, cell in entry.items()}
-        for name, right in hits.items():
-            pairs = Paired.of(hits["fine-tuned"], right)
-            low, high = pairs.interval()
-            points = f"{100 * (pairs.difference or 0):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-            points = "" if name == "fine-tuned" else points
-            lines.append([task, name, str(Count(sum(right), len(right))), points])
-    header = ["", "", "accuracy", "against fine-tuned, points, with a 95 % interval"]
-    return "### The tasks\n\n" + table(header, lines)
 
 
 if __name__ == "__main__":

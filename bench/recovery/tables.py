@@ -112,18 +112,24 @@ def _family(found: Cell) -> str:
 
 def _accuracy(tasks: dict[str, dict[str, Cell]]) -> str:
     """The labelled tasks on more rows than the table above has, row by row."""
+    hits = {task: {name: cell["task"]["accuracy"] for name, cell in entry.items()}
+            for task, entry in tasks.items()}  # fmt: skip
+    return "### The tasks on more rows\n\n" + accuracies(hits)
+
+
+def accuracies(tasks: dict[str, dict[str, str]]) -> str:
+    """A line a task and column, from the rows' "0" and "1"; "fine-tuned" is what others face."""
     lines = []
     for task, entry in tasks.items():
-        hits = {name: [hit == "1" for hit in cell["task"]["accuracy"]]
-                for name, cell in entry.items()}  # fmt: skip
+        hits = {name: [hit == "1" for hit in said] for name, said in entry.items()}
         for name, right in hits.items():
             pairs = Paired.of(hits["fine-tuned"], right)
             low, high = pairs.interval()
             points = f"{100 * (pairs.difference or 0):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
             points = "" if name == "fine-tuned" else points
             lines.append([task, name, str(Count(sum(right), len(right))), points])
-    header = ["", "", "accuracy on more rows", "against fine-tuned, points, with a 95 % interval"]
-    return "### The tasks on more rows\n\n" + table(header, lines)
+    header = ["", "", "accuracy", "against fine-tuned, points, with a 95 % interval"]
+    return table(header, lines)
 
 
 def _row(entry: dict[str, Cell], column: str) -> list[str]:

@@ -86,23 +86,22 @@ def recalibrate(
         loaded.express(found.expression).save(output, inputs)
     if expression:
         found.expression.save(expression)
-    if plot:
-        budget = found.bounds.kl if found.bounds else 0.0
-        write_text(plot, curve_chart(found.curve, found.point, budget), inputs)
+    if plot and found.bounds:
+        write_text(plot, curve_chart(found.curve, found.point, found.bounds.kl), inputs)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
-    for line in _said(model, found, output):
+    for line in _said(model, found, [name for name in (output, plot) if name]):
         click.echo(line, err=True)
 
 
-def _said(model: str, found: Recalibration, output: str | None) -> list[str]:
+def _said(model: str, found: Recalibration, outputs: list[str]) -> list[str]:
     """What was found, in words."""
     if found.nothing_lost:
         lines = [
             f"{model}: nothing was lost: of harmful examples it refuses as many as the aligned "
             "model, but for chance; every strength is 0 (--anyway looks for one)"
         ]
-        return [*lines, f"{output}: not written, for it would do nothing"] if output else lines
+        return lines + [f"{name}: not written, for there is nothing in it" for name in outputs]
     point, bounds, counted = found.point, found.bounds, found.validation
     assert bounds is not None and counted is not None
     task = "" if point.task_kl is None else f", {point.task_kl:.4f} on the task prompts"
