@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -258,6 +259,9 @@ def test_each_wrapper_is_put_around_harmless_prompts_too(llama, gene):
     assert list(problems(facts)) == []
     assert [twin["name"] for twin in facts["attack_twins"]] == ["direct", "leet"]
     assert "over-refused in the same wrapper" in render_text(facts)
+    other = replace(traps, name="languages-harmless")  # whose wording an attack would change
+    beside = evaluate(llama, suites=[other, plain, bad], attacks=["leet"], settings=SMALL)
+    assert {twin.suite for twin in beside.attack_twins} == {"plain"}
     alone = evaluate(llama, suites=[bad], attacks=["leet"], settings=SMALL)
     assert alone.attack_twins == () and "same wrapper" not in render_text(alone.to_json())
 

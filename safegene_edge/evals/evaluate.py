@@ -204,13 +204,15 @@ class _Plan:
     @property
     def twins(self) -> list[Suite]:
         """Harmless prompts for the same wrappers: the first suite that has borderline ones."""
-        harmless = [s for s in self.suites if s.kind == "harmless"] if self.attacks else []
-        chosen = [s for s in harmless if any(p.borderline for p in s.prompts)] or harmless
-        return [
-            suite.sample(self.settings.attack_limit)
-            for suite in chosen[:1]
-            if not suite.name.startswith(_NO_ATTACK)
+        if not self.attacks:
+            return []
+        harmless = [
+            suite
+            for suite in self.suites
+            if suite.kind == "harmless" and not suite.name.startswith(_NO_ATTACK)
         ]
+        traps = [suite for suite in harmless if any(p.borderline for p in suite.prompts)]
+        return [suite.sample(self.settings.attack_limit) for suite in (traps or harmless)[:1]]
 
     def n_answers(self, n_columns: int) -> int:
         """Answers in all, for the progress."""

@@ -236,7 +236,7 @@ class _Work:
         if broken := bounds.broken(without):
             raise NoEffectError(
                 f"the bounds leave no room: without the gene, {broken[0]}",
-                "Nothing to bring back is known; --over-refusal (over_refusal) allows more",
+                "It over-refuses by itself; --over-refusal (over_refusal) allows more",
             )
         found = search(self._look, without, bounds, self.settings.weight, self.settings.passes)
         _require_labels(found.values())
