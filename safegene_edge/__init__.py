@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .gene import Adapter as Adapter
     from .gene import Expression as Expression
     from .gene import SafetyGene as SafetyGene
+    from .learn import learn as learn
     from .merge import merge as merge
     from .portfolio import portfolio as portfolio
     from .recalibrate import recalibrate as recalibrate
@@ -41,6 +42,7 @@ _HOMES = {
     "export": "export",
     "extract": "training.extract",
     "judge": "evals.judge",
+    "learn": "learn.run",
     "merge": "merge.plan",
     "portfolio": "portfolio",
     "recalibrate": "recalibrate.fit",

@@ -29,6 +29,7 @@ SHIPPED = "smollm2-135m.gene.gguf"
 FORMAT_VERSION = 1
 OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such as the output
 _BLOCK = re.compile(r"blk\.(\d+)\.")
+_KEPT = ("safegene.peft.", "safegene.learn.")
 _RESERVED = {"general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"}
 AdapterT = TypeVar("AdapterT", bound="Adapter")
 
@@ -282,8 +283,8 @@ class SafetyGene(Adapter):
             )
         aligned = {name: _share(file, name) for name in ("aligned_loss", "aligned_over_refusal")}
         own = {key: extra.pop(key) for key in list(extra) if key.startswith(cls.PREFIX)}
-        # A converted adapter records where it came from; that is not the gene's to drop.
-        extra.update({k: v for k, v in own.items() if k.startswith("safegene.peft.")})
+        # How an adapter was converted, or a gene learnt, is not this class's to drop.
+        extra.update({k: v for k, v in own.items() if k.startswith(_KEPT)})
         return cls(
             file.architecture,
             alpha,

@@ -13,6 +13,9 @@ from functools import lru_cache
 from importlib import resources
 from typing import Any
 
+from .errors import FileFormatError
+from .files import PathLike, require_file
+
 FORMS = (
     "question",  # direct, of 8 to 20 words
     "everyday",  # a question of 5 to 12 words
@@ -118,6 +121,34 @@ def harmless_prompts() -> tuple[Prompt, ...]:
     """The training prompts to be answered: the borderline ones, then the plain ones."""
     found = training_prompts()
     return found["borderline"] + found["plain"]
+
+
+def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
+    """Prompts of a text file, a line each, or of JSONL with a "prompt" a line.
+
+    Raises:
+        FileFormatError: the file is missing or not UTF-8, holds none, or a line is no prompt.
+    """
+    try:
+        lines = require_file(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{path}: is not UTF-8 text", "Give a text or JSONL file") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            is_row = line.lstrip().startswith("{")
+            record = json.loads(line) if is_row else {"prompt": line.strip()}
+            found.append(from_record(record, str(number)))
+        except (ValueError, TypeError) as error:
+            raise FileFormatError(
+                f"{path}: line {number} is no prompt",
+                'A line is the text itself, or {"prompt": "…"}',
+            ) from error
+    if not found:
+        raise FileFormatError(f"{path}: holds no prompts", "Give a prompt a line")
+    return tuple(found)
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:

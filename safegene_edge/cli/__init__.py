@@ -18,6 +18,7 @@ from .chat import chat
 from .doctor import doctor
 from .evaluation import evaluate_model
 from .extract import extract
+from .learn import learn
 from .merge import export, merge
 from .portfolio import portfolio
 from .recalibrate import recalibrate
@@ -36,6 +37,7 @@ for _command in (
     to_peft,
     inspect_file,
     evaluate_model,
+    learn,
     extract,
     recalibrate,
     portfolio,

@@ -198,16 +198,19 @@ class Reader:
             self._refusals = self.margins(self.asked.harmful, self.scales(0.0))
         return self._refusals
 
-    def kl_to(self, other: Reader) -> Values:
-        """KL(this model ‖ another one) along its own answers to the harmless prompts, a prompt's
-        mean over its tokens (nats). The other one has the same vocabulary.
+    def kl_to(self, other: Reader, step: int = 4) -> Values:
+        """KL(this model ‖ another one) along its own answers to every `step`-th harmless prompt.
+
+        A prompt's mean over its tokens, nats. The other model has the same vocabulary.
         """
-        self.without()
-        assert self._kept is not None
-        see, sums = self._kept[0].compare()
-        other.engine.visit_logits(
-            *self._kept[0].sequences(), see, adapters=other.scales(0.0)
+        kept = _Kept(self.asked.harmless[::step])
+        said = self.engine.answer_and_visit(
+            kept.prompts, [], [], _ignore, kept.keep,
+            max_tokens=self.tokens, adapters=self.scales(0.0),
         )  # fmt: skip
+        kept.answers = [answer.tokens for answer in said]
+        see, sums = kept.compare()
+        other.engine.visit_logits(*kept.sequences(), see, adapters=other.scales(0.0))
         return sums
 
     def margins(self, prompts: list[list[int]], scales: Any) -> Values:

@@ -13,7 +13,9 @@ design/recalibration.md says which other measures were tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +27,19 @@ if TYPE_CHECKING:
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _DEEP = 3  # tokens of an opener that are looked at
 _SMOOTH = 0.5  # nats
+_COMMONEST, _WORDS = 8, 3  # openers that a gene carries, and words of each
 Tokens = tuple[int, ...]
+
+
+def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
+    """The first three words of refusals, the commonest first; none opens with another."""
+    found: Counter[str] = Counter()
+    for answer in answers:
+        if match := re.match(rf"\s*((?:\S+\s+){{{_WORDS - 1}}}\S+)", answer):
+            found[match.group(1)] += 1
+    commonest = max(found.values(), default=0)
+    least = max(min(2, commonest), len(answers) // 50)
+    return tuple(text for text, count in found.most_common(_COMMONEST) if count >= least)
 
 
 class Openers:

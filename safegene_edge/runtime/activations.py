@@ -21,44 +21,12 @@ import numpy as np
 from ..aliases import Floats
 from ..errors import LlamaCppError, OutputError
 from .engine import Engine
+from .graph import is_matrix, library, node_at, values
 from .llama import SafeLlama
 
 COUNT = 256  # directions a tensor
 ANSWER = 8  # tokens of its own that a model reads behind each prompt
 _BATCH = 128  # tokens a decode: memory is taken for each
-_F32 = 0
-
-
-class _Tensor(ctypes.Structure):
-    """ggml/include/ggml.h, `struct ggml_tensor`, as far as the name, by which it is checked."""
-
-
-_Tensor._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-]
-
-
-def _library() -> Any:
-    """ggml's functions, through the library of llama.cpp, which is linked against it."""
-    library = llama_cpp.llama_cpp._lib
-    library.ggml_get_name.restype = ctypes.c_char_p
-    library.ggml_get_name.argtypes = [ctypes.c_void_p]
-    library.ggml_backend_tensor_get.argtypes = [
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t,
-    ]  # fmt: skip
-    library.ggml_backend_tensor_get.restype = None
-    return library
 
 
 class _Watch:
@@ -77,7 +45,6 @@ class _Watch:
         self._weight = np.float32(1)
         self._checked = False  # that the fields above are where this ggml has them
         self._known: dict[int, str] = {}  # the input's address in this graph
-        self._ggml = _library()
         self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
 
     def expect(self, count: int) -> None:
@@ -86,8 +53,8 @@ class _Watch:
         self._weight = np.float32(count**0.5)
 
     def _called(self, address: Any, ask: bool, _: Any) -> bool:
-        node = ctypes.cast(address, ctypes.POINTER(_Tensor)).contents
-        if not self._checked and self._ggml.ggml_get_name(address) != node.name:
+        node = node_at(address)
+        if not self._checked and library().ggml_get_name(address) != node.name:
             return not ask  # nothing is seen, which is an error in the end
         self._checked = True
         weight = node.src[0]
@@ -104,22 +71,18 @@ class _Watch:
         if first != name:
             return
         tensor = source.contents
-        width, rows = int(tensor.ne[0]), int(tensor.ne[1])
-        plain = tensor.type == _F32 and tensor.nb[0] == 4 and tensor.nb[1] == 4 * width
-        if not (plain and tensor.ne[2] == tensor.ne[3] == 1):
+        if not is_matrix(tensor):
             self.fault = name
             return
-        values = np.empty((rows, width), np.float32)
-        address = values.ctypes.data_as(ctypes.c_void_p)
-        self._ggml.ggml_backend_tensor_get(source, address, 0, values.nbytes)
-        values *= self._weight
-        place, left = self._file.seek(0, os.SEEK_END), values.reshape(-1).view(np.uint8).data
+        inputs = values(tensor)
+        inputs *= self._weight
+        place, left = self._file.seek(0, os.SEEK_END), inputs.reshape(-1).view(np.uint8).data
         try:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:  # which llama.cpp, our caller, would not pass on
             self.error = error
-        self.seen.setdefault(name, []).append((place, rows, width))
+        self.seen.setdefault(name, []).append((place, *inputs.shape))
 
     def read(self, name: str) -> Floats:
         """All that a tensor has read (tokens×in)."""

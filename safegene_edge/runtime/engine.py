@@ -139,23 +139,9 @@ class Engine:
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
 
     def _open(self, n_ctx: int, n_threads: int, flash_attn: bool | None) -> Any:
-        params = llama_cpp.llama_context_default_params()
-        own = self.llama.context_params
-        for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "type_k", "type_v",
-                     "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
-                     "yarn_orig_ctx", "offload_kqv", "op_offload", "flash_attn_type"):  # fmt: skip
-            setattr(params, name, getattr(own, name))
-        if flash_attn is not None:
-            params.flash_attn_type = (
-                llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-                if flash_attn
-                else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            )
-        params.n_ctx = n_ctx
+        params = context_params(self.llama, n_ctx, self.n_parallel + 1, flash_attn)
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_outputs_max = self.max_outputs
-        params.n_seq_max = self.n_parallel + 1
-        params.kv_unified = True
         params.n_threads = params.n_threads_batch = n_threads
         if self._watch is not None:
             params.cb_eval = self._watch.call
@@ -621,6 +607,25 @@ class Engine:
             return np.empty((0, self.n_vocab), np.float32)
         pointer = llama_cpp.llama_get_logits(self._context)
         return np.asarray(np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab)), np.float32)
+
+
+def context_params(
+    llama: SafeLlama, n_ctx: int, n_seq_max: int, flash_attn: bool | None = None
+) -> Any:
+    """llama.cpp's settings of another context on a model, as its own but for these."""
+    params, own = llama_cpp.llama_context_default_params(), llama.context_params
+    for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "type_k", "type_v",
+                 "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",
+                 "yarn_orig_ctx", "offload_kqv", "op_offload", "flash_attn_type"):  # fmt: skip
+        setattr(params, name, getattr(own, name))
+    if flash_attn is not None:
+        params.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if flash_attn
+            else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+    params.n_ctx, params.n_seq_max, params.kv_unified = n_ctx, n_seq_max, True
+    return params
 
 
 def _tokens(sequence: Sequence[int]) -> list[int]:

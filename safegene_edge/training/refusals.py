@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ import numpy.typing as npt
 
 from ..prompts import Prompt
 from ..recalibrate.examples import Examples
-from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss
+from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss, refusal_openers
 from ..runtime.llama import SafeLlama
 from .distil import own_answers
 from .loss import Example, log_probabilities
@@ -22,8 +20,6 @@ from .settings import Recipe
 
 if TYPE_CHECKING:
     from .models import LiveModel, Source
-
-_OPENERS, _WORDS = 8, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +50,6 @@ class Refusals:
         )
         every = tuple(map(float, (*harmful, *harmless)))
         return cls(openers, refusal_loss(harmful), 1 - refusal_loss(harmless), every)
-
-
-def refusal_openers(answers: Sequence[str]) -> tuple[str, ...]:
-    """The first three words of refusals, the commonest first; none opens with another."""
-    found: Counter[str] = Counter()
-    for answer in answers:
-        if match := re.match(rf"\s*((?:\S+\s+){{{_WORDS - 1}}}\S+)", answer):
-            found[match.group(1)] += 1
-    least = max(1, len(answers) // 50)
-    return tuple(text for text, count in found.most_common(_OPENERS) if count >= least)
 
 
 def margins_of(

@@ -1,0 +1,89 @@
+"""`learn`: a safety gene by forward passes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..learn.settings import LearnSettings
+from .options import setting
+
+
+@click.command()
+@click.option(
+    "--degraded", multiple=True, required=True, metavar="MODEL",
+    help="A model that has lost refusals; several give a gene for others like them.",
+)  # fmt: skip
+@click.option("--aligned", metavar="MODEL",
+              help="A model of the family that refuses; default: each degraded one under a safety "
+              "system prompt.")  # fmt: skip
+@click.option("--task", metavar="FILE",
+              help="Prompts of the degraded model's own job, a line each, or JSONL with a "
+              '"prompt"; no answers are needed.')  # fmt: skip
+@click.option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
+@click.option("--family", default="", help="The family's name; default: the model's.")
+@setting(LearnSettings, "rank", type=click.IntRange(min=1))
+@setting(LearnSettings, "prompts", type=click.IntRange(min=1))
+@setting(LearnSettings, "budget", type=click.IntRange(min=1))
+@setting(LearnSettings, "threads", type=click.IntRange(min=1))
+@click.option("--json", "as_json", is_flag=True, help="Print what was learnt as JSON.")
+def learn(
+    degraded: tuple[str, ...],
+    aligned: str | None,
+    task: str | None,
+    output: str,
+    family: str,
+    rank: int | None,
+    prompts: int,
+    budget: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Learn a safety gene from GGUF models in minutes, by forward passes alone.
+
+    MODEL is a GGUF file, or one with the GGUF LoRAs that it is run with: MODEL,LORA.
+    """
+    from ..files import check_output
+    from ..learn import learn as run
+    from ..prompts import load_prompts
+
+    models = [text.split(",") for text in degraded]
+    teacher = aligned.split(",") if aligned else None
+    files = [part for model in (*models, teacher or ()) for part in model]
+    inputs = [Path(part) for part in (*files, task) if part]
+    check_output(output, inputs)
+    settings = LearnSettings(rank=rank, prompts=prompts, budget=budget, threads=threads)
+    gene = run(
+        models, teacher, task=load_prompts(task) if task else (), family=family,
+        settings=settings, progress=said_on(sys.stderr),
+    )  # fmt: skip
+    gene.save(output, inputs)
+    if as_json:
+        facts = {key.removeprefix("safegene.learn."): value for key, value in gene.extra.items()}
+        click.echo(json.dumps({"family": gene.family, "layers": list(gene.layers),
+                               "parameters": gene.n_parameters, "scores": dict(gene.scores),
+                               "sources": dict(gene.sources), **facts}, indent=2))  # fmt: skip
+    click.echo(
+        f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters",
+        err=True,
+    )
+
+
+def said_on(stream: Any) -> Any:
+    """Progress as lines: each step once, and its layers where the stream is a terminal."""
+    last = ""
+
+    def say(what: str, done: int, total: int) -> None:
+        nonlocal last
+        if stream.isatty():
+            end = "\n" if done == total else ""
+            click.echo(f"\r{what}: {done}/{total}{end}", file=stream, nl=False)
+        elif what != last:
+            click.echo(what, file=stream)
+        last = what
+
+    return say

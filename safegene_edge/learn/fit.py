@@ -1,0 +1,185 @@
+"""A gene's layers fitted from low to high in one forward pass, each with the ones below at work.
+
+In a layer, x is what `attn_output` reads and h the residual stream with the attention added. On the
+decision rows of harmful prompts (the assistant's header and the first tokens of a refusal) h shall
+be the teacher's, on all others what the target itself had there: y = wanted - h. `solve` gives the
+update; h + B A x goes back into the pass, and the next layer sees it.
+
+Where a norm lies between `attn_output` and the stream (Gemma), h = u + g * o / rms(o), with o what
+`attn_output` gives and g the norm's weights. Wanted is then o* = (wanted - u) / g * rms(o'), with
+o' what the teacher's, or the target's own, `attn_output` gave. The errors that count are those of
+the stream: g * (B A x) / rms(o') against g * (o* - o) / rms(o').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..aliases import Floats
+from ..compat import open_model
+from ..gene import Pair
+from ..runtime.engine import Scales
+from ..runtime.llama import SafeLlama
+from ..runtime.lockstep import WRITER, Lane, States, run
+from .settings import LearnSettings
+from .solve import reduced_rank
+from .states import THIN, Captured, Ints, Sample, rms, spread
+
+_PREFIX = 10  # a token that all prompts of a lane open with counts as so many of the text's
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the fit reads of one degraded model.
+
+    Attributes:
+        own: its answers and states; taught: its teacher's.
+        samples: of both.
+    """
+
+    llama: SafeLlama
+    scales: Scales
+    own: Captured
+    taught: Captured
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a lane that count: where their goals are, of which model, and weights."""
+
+    rows: Ints
+    goals: Ints
+    taught: npt.NDArray[np.bool_]
+    weights: Floats
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a pass found: pairs by tensor, and each layer's share of the wanted change."""
+
+    pairs: dict[str, Pair]
+    scores: dict[int, float]
+    logits: list[Floats]
+
+
+class Fit:
+    """One pass over all targets, in which the layers are fitted.
+
+    Args:
+        lanes: contexts side by side, of each target, or more where there is much.
+        tick: called once a layer.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        settings: LearnSettings,
+        rank: int,
+        *,
+        lanes: int = 1,
+        outputs: bool = False,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings, self.rank, self.tick = settings, rank, tick
+        self.lanes: list[Lane] = []
+        self._of: list[tuple[Target, _Rows]] = []  # each lane's
+        for target in targets:
+            texts = [sample.tokens for sample in target.samples]
+            for numbers in spread([len(text) for text in texts], lanes):
+                wanted = [[len(texts[n]) - 1] if outputs else () for n in numbers]
+                lane = Lane(target.llama, [texts[n] for n in numbers], target.scales, wanted)
+                self.lanes.append(lane)
+                samples = [target.samples[n] for n in numbers]
+                self._of.append((target, _rows(lane, target.own, samples, settings)))
+        self._norms = _norm_weights(targets[0].llama)
+        self.pairs: dict[str, Pair] = {}
+        self.scores: dict[int, float] = {}
+
+    def run(self, layers: Sequence[int]) -> Fitted:
+        """Fit these layers."""
+        logits = run(self.lanes, layers, self._layer)
+        return Fitted(self.pairs, self.scores, logits)
+
+    def _layer(self, layer: int, lanes: list[States]) -> list[Floats]:
+        gain = self._norms.get(layer) if lanes[0].output is not None else None
+        inputs, wanted = [], []
+        for states, (target, rows) in zip(lanes, self._of, strict=True):
+            goal = np.empty((len(rows.rows), states.stream.shape[1] + 1), np.float32)
+            for taught, source in ((True, target.taught), (False, target.own)):
+                chosen = rows.taught == taught
+                goal[chosen] = source.goals.get(layer, rows.goals[chosen])
+            x, y = _regression(states, rows.rows, goal, gain)
+            inputs.append(x)
+            wanted.append(y)
+        x, y = np.concatenate(inputs), np.concatenate(wanted)
+        weights = np.concatenate([rows.weights for _, rows in self._of])
+        pair = reduced_rank(x, y, weights, self.rank, self.settings.ridge)
+        self.scores[layer] = _explained(x, y, weights, pair)
+        if gain is not None:
+            safe = np.where(np.abs(gain) > 1e-6, gain, np.inf)
+            pair = Pair(pair.a, (pair.b / safe[:, None]).astype(np.float32))
+        self.pairs[f"blk.{layer}.{WRITER}.weight"] = pair
+        self.tick()
+        return [_changed(states, pair, gain) for states in lanes]
+
+
+def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnSettings) -> _Rows:
+    shared = min(lane.prefix, own.prefix)
+    rows, goals = [np.arange(shared)], [own.prefix_goals[:shared]]
+    taught = [np.zeros(shared, bool)]
+    weights = [np.full(shared, settings.text_weight * _PREFIX)]
+    for place, sample in enumerate(samples):
+        positions = len(sample.prompt) + sample.offsets
+        rows.append(np.array([lane.row(place, int(position)) for position in positions], int))
+        goals.append(sample.goals)
+        taught.append(np.full(len(positions), sample.taught))
+        weight = np.full(len(positions), 1.0 if sample.taught else settings.harmless_weight)
+        weight[: sample.text] = settings.text_weight * THIN
+        weights.append(weight)
+    return _Rows(
+        np.concatenate(rows), np.concatenate(goals), np.concatenate(taught),
+        np.concatenate(weights, dtype=np.float32),
+    )  # fmt: skip
+
+
+def _regression(
+    states: States, rows: Ints, goal: Floats, gain: Floats | None
+) -> tuple[Floats, Floats]:
+    """Features and wanted changes of rows; see the top."""
+    x, h, wanted = states.inputs[rows], states.stream[rows], goal[:, :-1]
+    if gain is None or states.output is None:
+        return x, wanted - h
+    output, size = states.output[rows], goal[:, -1:]
+    below = h - gain * output / rms(output)[:, None]
+    return x / size, (wanted - below) - gain * output / size
+
+
+def _changed(states: States, pair: Pair, gain: Floats | None) -> Floats:
+    """The stream with the update at work."""
+    update = (states.inputs @ pair.a.T) @ pair.b.T
+    if gain is None or states.output is None:
+        return np.asarray(states.stream + update, np.float32)
+    before, after = states.output, states.output + update
+    old, new = (gain * o / rms(o)[:, None] for o in (before, after))
+    return np.asarray(states.stream - old + new, np.float32)
+
+
+def _explained(x: Floats, y: Floats, weights: Floats, pair: Pair) -> float:
+    """The share of the wanted change that the update makes."""
+    left = y - (x @ pair.a.T) @ pair.b.T
+    whole = float((weights[:, None] * y * y).sum())
+    return 1 - float((weights[:, None] * left * left).sum()) / whole if whole else 0.0
+
+
+def _norm_weights(llama: SafeLlama) -> dict[int, Floats]:
+    """The weights of the norm behind `attn_output`, by layer, where there is one."""
+    file, found = open_model(llama.model_path), {}
+    for name in file.tensors:
+        if name.endswith(".post_attention_norm.weight"):
+            found[int(name.split(".")[1])] = file.floats(name).reshape(-1)
+    return found

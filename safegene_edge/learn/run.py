@@ -1,0 +1,273 @@
+"""`learn`: a safety gene by forward passes through llama.cpp alone, without gradients.
+
+The teacher's refusals and each target's own answers to harmless prompts are what is wanted.
+One pass of the teacher and one of the target show the states there; one more fits the layers
+(`fit`). design/learning.md says what was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..compat import open_model
+from ..errors import MismatchError, NoEffectError, SettingError
+from ..files import PathLike, sha256
+from ..gene import SafetyGene
+from ..gguf_file import GGUFFile
+from ..prompts import Prompt
+from ..recalibrate.aligned import measured
+from ..recalibrate.refusal_margin import refusal_openers
+from ..runtime.devices import physical_cores
+from ..runtime.engine import Engine, Scales
+from ..runtime.llama import SafeLlama
+from ..runtime.lockstep import WRITER
+from .fit import Fit, Fitted, Target
+from .samples import LOOK, choose, header_of, rendered
+from .settings import LearnSettings
+from .states import Captured, capture
+from .teachers import TRIED, Taught, best_system_prompt, share_refused
+
+Model = PathLike | Sequence[PathLike]
+Progress = Callable[[str, int, int], None]
+_CONTEXT = 512
+_RANK = 8
+
+
+def learn(
+    degraded: Iterable[Model],
+    aligned: Model | None = None,
+    *,
+    task: Iterable[Prompt | str] = (),
+    family: str = "",
+    settings: LearnSettings | None = None,
+    progress: Progress | None = None,
+) -> SafetyGene:
+    """Learn a safety gene from GGUF models, by forward passes alone.
+
+    A model is a GGUF file, or a sequence of one and the GGUF LoRAs that it is run with.
+
+    Args:
+        degraded: models that have lost refusals; with one, the gene is that one's own.
+        aligned: a model of the family that refuses; None: each degraded model under a safety
+            system prompt.
+        task: prompts as the degraded models' own job has them; no answers are needed.
+        family: the family's name; default: that of the first degraded file.
+        progress: called with what is being done, and how much of it is done, of how much.
+
+    Raises:
+        MismatchError: the models are not of one family.
+        NoEffectError: the teacher does not refuse, or not more than the degraded models.
+        SettingError: settings make no sense, or no degraded model is given.
+        LlamaCppError: the architecture is built otherwise than a fit needs.
+    """
+    models = [_files(model) for model in degraded]
+    if not models:
+        raise SettingError("no degraded model is given", "Give at least one")
+    teacher = None if aligned is None else _files(aligned)
+    every = [*models, *([teacher] if teacher else [])]
+    _require_family(every)
+    with ExitStack() as stack:
+        work = _Learning(stack, models, teacher, tuple(task), settings or LearnSettings(), progress)
+        gene = work.run(family)
+    if teacher is not None:
+        gene = measured(gene, teacher, models)
+    return gene
+
+
+def _files(model: Model) -> list[PathLike]:
+    return [model] if isinstance(model, (str, Path)) else list(model)  # type: ignore[arg-type]
+
+
+def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
+    """One architecture, shapes and tokenizer."""
+    first = open_model(models[0][0])
+    for files in models[1:]:
+        other = open_model(files[0])
+        if other.path == first.path:
+            continue
+        for what in (_architecture, _shapes, _tokenizer):
+            if what(first) != what(other):
+                raise MismatchError(
+                    f"{other.path} is not of the family of {first.path}: another "
+                    f"{what.__name__.strip('_')}",
+                    "Give models of one family: the same base, fine-tuned",
+                )
+
+
+def _architecture(file: GGUFFile) -> str:
+    return file.architecture
+
+
+def _shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in file.tensors.items() if name.startswith("blk.")}
+
+
+def _tokenizer(file: GGUFFile) -> tuple[list[str], ...]:
+    return tuple(file.strings(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+
+
+@dataclass
+class _Model:
+    """A loaded model with its own adapters on."""
+
+    llama: SafeLlama
+    scales: Scales
+
+    @classmethod
+    def load(cls, stack: ExitStack, files: Sequence[PathLike]) -> _Model:
+        llama = stack.enter_context(SafeLlama(str(files[0]), n_ctx=_CONTEXT))
+        for adapter in files[1:]:
+            llama.attach(adapter)
+        return cls(llama, {handle: handle.scale for handle in llama.adapters})
+
+    def engine(self) -> Engine:
+        """A batched engine for its answers."""
+        return Engine(self.llama, n_parallel=16, flash_attn=True)
+
+
+class _Learning:
+    """One run."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        models: list[list[PathLike]],
+        teacher: list[PathLike] | None,
+        task: tuple[Prompt | str, ...],
+        settings: LearnSettings,
+        progress: Progress | None,
+    ) -> None:
+        self.stack, self.files, self.teacher_files = stack, models, teacher
+        self.settings, self.progress = settings, progress
+        self.chosen = choose(settings.prompts, task)
+        self.lanes = settings.threads or physical_cores()
+        self._ticks = ("", 0, 0)
+
+    def run(self, family: str) -> SafetyGene:
+        """Ask, read, fit."""
+        file = open_model(self.files[0][0])
+        layers, rank = plan(file, self.settings)
+        shared = None if self.teacher_files is None else self._taught(self.teacher_files, layers)
+        targets = []
+        for files in self.files:
+            taught = shared or self._taught(files, layers)
+            targets.append(self._target(files, taught, layers))
+        self._begin("fitting", len(layers))
+        fit = Fit(targets, self.settings, rank, lanes=self.lanes, tick=self._tick)
+        return self._gene(file, fit.run(layers), taught, family)
+
+    def _taught(self, files: list[PathLike], layers: Sequence[int]) -> Taught:
+        """A teacher's refusals, and its states there."""
+        with ExitStack() as stack:
+            model, system = _Model.load(stack, files), ""
+            if self.teacher_files is None:
+                self._begin("choosing a system prompt", 1)
+                with model.engine() as engine:
+                    system = best_system_prompt(engine, self.chosen.harmful, model.scales)
+                self._tick()
+            asked = rendered(model.llama, self.chosen.harmful, system)
+            captured = self._captured("asking the teacher", model, asked, layers, look=LOOK)
+            return Taught.of(model.llama, self.chosen.harmful, captured, system)
+
+    def _target(self, files: list[PathLike], taught: Taught, layers: Sequence[int]) -> Target:
+        """What a degraded model reads; it stays loaded for the fit."""
+        model = _Model.load(self.stack, files)
+        if self.teacher_files is not None:
+            self._require_lost(model, taught)
+        asked = rendered(model.llama, self.chosen.harmless)
+        own = self._captured("asking the degraded model", model, asked, layers, text=True)
+        samples = taught.samples(model.llama)
+        samples += [own.sample(n, prompt, taught=False) for n, prompt in enumerate(asked)]
+        return Target(model.llama, model.scales, own, taught.captured, samples)
+
+    def _captured(
+        self, what: str, model: _Model, asked: list[list[int]], layers: Sequence[int], **more: Any
+    ) -> Captured:
+        self._begin(what, len(layers))
+        captured = capture(
+            model.llama, model.scales, asked, layers, header=header_of(model.llama),
+            tokens=self.settings.tokens, lanes=self.lanes, tick=self._tick, **more,
+        )  # fmt: skip
+        self.stack.enter_context(captured.goals)
+        return captured
+
+    def _require_lost(self, model: _Model, taught: Taught) -> None:
+        tried = self.chosen.harmful[-TRIED:]
+        with model.engine() as engine:
+            own = share_refused(engine, tried, model.scales)
+        aligned = sum(prompt in taught.prompts for prompt in tried) / len(tried)
+        if aligned <= own:
+            raise NoEffectError(
+                f"the aligned model refuses no more than {model.llama.model_path}: {aligned:.0%} "
+                f"and {own:.0%} of {len(tried)} harmful prompts",
+                "Nothing was lost that it could bring back; give a model that refuses (--aligned)",
+            )
+
+    def _gene(self, file: GGUFFile, found: Fitted, taught: Taught, family: str) -> SafetyGene:
+        sources = {}
+        named = {"aligned": [self.teacher_files] if self.teacher_files else [],
+                 "degraded": self.files}  # fmt: skip
+        for role, models in named.items():
+            for number, files in enumerate(models, 1):
+                name = role if len(models) == 1 else f"{role}-{number}"
+                for place, path in enumerate(files):
+                    sources[f"{name}+{place}" if place else name] = sha256(path)
+        learnt = {
+            "safegene.learn.teacher": "itself" if self.teacher_files is None else "aligned",
+            "safegene.learn.system_prompt": taught.system,
+            "safegene.learn.refused": len(taught.kept),
+            "safegene.learn.asked": taught.asked,
+            "safegene.learn.harmless": len(self.chosen.harmless),
+            **{f"safegene.learn.{key}": value
+               for key, value in asdict(self.settings).items() if isinstance(value, (int, float))},
+        }  # fmt: skip
+        return SafetyGene(
+            file.architecture, 0.0, found.pairs, {key: v for key, v in learnt.items() if v != ""},
+            family=family or file.text("general.name", "") or file.path.stem,
+            sources=sources, scores=found.scores,
+            refusal_openers=refusal_openers(taught.answers),
+        )  # fmt: skip
+
+    def _begin(self, what: str, total: int) -> None:
+        self._ticks = what, -1, total
+        self._tick()
+
+    def _tick(self) -> None:
+        what, done, total = self._ticks
+        self._ticks = what, done + 1, total
+        if self.progress is not None:
+            self.progress(*self._ticks)
+
+
+def plan(file: GGUFFile, settings: LearnSettings) -> tuple[list[int], int]:
+    """The layers and the rank of a gene for a model, within the budget.
+
+    Raises:
+        SettingError: the model has not these layers, or no `attn_output` in one of them.
+    """
+    count = int(file.number(f"{file.architecture}.block_count", 0))
+    first, last = settings.layers or (max(1, count // 6), max(1, count - 2))
+    if not 1 <= first <= last <= count - 2:
+        raise SettingError(
+            f"the layers are {first} to {last}, and {file.path} has the layers 0 to {count - 1}",
+            f"Give layers from 1 to {count - 2}",
+        )
+    layers = list(range(first, last + 1))
+    shapes = []
+    for layer in layers:
+        name = f"blk.{layer}.{WRITER}.weight"
+        if name not in file.tensors:
+            raise SettingError(
+                f"{file.path}: has no tensor '{name}', which a gene would change",
+                "A gene for this architecture cannot be learnt by forward passes",
+            )
+        shapes.append(file.tensors[name].shape)
+    if settings.rank is not None:
+        return layers, settings.rank
+    size = sum(info.n_elements for info in file.tensors.values())
+    budget = min(settings.budget, size // 100)
+    return layers, max(1, min(_RANK, budget // sum(map(sum, shapes))))

@@ -1,0 +1,70 @@
+"""The prompts that a gene is learnt from, and what answers to them say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..evals.judge import judge
+from ..prompts import Prompt, rows, training_prompts
+from ..runtime.llama import SafeLlama
+
+LOOK = 16  # tokens of an answer that say whether it refuses
+_HEADER, _LONGEST = 3, 8  # tokens of the assistant's header where the template does not tell
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The prompts of one run."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+
+
+def choose(count: int, task: Iterable[Prompt | str] = ()) -> Chosen:
+    """So many harmful training prompts, their harmless twins, plain ones and those of a task.
+
+    Twins make up two thirds of the harmless ones. Requests of many kinds of task (classify,
+    extract, summarise, translate, arithmetic, code, JSON) stand in for tasks that nobody named.
+    """
+    known = training_prompts()
+    picked = random.Random(0)
+    order = list(range(len(known["harmful"])))
+    picked.shuffle(order)
+    plain = list(known["plain"])
+    picked.shuffle(plain)
+    both = [i for i in order if i < len(known["borderline"])]
+    twins = [known["borderline"][i] for i in both[: count * 2 // 3]]
+    harmless = twins + plain[: count - len(twins)] + list(task_kinds())
+    given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]
+    return Chosen(tuple(known["harmful"][i] for i in order[:count]), (*harmless, *given))
+
+
+def task_kinds() -> tuple[Prompt, ...]:
+    """Requests of many kinds of task, the package's own."""
+    return tuple(Prompt(str(n), row["prompt"]) for n, row in enumerate(rows("tasks.jsonl")))
+
+
+def header_of(llama: SafeLlama) -> int:
+    """How many tokens open the assistant's turn in a model's template."""
+    messages = [{"role": "user", "content": "Hello"}]
+    whole = llama.render(messages)
+    bare = llama.render(messages, add_generation_prompt=False)
+    if whole[: len(bare)] != bare or not 0 < len(whole) - len(bare) <= _LONGEST:
+        return _HEADER
+    return len(whole) - len(bare)
+
+
+def rendered(llama: SafeLlama, prompts: Iterable[Prompt], system: str = "") -> list[list[int]]:
+    """Prompts by the model's template, behind a system prompt if there is one."""
+    before = [{"role": "system", "content": system}] if system else []
+    return [llama.render(before + prompt.as_dicts()) for prompt in prompts]
+
+
+def refused(llama: SafeLlama, prompts: Sequence[Prompt], said: Sequence[list[int]]) -> list[bool]:
+    """Which answers the judge takes for refusals, by their first tokens."""
+    return [
+        judge(prompt.text, llama.text(tokens)).label == "refused"
+        for prompt, tokens in zip(prompts, said, strict=True)
+    ]

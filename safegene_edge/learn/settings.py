@@ -1,0 +1,45 @@
+"""What may be set of learning by forward passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+from ..errors import SettingError
+
+
+@dataclass(frozen=True)
+class LearnSettings:
+    """Settings of a gene that is learnt by forward passes.
+
+    Attributes:
+        rank: Rank of each layer's update; by default 8, or what the budget allows.
+        layers: First and last layer; by default all but the lowest sixth and the last.
+        ridge: Ridge of the regression, against the features' own size.
+        harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1.
+        text_weight: What a token of the prompts' own text counts.
+        prompts: Harmful prompts that the teacher is asked, and as many harmless ones.
+        tokens: Tokens of each answer that are learnt from.
+        budget: Parameters at most; never more than 1 % of the model's.
+        threads: Contexts that run side by side; by default the machine's physical cores.
+    """
+
+    rank: int | None = None
+    layers: tuple[int, int] | None = None
+    ridge: float = 0.1
+    harmless_weight: float = 2.0
+    text_weight: float = 0.1
+    prompts: int = 160
+    tokens: int = 5
+    budget: int = 600_000
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ridge", "harmless_weight", "text_weight"):
+            value = getattr(self, name)
+            if not (value > 0 and isfinite(value)):
+                raise SettingError(f"{name} is {value}", "Give a positive number")
+        for name in ("rank", "prompts", "tokens", "budget", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingError(f"{name} is {value}", "Give 1 or more")

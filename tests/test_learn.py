@@ -1,0 +1,260 @@
+"""Learning by forward passes: the regression, the pass that writes back, and the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from adapters import random_adapter
+from tiny import ARCHITECTURES
+
+from safegene_edge import Engine, SafeLlama, SafetyGene, learn
+from safegene_edge.errors import LlamaCppError
+from safegene_edge.learn import LearnSettings, teachers
+from safegene_edge.learn.fit import Fit, Target
+from safegene_edge.learn.run import _Learning
+from safegene_edge.learn.solve import reduced_rank
+from safegene_edge.learn.states import Captured, Sample, capture
+from safegene_edge.runtime import lockstep
+from safegene_edge.runtime.lockstep import WRITER, Lane, run
+
+LAYERS = [1, 2, 3]
+
+
+def written(width: int, rows: int, rank: int, seed: int = 0) -> tuple[Any, Any, Any]:
+    """Inputs (rows×width), a low-rank map of them, and the map."""
+    random = np.random.default_rng(seed)
+    x = random.normal(0, 1, (rows, width)).astype(np.float32)
+    a, b = random.normal(0, 1, (rank, width)), random.normal(0, 1, (40, rank))
+    return x, (x @ a.T @ b.T).astype(np.float32), b @ a
+
+
+@pytest.mark.parametrize("rows", [30, 300])  # fewer than columns: the dual system
+def test_a_low_rank_map_is_found(rows: int) -> None:
+    x, y, whole = written(64, rows, 3)
+    pair = reduced_rank(x, y, np.ones(rows, np.float32), 3, 1e-9)
+    assert np.abs(x @ pair.a.T @ pair.b.T - y).max() < 1e-3 * np.abs(y).max()
+    assert pair.b.T @ pair.b == pytest.approx(np.eye(3), abs=1e-5)
+    if rows > 64:
+        assert pair.b @ pair.a == pytest.approx(whole, abs=1e-2)
+
+
+def test_the_rank_and_the_weights_say_what_is_kept() -> None:
+    x, y, _ = written(64, 300, 3)
+    found = [reduced_rank(x, y, np.ones(300, np.float32), rank, 1e-9) for rank in (1, 2, 3)]
+    left = [float(((x @ p.a.T @ p.b.T - y) ** 2).sum()) for p in found]
+    assert left[0] > left[1] > left[2]
+    # The best rank-1 map of these rows is the first principal component of the fitted values.
+    values = np.linalg.svd(y, compute_uv=False)
+    assert left[0] == pytest.approx(float((values[1:] ** 2).sum()), rel=1e-2)
+    weights = np.where(np.arange(300) < 150, 1.0, 0.0).astype(np.float32)
+    other = y.copy()
+    other[150:] = 100.0  # rows of no weight
+    pair = reduced_rank(x, other, weights, 3, 1e-9)
+    assert np.abs(x[:150] @ pair.a.T @ pair.b.T - y[:150]).max() < 1e-2
+
+
+def test_many_outputs_take_the_same_way() -> None:
+    random = np.random.default_rng(1)
+    x = random.normal(0, 1, (200, 64)).astype(np.float32)
+    y = (x @ random.normal(0, 1, (64, 4)) @ random.normal(0, 1, (4, 700))).astype(np.float32)
+    pair = reduced_rank(x, y, np.ones(200, np.float32), 4, 1e-9)
+    assert np.abs(x @ pair.a.T @ pair.b.T - y).max() < 1e-3 * np.abs(y).max()
+
+
+# -- the pass -------------------------------------------------------------
+
+
+def sequences(count: int, seed: int = 0) -> list[list[int]]:
+    random = np.random.default_rng(seed)
+    return [
+        [7, 8, 9, *map(int, random.integers(10, 200, int(random.integers(8, 20))))]
+        for _ in range(count)
+    ]
+
+
+class Model:
+    """A tiny model, with an adapter or without."""
+
+    def __init__(self, stack: ExitStack, path: Path, adapter: SafetyGene | None = None) -> None:
+        self.stack = stack
+        self.llama = stack.enter_context(SafeLlama(str(path), n_ctx=256))
+        self.scales = {self.llama.attach(adapter, 1.0): 1.0} if adapter else {}
+
+    def captured(self, prompts: list[list[int]], **more: Any) -> Captured:
+        found = capture(
+            self.llama, self.scales, prompts, LAYERS, header=3, tokens=3, lanes=2, **more
+        )
+        self.stack.enter_context(found.goals)
+        return found
+
+
+def writer_change(path: Path, size: float, seed: int = 0) -> SafetyGene:
+    """A random change of the tensors that a fit may change, and of these layers alone."""
+    gene = random_adapter(path, rank=4, size=size, seed=seed, alpha=0.0)
+    pairs = {n: p for n, p in gene.pairs.items() if WRITER in n and int(n.split(".")[1]) in LAYERS}
+    return SafetyGene(gene.architecture, 0.0, pairs)
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+def target_of(degraded: Model, aligned: Model, taught: int, own: int = 0) -> Target:
+    """So many prompts whose answers are the aligned model's, and so many others."""
+    prompts = sequences(taught + own)
+    harmful, harmless = prompts[:taught], prompts[taught:] or prompts[:2]
+    theirs, mine = aligned.captured(harmful), degraded.captured(harmless, text=True)
+    samples = [theirs.sample(n, prompt, taught=True) for n, prompt in enumerate(harmful)]
+    if own:
+        samples += [mine.sample(n, prompt, taught=False) for n, prompt in enumerate(harmless)]
+    return Target(degraded.llama, degraded.scales, mine, theirs, samples)
+
+
+def states_along(model: Model, samples: Sequence[Sample]) -> dict[int, Any]:
+    """The stream's rows that samples are taught in, sample by sample."""
+    texts = [sample.tokens for sample in samples]
+    lane, found = Lane(model.llama, texts, model.scales), {}
+    rows = [lane.row(n, len(sample.prompt) + int(offset))
+            for n, sample in enumerate(samples) for offset in sample.offsets]  # fmt: skip
+
+    def visit(layer: int, lanes: list[Any]) -> None:
+        found[layer] = lanes[0].stream[rows]
+
+    run([lane], LAYERS, visit)
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_answers_and_states_are_those_of_a_plain_pass(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack
+) -> None:
+    path = tiny(arch, num_hidden_layers=5).gguf_path
+    model, prompts = Model(stack, path, writer_change(path, 0.3)), sequences(20)
+    found = model.captured(prompts, look=5, text=True)
+    with Engine(model.llama, n_parallel=4, flash_attn=True) as engine:
+        said = engine.generate(prompts, max_tokens=5, adapters=model.scales)
+    own = [one.tokens for one in said]
+    same = [a[: len(b)] == b for a, b in zip(found.answers, own, strict=True)]
+    assert np.mean(same) > 0.8  # ties of a random model fall either way
+    samples = [found.sample(n, prompt, taught=True) for n, prompt in enumerate(prompts)]
+    assert all(len(sample.answer) <= 3 for sample in samples)
+    places = np.concatenate([sample.goals for sample in samples])
+    for layer, states in states_along(model, samples).items():
+        kept = found.goals.get(layer, places)[:, :-1]
+        assert np.abs(kept - states).max() < 1e-2 * np.abs(states).max()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_change_of_the_fitted_tensors_is_undone(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack
+) -> None:
+    """D = A + a low-rank change: at full rank, without a ridge, D's states become A's."""
+    path = tiny(arch, num_hidden_layers=5).gguf_path
+    change = writer_change(path, 0.3)
+    aligned, degraded = Model(stack, path), Model(stack, path, change)
+    target = target_of(degraded, aligned, 60)
+    settings = LearnSettings(ridge=1e-9, text_weight=1e-10)
+    found = Fit([target], settings, 64, lanes=2).run(LAYERS)
+    wanted, before = (states_along(model, target.samples) for model in (aligned, degraded))
+    gene = degraded.llama.attach(SafetyGene(change.architecture, 0.0, found.pairs))
+    degraded.scales = {**degraded.scales, gene: 1.0}
+    after = states_along(degraded, target.samples)
+    for layer, goal in wanted.items():
+        distance = [
+            float(np.linalg.norm(one[layer] - goal) / np.linalg.norm(goal))
+            for one in (before, after)
+        ]
+        assert distance[0] > 1e-2
+        assert distance[1] < 1e-3, f"layer {layer}: {distance}"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_written_back_is_what_the_gene_does(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack, tmp_path: Path
+) -> None:
+    path, file = tiny(arch, num_hidden_layers=5).gguf_path, tmp_path / "gene.gguf"
+    change = writer_change(path, 0.3)
+    degraded = Model(stack, path, change)
+    target = target_of(degraded, Model(stack, path), 30, 30)
+    fit = Fit([target], LearnSettings(), 4, lanes=2, outputs=True)
+    plain = run(fit.lanes, [1], lambda *_: None)
+    written = fit.run(LAYERS).logits
+    SafetyGene(change.architecture, 0.0, fit.pairs).save(file)
+    handle = degraded.llama.attach(file)
+    for lane in fit.lanes:
+        lane.scales = {**degraded.scales, handle: 1.0}
+    attached = run(fit.lanes, [1], lambda *_: None)
+    for one, two, three in zip(plain, written, attached, strict=True):
+        assert np.abs(two - one).max() > 1e-2
+        assert np.abs(two - three).max() < 1e-3
+
+
+def test_a_layer_without_the_node_is_named(
+    tiny: Callable[..., Any], stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "_BELOW", "elsewhere-{}")
+    model = Model(stack, tiny("llama", num_hidden_layers=5).gguf_path)
+    lane = Lane(model.llama, sequences(3), {})
+    with pytest.raises(LlamaCppError, match=r"in layer 1 no node adds what attn_output"):
+        run([lane, Lane(model.llama, sequences(3), {})], LAYERS, lambda *_: None)
+    with pytest.raises(LlamaCppError, match=r"in layer 1 no node"):
+        model.captured(sequences(3))
+
+
+def test_an_error_of_the_visitor_ends_all_lanes(tiny: Callable[..., Any], stack: ExitStack) -> None:
+    model = Model(stack, tiny("llama", num_hidden_layers=5).gguf_path)
+
+    def fails(layer: int, lanes: list[Any]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run([Lane(model.llama, sequences(3), {}) for _ in range(3)], LAYERS, fails)
+
+
+# -- the whole of it ------------------------------------------------------
+
+
+@pytest.fixture
+def everything_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model's words are no refusals: what learning does with some is looked at here."""
+    monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
+    monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
+
+
+def facts_of(gene: SafetyGene) -> dict[str, Any]:
+    return {key.removeprefix("safegene.learn."): value for key, value in gene.extra.items()}
+
+
+@pytest.mark.usefixtures("everything_refuses")
+def test_learn_gives_a_gene_that_a_stock_loader_takes(
+    tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    path, file = tiny("llama", num_hidden_layers=5).gguf_path, tmp_path / "gene.gguf"
+    task = tmp_path / "degraded.gguf"
+    writer_change(path, 0.3).save(task)
+    seen: list[str] = []
+    made = LearnSettings(prompts=20, rank=2)
+    gene = learn(
+        [[path, task]], path, task=["One two three"], family="tiny", settings=made,
+        progress=lambda what, *_: seen.append(what),
+    )  # fmt: skip
+    gene.save(file)
+    again = SafetyGene.load(file)
+    assert again.sha256 == gene.sha256 and again.layers == (1, 2, 3)
+    assert again.family == "tiny" and set(again.sources) == {"aligned", "degraded", "degraded+1"}
+    assert again.refusal_openers and again.aligned_margins and again.aligned_kl > 0
+    known = facts_of(again)
+    assert known["teacher"] == "aligned" and known["refused"] == known["asked"] == 20
+    assert known["harmless"] == 20 + 49 + 1
+    assert "fitting" in seen and seen[-1] == "fitting"
+    with SafeLlama(str(path), n_ctx=256) as llama:
+        llama.attach(file)  # which proves that the logits moved
+    learn([[path, task]], path, task=["One two three"], settings=made).save(tmp_path / "b.gguf")
+    assert SafetyGene.load(tmp_path / "b.gguf").sha256 == gene.sha256
