@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .merge import merge as merge
     from .portfolio import portfolio as portfolio
     from .recalibrate import recalibrate as recalibrate
+    from .restore import restore as restore
     from .runtime.engine import Engine as Engine
     from .runtime.llama import SafeLlama as SafeLlama
     from .training.extract import extract as extract
@@ -46,6 +47,7 @@ _HOMES = {
     "merge": "merge.plan",
     "portfolio": "portfolio",
     "recalibrate": "recalibrate.fit",
+    "restore": "restore",
     "to_peft": "converters.to_peft",
 }
 __all__ = sorted([*_HOMES, "__version__"])

@@ -252,7 +252,7 @@ def test_learn_gives_a_gene_that_a_stock_loader_takes(
     assert again.refusal_openers and again.aligned_margins and again.aligned_kl > 0
     known = facts_of(again)
     assert known["teacher"] == "aligned" and known["refused"] == known["asked"] == 20
-    assert known["harmless"] == 20 + 49 + 1
+    assert known["harmless"] == 20 + 20 // 4 + 1
     assert "fitting" in seen and seen[-1] == "fitting"
     with SafeLlama(str(path), n_ctx=256) as llama:
         llama.attach(file)  # which proves that the logits moved

@@ -119,7 +119,7 @@ def test_the_bound_is_a_standard_error_below_what_other_prompts_shall_keep(tiny)
     bounds = work._bounds(AlignedModel.of(gene), read(0))
     assert bounds == Bounds(0.3, 0.1, pytest.approx(0.28), pytest.approx(0.1))
     unknown = work._bounds(AlignedModel.of(SafetyGene("llama", 1.0, {})), read(0, harmless=0))
-    assert unknown == Bounds(0.1, 0.1, pytest.approx(0.55), 0.0)  # five points above its own half
+    assert unknown == Bounds(0.2, 0.1, pytest.approx(0.55), 0.0)  # five points above its own half
 
 
 def test_a_strength_that_lowers_refusals_is_never_taken():
@@ -170,14 +170,17 @@ def test_a_race_comes_first_where_there_are_enough_examples():
     without = look(0.0, 1)
     found = search(look, without, replace(FREE, kl=0.1), 0.2, 4)
     raced = [strength for strength, step in looked if step > 1]
-    assert 1 <= len(raced) <= 4 and looked[1] == (1.0, 4)
+    assert 1 <= len(raced) <= 7 and looked[1] == (1.0, 4)
     assert found[0.0] is without and all(len(reading.kl) == 48 for reading in found.values())
     assert len(found) <= 3  # the race has told the others where to begin
 
 
 def test_nothing_within_the_bounds_halves_the_strength():
     assert (
-        foretold({0.0: read(-4, 9), 1.0: read(0, 9)}, replace(FREE, over_refusal=0.1), 0.2) == 0.5
+        foretold(
+            {0.0: read(-4, 9), 1.0: read(0, 9)}, replace(FREE, over_refusal=0.1), 0.2, (0.0, 1.0)
+        )
+        == 0.5
     )
 
 

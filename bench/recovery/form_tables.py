@@ -76,6 +76,8 @@ def _lost(entry: Entry) -> float:
 
 
 def _recovered(tuned: list[bool], fitted: list[bool], aligned: list[bool]) -> float | None:
+    if not aligned:  # a form that so few prompts do not show
+        return None
     lost = _share(aligned) - _share(tuned)
     if lost < LOST:
         return None

@@ -23,6 +23,7 @@ from .merge import export, merge
 from .portfolio import portfolio
 from .recalibrate import recalibrate
 from .report import report_group
+from .restore import restore
 from .serve import serve
 
 
@@ -33,6 +34,7 @@ def cli() -> None:
 
 
 for _command in (
+    restore,
     convert,
     to_peft,
     inspect_file,

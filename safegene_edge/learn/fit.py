@@ -29,7 +29,7 @@ from .settings import LearnSettings
 from .solve import reduced_rank
 from .states import THIN, Captured, Ints, Sample, rms, spread
 
-_PREFIX = 10  # a token that all prompts of a lane open with counts as so many of the text's
+_PREFIX = 10  # what all prompts of a lane open with counts as so many tokens of the text
 
 
 @dataclass(frozen=True)

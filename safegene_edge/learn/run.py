@@ -146,6 +146,7 @@ class _Learning:
         self.chosen = choose(settings.prompts, task)
         self.lanes = settings.threads or physical_cores()
         self._ticks = ("", 0, 0)
+        self._read = 0  # tokens
 
     def run(self, family: str) -> SafetyGene:
         """Ask, read, fit."""
@@ -158,6 +159,7 @@ class _Learning:
             targets.append(self._target(files, taught, layers))
         self._begin("fitting", len(layers))
         fit = Fit(targets, self.settings, rank, lanes=self.lanes, tick=self._tick)
+        self._read += sum(lane.rows for lane in fit.lanes)
         return self._gene(file, fit.run(layers), taught, family)
 
     def _taught(self, files: list[PathLike], layers: Sequence[int]) -> Taught:
@@ -193,6 +195,7 @@ class _Learning:
             tokens=self.settings.tokens, lanes=self.lanes, tick=self._tick, **more,
         )  # fmt: skip
         self.stack.enter_context(captured.goals)
+        self._read += captured.read
         return captured
 
     def _require_lost(self, model: _Model, taught: Taught) -> None:
@@ -222,6 +225,7 @@ class _Learning:
             "safegene.learn.refused": len(taught.kept),
             "safegene.learn.asked": taught.asked,
             "safegene.learn.harmless": len(self.chosen.harmless),
+            "safegene.learn.tokens_read": self._read,
             **{f"safegene.learn.{key}": value
                for key, value in asdict(self.settings).items() if isinstance(value, (int, float))},
         }  # fmt: skip

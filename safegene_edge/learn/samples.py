@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from ..evals.judge import judge
 from ..prompts import Prompt, rows, training_prompts
 from ..runtime.llama import SafeLlama
 
-LOOK = 16  # tokens of an answer that say whether it refuses
+LOOK = 12  # tokens of an answer that say whether it refuses
 _HEADER, _LONGEST = 3, 8  # tokens of the assistant's header where the template does not tell
 
 
@@ -26,19 +27,32 @@ def choose(count: int, task: Iterable[Prompt | str] = ()) -> Chosen:
     """So many harmful training prompts, their harmless twins, plain ones and those of a task.
 
     Twins make up two thirds of the harmless ones. Requests of many kinds of task (classify,
-    extract, summarise, translate, arithmetic, code, JSON) stand in for tasks that nobody named.
+    extract, summarise, translate, arithmetic, code, JSON) stand in for tasks that nobody named,
+    one for every four prompts. Time goes with length: of each form, the shorter half is taken.
     """
-    known = training_prompts()
-    picked = random.Random(0)
-    order = list(range(len(known["harmful"])))
-    picked.shuffle(order)
-    plain = list(known["plain"])
-    picked.shuffle(plain)
-    both = [i for i in order if i < len(known["borderline"])]
-    twins = [known["borderline"][i] for i in both[: count * 2 // 3]]
-    harmless = twins + plain[: count - len(twins)] + list(task_kinds())
+    known = {kind: _shuffled(_shorter(prompts)) for kind, prompts in training_prompts().items()}
+    twins = known["borderline"][: count * 2 // 3]
+    plain = known["plain"][: count - len(twins)]
     given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]
-    return Chosen(tuple(known["harmful"][i] for i in order[:count]), (*harmless, *given))
+    harmless = (*twins, *plain, *task_kinds()[: count // 4], *given)
+    return Chosen(known["harmful"][:count], harmless)
+
+
+def _shorter(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The shorter half of the prompts of each form, in their order."""
+    lengths: dict[str, list[int]] = {}
+    for prompt in prompts:
+        lengths.setdefault(prompt.form, []).append(_length(prompt))
+    middle = {form: median(found) for form, found in lengths.items()}
+    return [prompt for prompt in prompts if _length(prompt) <= middle[prompt.form]]
+
+
+def _length(prompt: Prompt) -> int:
+    return sum(len(text) for _, text in prompt.messages)
+
+
+def _shuffled(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
+    return tuple(random.Random(0).sample(prompts, len(prompts)))
 
 
 def task_kinds() -> tuple[Prompt, ...]:

@@ -28,8 +28,8 @@ class LearnSettings:
     layers: tuple[int, int] | None = None
     ridge: float = 0.1
     harmless_weight: float = 2.0
-    text_weight: float = 0.1
-    prompts: int = 160
+    text_weight: float = 1.0
+    prompts: int = 128
     tokens: int = 5
     budget: int = 600_000
     threads: int | None = None

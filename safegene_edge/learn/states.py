@@ -102,6 +102,7 @@ class Captured:
         answers: tokens, with the end token where one ends.
         header: tokens at a prompt's end that open the assistant's turn.
         prefix: tokens that all prompts open with, and `prefix_goals` where those rows are kept.
+        read: tokens that were read.
     """
 
     goals: Goals
@@ -110,6 +111,7 @@ class Captured:
     header: int
     prefix: int
     prefix_goals: Ints
+    read: int
     _starts: list[int]
     _texts: list[Ints]
     _tokens: int
@@ -141,7 +143,7 @@ def capture(
     Args:
         tokens: of each answer whose states are kept; look: tokens that it has, if more.
         text: keep every fourth row of the prompts' text, too.
-        lanes: contexts side by side, or more where there is much.
+        lanes: contexts side by side.
         tick: called once a layer.
     """
     prefix = _prefix(prompts)
@@ -179,12 +181,13 @@ def capture(
             tick()
         goals.put(layer, np.array(kept_rows), goal_rows(states, np.array(rows)))
 
-    said = answer(made, layers, max(look, tokens), see)
+    said = answer(made, layers, max(look, tokens), see, lanes)
     answers: list[list[int]] = [[] for _ in prompts]
     for own, found in zip(numbers, said, strict=True):
         for n, one in zip(own, found, strict=True):
             answers[n] = one
-    return Captured(goals, prompts, answers, header, prefix, ends, starts, texts, tokens)
+    read = sum(lane.rows for lane in made) + sum(map(len, answers))
+    return Captured(goals, prompts, answers, header, prefix, ends, read, starts, texts, tokens)
 
 
 def _prefix(prompts: Sequence[Sequence[int]]) -> int:

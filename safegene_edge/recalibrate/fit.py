@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from ..compat import open_model, require_fit
-from ..errors import NoEffectError, SettingError
+from ..errors import FileFormatError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene
 from ..prompts import FORMS, Prompt
@@ -38,7 +38,7 @@ from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
 _ORDERED = 0.6
-_KL, _UNKNOWN = 0.1, 0.02  # the KL's bound, and more over-refusal, where little is known
+_KL, _UNKNOWN = 0.2, 0.02  # the KL's bound, and more over-refusal, where little is known
 _LEAST = 0.01  # of the refusal loss: less is no gain
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
@@ -136,6 +136,37 @@ class Recalibration:
             "curve": [asdict(point) for point in self.curve],
             "validation": asdict(self.validation) if self.validation else None,
         }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Recalibration:
+        """What `to_json` gave.
+
+        Raises:
+            FileFormatError: it is something else.
+        """
+        try:
+            layers = {int(layer): float(value) for layer, value in facts["coefficients"].items()}
+            bounds, counted = facts["bounds"], facts["validation"]
+            return cls(
+                Expression(layers, facts["gene"], facts["target"]),
+                _point(facts["point"]),
+                tuple(_point(point) for point in facts["curve"]),
+                Bounds(**bounds) if bounds else None,
+                _validation(counted) if counted else None,
+                bool(facts["nothing_lost"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileFormatError(f"not a recalibration ({error!r})") from error
+
+
+def _point(facts: Mapping[str, Any]) -> Point:
+    return Point(**{**facts, "coefficients": tuple(facts["coefficients"])})
+
+
+def _validation(facts: Mapping[str, Any]) -> Validation:
+    by_form = {form: (Shares(**one), Shares(**other))
+               for form, (one, other) in facts["by_form"].items()}  # fmt: skip
+    return Validation(Shares(**facts["refused"]), Shares(**facts["over_refused"]), by_form)
 
 
 def recalibrate(

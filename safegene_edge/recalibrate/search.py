@@ -1,9 +1,9 @@
 """The strength that brings back most refusals within the bounds, from a few readings.
 
-Every margin is taken to be linear in the strength between two readings, and beyond the last one.
-So the readings made so far foretell every other strength; the best of them is read next, until
-it is one that was read already. A race comes first: every fourth example foretells roughly, and
-all examples decide.
+A race on every fourth example climbs from 1 in steps of a half, or goes down, until it gets worse.
+So it knows between which strengths the best one lies. There every margin is taken to be linear in
+the strength between two readings; the strength that is foretold to be best is read on all examples,
+until it is one that was read already.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import numpy as np
 from .reading import Reading, Values
 from .refusal_margin import refusal_loss
 
-_RACE, _RACED = 4, 4  # every fourth example, read at so many strengths at most
-_ENOUGH = 48  # of a kind, for a race to say something
+_RACE, _RACED = 4, 7  # every fourth example, read at so many strengths at most
+_ENOUGH = 48  # of a kind, for a fourth of them to say something
+_STEP, _LEAST = 1.5, 0.05  # between raced strengths, and the smallest
 _NEAR = 0.1  # of a strength: another one that near is the same
 _MOST = 16.0  # the largest strength that is ever read
 _GRID = 200  # strengths that are foretold
@@ -67,27 +68,69 @@ def search(
     look: Look, without: Reading, bounds: Bounds, weight: float, passes: int
 ) -> dict[float, Reading]:
     """Readings of all examples by strength; 0 and at most `passes` others."""
-    strength = 1.0
-    if min(len(without.harmful), len(without.harmless)) >= _ENOUGH:
-        raced = {0.0: without.every(_RACE)}
-        while len(raced) <= _RACED and not _seen(raced, strength):
-            raced[strength] = look(strength, _RACE)
-            strength = foretold(raced, bounds, weight)
-    found = {0.0: without}
+    enough = min(len(without.harmful), len(without.harmless)) >= _ENOUGH
+    step, most = (_RACE, _RACED) if enough else (1, passes)
+    raced = race(look, without, bounds, weight, step, most)
+    limits = _around(raced, bounds, weight)
+    found = {0.0: without} if enough else dict(raced)
+    strength = foretold(raced, bounds, weight, limits)
     while len(found) <= passes and not _seen(found, strength):
         found[strength] = look(strength, 1)
-        strength = foretold(found, bounds, weight)
+        strength = foretold(found, bounds, weight, limits)
     return found
+
+
+def race(
+    look: Look, without: Reading, bounds: Bounds, weight: float, step: int, most: int
+) -> dict[float, Reading]:
+    """Readings of every `step`-th example: upwards from 1, or downwards, until it gets worse."""
+    found = {0.0: without.every(step)}
+
+    def is_better(strength: float, than: float) -> bool:
+        found[strength] = look(strength, step)
+        if bounds.broken(found[strength]):
+            return False
+        if bounds.broken(found[than]):
+            return True
+        new, old = (objective(found[s], weight, bounds.goal) for s in (strength, than))
+        return new < old
+
+    best = 1.0
+    climbs = is_better(best, 0.0)
+    while climbs and len(found) <= most and best * _STEP <= _MOST:
+        climbs = is_better(best * _STEP, best)
+        best *= _STEP if climbs else 1.0
+    while best <= 1.0 and len(found) <= most and best / _STEP >= _LEAST:
+        sinks = is_better(best / _STEP, best) or bool(bounds.broken(found[best / _STEP]))
+        if not sinks:
+            break
+        best /= _STEP
+    return found
+
+
+def _around(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> tuple[float, float]:
+    """Between which strengths the best one lies."""
+    known = sorted(found)
+    kept = [strength for strength in known[1:] if not bounds.broken(found[strength])]
+    if not kept:
+        return 0.0, known[1]
+    best = min(kept, key=lambda strength: objective(found[strength], weight, bounds.goal))
+    place = known.index(best)
+    if place + 1 == len(known):
+        return known[place - 1], best
+    above = known[place + 1]
+    return known[place - 1], above * (1 - 1.1 * _NEAR if bounds.broken(found[above]) else 1)
 
 
 def _seen(found: Mapping[float, Reading], strength: float) -> bool:
     return any(abs(known - strength) <= _NEAR * strength for known in found if known)
 
 
-def foretold(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> float:
-    """The strength whose reading would be best, as far as these readings tell."""
-    most = min(_MOST, 2 * max(found))
-    grid = np.linspace(0, most, _GRID + 1)[1:]
+def foretold(
+    found: Mapping[float, Reading], bounds: Bounds, weight: float, limits: tuple[float, float]
+) -> float:
+    """The strength between limits whose reading would be best, as far as these readings tell."""
+    grid = np.linspace(*limits, _GRID + 1)[1:]
     readings = {float(strength): between(found, float(strength)) for strength in grid}
     kept = [strength for strength, reading in readings.items() if not bounds.broken(reading)]
     if not kept:

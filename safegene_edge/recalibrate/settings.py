@@ -14,7 +14,7 @@ class RecalibrationSettings:
 
     Attributes:
         kl_budget: Nats a token that the gene may cost on harmless prompts; by default what the
-            aligned model itself differs by, which genes carry, or 0.1.
+            aligned model itself differs by, which genes carry, or 0.2.
         task_budget: Nats a token that it may cost on the task's prompts.
         over_refusal: Share of the harmless prompts that may be refused beyond what the aligned
             model refuses; the fit stays a standard error below. Where that is unknown, beyond

@@ -179,7 +179,7 @@ def run(lanes: Sequence[Lane], layers: Iterable[int], visit: Visit) -> list[Floa
 
 
 def answer(
-    lanes: Sequence[Lane], layers: Iterable[int], tokens: int, see: See
+    lanes: Sequence[Lane], layers: Iterable[int], tokens: int, see: See, at_once: int = 2
 ) -> list[list[list[int]]]:
     """Decode all lanes, and then what each sequence is answered with, greedily.
 
@@ -187,11 +187,12 @@ def answer(
         tokens: of an answer, at most; lanes have room for them.
         see: called in each layer of each decode, from the lanes' threads. Answers' tokens are
             read, too, the last one as well.
+        at_once: lanes that run side by side.
 
     Returns:
         Each lane's answers; one that ends has the end token at its end.
     """
-    return _Answers(lanes, sorted(layers), tokens, see).go()
+    return _Answers(lanes, sorted(layers), tokens, see, at_once).go()
 
 
 class _Run(Generic[T]):
@@ -282,9 +283,12 @@ class _Together(_Run[list[Floats]]):
 
 
 class _Answers(_Run[list[list[list[int]]]]):
-    def __init__(self, lanes: Sequence[Lane], layers: list[int], tokens: int, see: See) -> None:
+    def __init__(
+        self, lanes: Sequence[Lane], layers: list[int], tokens: int, see: See, at_once: int
+    ) -> None:
         super().__init__(lanes, layers)
         self.tokens, self.see = tokens, see
+        self._turns = threading.Semaphore(at_once)
         self._said = [[list[int]() for _ in lane.sequences] for lane in lanes]
         self._now: list[tuple[int, list[int]]] = [
             (0, list(range(len(one.sequences)))) for one in lanes
@@ -292,6 +296,11 @@ class _Answers(_Run[list[list[list[int]]]]):
 
     def result(self) -> list[list[list[int]]]:
         return self._said
+
+    def _lane(self, number: int) -> None:
+        with self._turns:
+            if self.error is None:
+                super()._lane(number)
 
     def meet(self, number: int, layer: int, states: States) -> None:
         step, active = self._now[number]

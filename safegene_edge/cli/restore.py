@@ -1,0 +1,102 @@
+"""`restore`: refusals back in one command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..learn.settings import LearnSettings
+from ..recalibrate.settings import RecalibrationSettings
+from .learn import said_on
+from .options import setting
+
+if TYPE_CHECKING:
+    from ..restore import Restored
+
+
+@click.command()
+@click.argument("target", type=click.Path())
+@click.option("-o", "--output", required=True, metavar="OUT.gguf",
+              help="The fitted adapter, or with --merge the safe model.")  # fmt: skip
+@click.option("--aligned", metavar="MODEL",
+              help="A model of the family that refuses; default: TARGET itself under a safety "
+              "system prompt.")  # fmt: skip
+@click.option("--gene", metavar="GENE.gguf", help="A gene of the family; default: learn one.")
+@click.option("--adapter", multiple=True, metavar="TASK.gguf",
+              help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip
+@click.option("--task", metavar="FILE",
+              help='Prompts of the own job of TARGET, a line each, or JSONL with a "prompt"; no '
+              "answers are needed. What it answers there is kept.")  # fmt: skip
+@click.option("--merge", "merged", is_flag=True, help="Write the whole model.")
+@click.option("--limit", type=click.IntRange(min=1), default=40, show_default=True, metavar="N",
+              help="Prompts of each suite that is measured before and after.")  # fmt: skip
+@setting(LearnSettings, "prompts", type=click.IntRange(min=1))
+@setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
+@setting(RecalibrationSettings, "anyway", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print all that was found as JSON.")
+def restore(
+    target: str,
+    output: str,
+    aligned: str | None,
+    gene: str | None,
+    adapter: tuple[str, ...],
+    task: str | None,
+    merged: bool,
+    limit: int,
+    prompts: int,
+    over_refusal: float,
+    anyway: bool,
+    as_json: bool,
+) -> None:
+    """Bring the refusals of TARGET.gguf back: learn a gene, fit it, measure, write the result.
+
+    A run that was stopped goes on where it was.
+    """
+    from ..prompts import load_prompts
+    from ..restore import restore as run
+
+    if aligned and gene:
+        raise click.UsageError("give --aligned or --gene, not both")
+    found = run(
+        target, aligned.split(",") if aligned else None, gene, output=output, adapters=adapter,
+        task=load_prompts(task) if task else (), merged=merged, limit=limit,
+        learning=LearnSettings(prompts=prompts),
+        settings=RecalibrationSettings(over_refusal=over_refusal, anyway=anyway),
+        progress=said_on(sys.stderr),
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+    for line in _said(target, found):
+        click.echo(line, err=as_json)
+
+
+def _said(target: str, found: Restored) -> list[str]:
+    """One screen: what was lost, what came back, what it cost, which files, what next."""
+    if found.nothing_lost:
+        return [f"{target}: nothing was lost: it refuses as much as the aligned model, but for "
+                "chance; nothing was written but the gene (--anyway goes on)"]  # fmt: skip
+    point, counted = found.recalibration.point, found.recalibration.validation
+    assert counted is not None and found.report is not None
+    task = "" if point.task_kl is None else f", {point.task_kl:.4f} on the task's prompts"
+    lines = [
+        f"strength {max(point.coefficients):.2f}; KL {point.kl:.3f} nats a token{task}",
+        f"{'':<14}before → after, of N",
+    ]
+    for suite in found.report["suites"]:
+        lines.append(f"  {suite['name']:<12}{_counts(suite)}")
+    lines += [f"{name}: {path}" for name, path in found.files.items()]
+    return [*lines, "next:", *(f"  {line}" for line in found.next_steps)]
+
+
+def _counts(suite: dict[str, Any]) -> str:
+    """Refused; of harmless prompts those, too, that were refused in part."""
+    harmful = suite["kind"] == "harmful"
+    labels = ("refused",) if harmful else ("refused", "partly_refused")
+    before, after = (
+        sum(suite[column][label] for label in labels) for column in ("before", "after")
+    )
+    said = "refused" if harmful else "over-refused"
+    return f"{before} → {after} of {suite['after']['total']} {said}"

@@ -1,0 +1,270 @@
+"""`restore`: the whole way in one call, from a fine-tune that lost its refusals to a safe file.
+
+Find or learn the gene, find its strength, write the fitted adapter or the merged model, and
+measure before and after on prompts that neither the learning nor the fit saw. Each step leaves its
+file in a folder beside the output, so that a run that was killed goes on where it was; the folder
+goes when all is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .compat import open_model
+from .errors import SettingError
+from .evals.asking.journal import Journal, fingerprint
+from .evals.evaluate import evaluate
+from .evals.report.html import render_html
+from .evals.settings import DEFAULT_SUITES, EvalSettings
+from .files import PathLike, check_output, sha256, write_text
+from .gene import SafetyGene
+from .learn.run import learn
+from .learn.settings import LearnSettings
+from .merge.plan import merge
+from .prompts import Prompt
+from .recalibrate import Examples, Recalibration, RecalibrationSettings, recalibrate
+
+_LEARNT, _MOST = 0.67, 120  # of the task's prompts, the share to learn from, and at most in all
+_FEW = 3  # task prompts below which all are learnt from, and the shipped examples fit alone
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was done.
+
+    Attributes:
+        gene: that was given or learnt.
+        recalibration: its strength, and what that does to examples that the fit never saw.
+        report: before and after, as `eval --json` has it; None where nothing was lost.
+        files: what was written, by what it is: "output", "gene", "report", "page".
+        next_steps: commands that go on from here.
+    """
+
+    gene: SafetyGene
+    recalibration: Recalibration
+    report: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    next_steps: tuple[str, ...] = ()
+
+    @property
+    def nothing_lost(self) -> bool:
+        """Whether the target refuses as much as the aligned model, but for chance."""
+        return self.recalibration.nothing_lost
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "nothing_lost": self.nothing_lost,
+            "gene": {"family": self.gene.family, "sha256": self.gene.sha256,
+                     "layers": list(self.gene.layers), "parameters": self.gene.n_parameters},
+            "recalibration": self.recalibration.to_json(),
+            "report": self.report,
+            "files": self.files,
+            "next_steps": list(self.next_steps),
+        }  # fmt: skip
+
+
+def restore(
+    target: PathLike,
+    aligned: PathLike | Sequence[PathLike] | None = None,
+    gene: PathLike | SafetyGene | None = None,
+    *,
+    output: PathLike,
+    adapters: Iterable[PathLike] = (),
+    task: Iterable[Prompt | str] = (),
+    merged: bool = False,
+    limit: int | None = 40,
+    learning: LearnSettings | None = None,
+    settings: RecalibrationSettings | None = None,
+    progress: Progress | None = None,
+) -> Restored:
+    """Bring a fine-tune's refusals back.
+
+    Args:
+        target: the fine-tuned, quantised GGUF; nothing is written to it.
+        aligned: a GGUF of its family that refuses, or a sequence of one and its adapters.
+        gene: a gene of its family; None: one is learnt from the target itself, from `aligned` or,
+            without that, from its own self under a safety system prompt.
+        output: the fitted adapter, a GGUF LoRA, or with `merged` the whole model.
+        adapters: GGUF LoRAs that the target is run with, such as its task's.
+        task: prompts as the target's own job has them, unlabelled; what it answers there is kept.
+        limit: prompts of each suite that is measured; None: all.
+        progress: called with what is being done, how much of it is done, and of how much.
+
+    Raises:
+        SafeGeneError: as `learn`, `recalibrate` and `merge`; or an output cannot be written.
+    """
+    work = _Work(
+        Path(target), list(map(str, adapters)), Path(output), tuple(task)[:_MOST], merged, limit,
+        settings or RecalibrationSettings(), progress or (lambda *_: None),
+    )  # fmt: skip
+    open_model(target)
+    teacher = _files(aligned)
+    for path in work.outputs.values():
+        check_output(path, [*work.inputs, *teacher])
+    return work.run(teacher, gene, learning or LearnSettings())
+
+
+def _files(model: PathLike | Sequence[PathLike] | None) -> list[PathLike]:
+    if model is None:
+        return []
+    return [model] if isinstance(model, (str, Path)) else list(model)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Work:
+    target: Path
+    adapters: list[str]
+    output: Path
+    task: tuple[Prompt | str, ...]
+    merged: bool
+    limit: int | None
+    settings: RecalibrationSettings
+    progress: Progress
+
+    @property
+    def inputs(self) -> list[PathLike]:
+        return [self.target, *self.adapters]
+
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """All files that a run writes."""
+        name = self.output.with_suffix("")
+        return {
+            "output": self.output,
+            "gene": name.with_name(name.name + ".gene.gguf"),
+            "report": name.with_name(name.name + ".report.json"),
+            "page": name.with_name(name.name + ".report.html"),
+        }
+
+    @property
+    def folder(self) -> Path:
+        """Where unfinished work lies."""
+        return self.output.with_name(self.output.name + ".restore")
+
+    def run(
+        self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
+    ) -> Restored:
+        """Every step, but those that a stopped run has done."""
+        self._enter(teacher, gene, learning)
+        found = self._gene(teacher, gene, learning)
+        fitted = self._recalibrated(found)
+        files = {}
+        if not isinstance(gene, (str, Path, SafetyGene)):
+            found.save(self.outputs["gene"])
+            files["gene"] = str(self.outputs["gene"])
+        if fitted.nothing_lost:
+            shutil.rmtree(self.folder)
+            return Restored(found, fitted, None, files)
+        adapter = self.folder / "fitted.gguf"
+        found.express(fitted.expression).save(adapter)
+        report = self._measured(adapter)
+        self._written(adapter)
+        write_text(self.outputs["report"], json.dumps(report, indent=2) + "\n", self.inputs)
+        write_text(self.outputs["page"], render_html(report), self.inputs)
+        shutil.rmtree(self.folder)
+        files = {name: str(path) for name, path in self.outputs.items()
+                 if name in files or name != "gene"}  # fmt: skip
+        return Restored(found, fitted, report, files, self._next())
+
+    def _enter(
+        self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
+    ) -> None:
+        """The folder of this very run: what others left behind is not gone on with."""
+        known = gene.sha256 if isinstance(gene, SafetyGene) else str(gene and sha256(gene))
+        asked = [p if isinstance(p, str) else list(p.messages) for p in self.task]
+        key = fingerprint(
+            [sha256(path) for path in (*self.inputs, *teacher)], len(teacher), known, asked,
+            self.merged, self.limit, asdict(self.settings), asdict(learning),
+        )  # fmt: skip
+        note = self.folder / "run.json"
+        if self.folder.exists() and not (self.folder.is_dir() and _is(note, key)):
+            if not note.exists():
+                raise SettingError(
+                    f"{self.folder}: is there already, and no unfinished run of this command",
+                    "Move it away, or give another -o",
+                )
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(exist_ok=True)
+        write_text(note, json.dumps({"key": key}) + "\n")
+
+    def _gene(
+        self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
+    ) -> SafetyGene:
+        if isinstance(gene, SafetyGene):
+            return gene
+        if gene is not None:
+            return SafetyGene.load(gene)
+        kept = self.folder / "gene.gguf"
+        if not kept.exists():
+            learnt, _ = self._task_parts()
+            learn(
+                [self.inputs], teacher or None, task=learnt, settings=learning,
+                progress=self.progress,
+            ).save(kept)  # fmt: skip
+        return SafetyGene.load(kept)
+
+    def _task_parts(self) -> tuple[Sequence[Prompt | str], Sequence[Prompt | str]]:
+        """To learn from, and to hold the strength against."""
+        if len(self.task) < _FEW:
+            return self.task, ()
+        cut = round(_LEARNT * len(self.task))
+        return self.task[:cut], self.task[cut:]
+
+    def _recalibrated(self, gene: SafetyGene) -> Recalibration:
+        kept = self.folder / "recalibration.json"
+        if kept.exists():
+            return Recalibration.from_json(json.loads(kept.read_text(encoding="utf-8")))
+        _, held = self._task_parts()
+        found = recalibrate(
+            self.target, gene, Examples.shipped("fit", held), adapters=self.adapters,
+            settings=self.settings,
+            progress=lambda done, total: self.progress("finding the strength", done, total),
+        )  # fmt: skip
+        write_text(kept, json.dumps(found.to_json()) + "\n")
+        return found
+
+    def _measured(self, adapter: Path) -> dict[str, Any]:
+        kept = self.folder / "report.json"
+        if not kept.exists():
+            with Journal(self.folder / "answers.jsonl") as journal:
+                report = evaluate(
+                    self.target, adapter, adapters=self.adapters, suites=DEFAULT_SUITES,
+                    settings=replace(EvalSettings(), limit=self.limit), journal=journal,
+                    progress=lambda done, total: self.progress("measuring", done, total),
+                )  # fmt: skip
+            write_text(kept, json.dumps(report.to_json()) + "\n")
+        facts: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return facts
+
+    def _written(self, adapter: Path) -> None:
+        if self.merged:
+            merge(
+                self.target, [*self.adapters, adapter], self.output,
+                progress=lambda done, total: self.progress("merging", done, total),
+            )  # fmt: skip
+        else:
+            SafetyGene.load(adapter).save(self.output, self.inputs)
+
+    def _next(self) -> tuple[str, ...]:
+        own = "".join(f" --adapter {path}" for path in self.adapters)
+        with_gene = str(self.output) if self.merged else f"{self.target}{own} --gene {self.output}"
+        steps = (f"safegene-edge chat {with_gene}", f"safegene-edge serve {with_gene}")
+        if self.merged:
+            return steps
+        listed = " ".join(map(str, (self.target, *self.adapters, self.output)))
+        folder = self.output.with_suffix(".ollama")
+        return (*steps, f"safegene-edge export ollama {listed} -o {folder}")
+
+
+def _is(note: Path, key: str) -> bool:
+    try:
+        return bool(json.loads(note.read_text(encoding="utf-8"))["key"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,206 @@
+"""`restore`: the whole way, on a tiny model whose words are taken for refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters import random_adapter
+from click.testing import CliRunner
+
+from safegene_edge import SafeLlama, SafetyGene, restore
+from safegene_edge.cli import cli
+from safegene_edge.errors import FileFormatError, OutputError, SettingError
+from safegene_edge.files import sha256
+from safegene_edge.gene import Expression
+from safegene_edge.learn import LearnSettings, teachers
+from safegene_edge.learn.run import _Learning
+from safegene_edge.recalibrate import Bounds, Recalibration
+from safegene_edge.recalibrate.fit import Point, Shares, Validation
+
+LEARNING = LearnSettings(prompts=20, rank=2)
+OUTPUTS = ("safe.gguf", "safe.gene.gguf", "safe.report.json", "safe.report.html")
+
+
+@pytest.fixture
+def module() -> Any:
+    import sys
+
+    import safegene_edge.restore  # noqa: F401
+
+    return sys.modules["safegene_edge.restore"]
+
+
+def found_for(gene: SafetyGene, *, nothing_lost: bool = False) -> Recalibration:
+    """A result as `recalibrate` gives it, at half strength."""
+    strength = 0.0 if nothing_lost else 0.5
+    layers = dict.fromkeys(gene.layers, strength)
+    point = Point((strength,) * len(layers), 0.4, 0.01, 0.1, 0.002)
+    if nothing_lost:
+        return Recalibration(Expression(layers, gene.sha256), point, (point,), nothing_lost=True)
+    shares = Shares(48, 10, 40, 41), Shares(48, 3, 5, None)
+    counted = Validation(*shares, {"question": shares})
+    return Recalibration(Expression(layers, gene.sha256), point, (point,),
+                         Bounds(0.1, 0.1, 0.2, 0.05), counted)  # fmt: skip
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[str]:
+    """The steps that ran. A random model's words are no refusals, so no strength can be found."""
+    seen: list[str] = []
+    monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
+    monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
+    learn, evaluate = module.learn, module.evaluate
+
+    def learning(*args: Any, **more: Any) -> SafetyGene:
+        seen.append("learn")
+        return learn(*args, **more)
+
+    def fitting(target: Any, gene: SafetyGene, *args: Any, **more: Any) -> Recalibration:
+        seen.append("recalibrate")
+        return found_for(gene)
+
+    def measuring(*args: Any, **more: Any) -> Any:
+        seen.append("evaluate")
+        return evaluate(*args, **more)
+
+    monkeypatch.setattr(module, "learn", learning)
+    monkeypatch.setattr(module, "recalibrate", fitting)
+    monkeypatch.setattr(module, "evaluate", measuring)
+    return seen
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Any]) -> Path:
+    path: Path = tiny("llama", num_hidden_layers=5, max_position_embeddings=2048).gguf_path
+    return path
+
+
+def run(model: Path, folder: Path, **more: Any) -> Any:
+    task = random_adapter(model, size=0.2)
+    folder.mkdir(exist_ok=True)
+    task.save(folder / "task.gguf")
+    return restore(
+        model, model, output=folder / "safe.gguf", adapters=[folder / "task.gguf"],
+        task=["One two three"], limit=2, learning=LEARNING, **more,
+    )  # fmt: skip
+
+
+def test_the_whole_way(model: Path, tmp_path: Path, calls: list[str]) -> None:
+    seen: list[str] = []
+    found = run(model, tmp_path, progress=lambda what, *_: seen.append(what))
+    assert calls == ["learn", "recalibrate", "evaluate"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*OUTPUTS, "task.gguf"])
+    assert {"asking the teacher", "fitting", "measuring"} <= set(seen)
+    assert found.files["output"] == str(tmp_path / "safe.gguf") and not found.nothing_lost
+    assert [suite["name"] for suite in found.report["suites"]] == [
+        "harmful", "borderline", "harmless",
+    ]  # fmt: skip
+    gene, fitted = (SafetyGene.load(tmp_path / name) for name in ("safe.gene.gguf", "safe.gguf"))
+    half = gene.pairs["blk.1.attn_output.weight"].b * 0.5
+    assert fitted.pairs["blk.1.attn_output.weight"].b == pytest.approx(half)
+    assert f"--gene {tmp_path / 'safe.gguf'}" in found.next_steps[0]
+    assert json.loads(json.dumps(found.to_json()))["gene"]["sha256"] == gene.sha256
+
+
+@pytest.mark.parametrize("step", ["learn", "recalibrate", "evaluate", "merge", "render_html"])
+def test_a_stopped_run_goes_on(
+    step: str, model: Path, tmp_path: Path, calls: list[str], module: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever is done is not done again, and the same bytes come out."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(model, whole, merged=True)
+    working = getattr(module, step)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, step, killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, stopped, merged=True)
+    assert (stopped / "safe.gguf.restore").is_dir()
+    assert not (stopped / "safe.gguf").exists() or step == "render_html"
+    monkeypatch.setattr(module, step, working)
+    calls.clear()
+    run(model, stopped, merged=True)
+    before = ["learn", "recalibrate", "evaluate", "merge", "render_html"].index(step)
+    assert calls == ["learn", "recalibrate", "evaluate"][before:]
+    for name in ("safe.gguf", "safe.gene.gguf"):
+        assert sha256(whole / name) == sha256(stopped / name)
+
+
+def test_another_run_does_not_go_on_with_it(
+    model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "evaluate", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(model, tmp_path)
+    calls.clear()
+    run(model, tmp_path, settings=module.RecalibrationSettings(weight=0.3))
+    assert calls == ["learn", "recalibrate", "evaluate"]
+
+
+def test_a_folder_of_that_name_is_left_alone(model: Path, tmp_path: Path, calls: list[str]) -> None:
+    (tmp_path / "safe.gguf.restore").mkdir()
+    (tmp_path / "safe.gguf.restore" / "mine.txt").write_text("kept")
+    with pytest.raises(SettingError, match="no unfinished run"):
+        run(model, tmp_path)
+    assert (tmp_path / "safe.gguf.restore" / "mine.txt").read_text() == "kept"
+    assert calls == []
+
+
+def test_a_merged_model_needs_no_gene(model: Path, tmp_path: Path, calls: list[str]) -> None:
+    found = run(model, tmp_path, merged=True)
+    assert found.next_steps[0] == f"safegene-edge chat {tmp_path / 'safe.gguf'}"
+    with SafeLlama(str(tmp_path / "safe.gguf"), n_ctx=64) as llama:
+        assert llama.n_vocab()
+
+
+def test_where_nothing_was_lost_it_stops(
+    model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none = lambda _, gene, *__, **___: found_for(gene, nothing_lost=True)  # noqa: E731
+    monkeypatch.setattr(module, "recalibrate", none)
+    found = run(model, tmp_path)
+    assert found.nothing_lost and found.report is None
+    assert "evaluate" not in calls and not (tmp_path / "safe.gguf").exists()
+
+
+def test_the_output_is_no_input(model: Path, tmp_path: Path, calls: list[str]) -> None:
+    with pytest.raises(OutputError):
+        restore(model, model, output=model, learning=LEARNING)
+    with pytest.raises(OutputError):
+        restore(model, model, output=tmp_path / "none" / "safe.gguf", learning=LEARNING)
+    assert calls == []
+
+
+def test_a_recalibration_survives_json(model: Path) -> None:
+    found = found_for(random_adapter(model))
+    again = Recalibration.from_json(json.loads(json.dumps(found.to_json())))
+    assert asdict(again) == asdict(found)
+    with pytest.raises(FileFormatError, match="not a recalibration"):
+        Recalibration.from_json({"coefficients": {}})
+
+
+def test_the_command_ends_with_one_screen(model: Path, tmp_path: Path, calls: list[str]) -> None:
+    gene, out = tmp_path / "gene.gguf", tmp_path / "safe.gguf"
+    random_adapter(model, family="tiny").save(gene)
+    ran = CliRunner().invoke(
+        cli, ["restore", str(model), "--gene", str(gene), "-o", str(out), "--limit", "2"]
+    )
+    assert ran.exit_code == 0, ran.output
+    lines = ran.stdout.splitlines()
+    assert "harmful" in ran.stdout and "of 2 refused" in ran.stdout
+    assert lines[-4:] == [
+        "next:",
+        f"  safegene-edge chat {model} --gene {out}",
+        f"  safegene-edge serve {model} --gene {out}",
+        f"  safegene-edge export ollama {model} {out} -o {tmp_path / 'safe.ollama'}",
+    ]
+    assert not (tmp_path / "safe.gene.gguf").exists()
