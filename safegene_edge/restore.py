@@ -23,6 +23,7 @@ from .evals.report.html import render_html
 from .evals.settings import DEFAULT_SUITES, EvalSettings
 from .files import PathLike, check_output, sha256, write_text
 from .gene import SafetyGene
+from .learn.base import Model, files_of
 from .learn.run import learn
 from .learn.settings import LearnSettings
 from .merge.plan import merge
@@ -72,7 +73,7 @@ class Restored:
 
 def restore(
     target: PathLike,
-    aligned: PathLike | Sequence[PathLike] | None = None,
+    aligned: Model | None = None,
     gene: PathLike | SafetyGene | None = None,
     *,
     output: PathLike,
@@ -88,7 +89,8 @@ def restore(
 
     Args:
         target: the fine-tuned, quantised GGUF; nothing is written to it.
-        aligned: a GGUF of its family that refuses, or a sequence of one and its adapters.
+        aligned: a GGUF of its family that refuses, a sequence of one and its adapters, or a
+            folder that holds the one which the target names as its base.
         gene: a gene of its family; None: one is learnt from the target itself, from `aligned` or,
             without that, from its own self under a safety system prompt.
         output: the fitted adapter, a GGUF LoRA, or with `merged` the whole model.
@@ -105,16 +107,10 @@ def restore(
         settings or RecalibrationSettings(), progress or (lambda *_: None),
     )  # fmt: skip
     open_model(target)
-    teacher = _files(aligned)
+    teacher = files_of(aligned, target)
     for path in work.outputs.values():
         check_output(path, [*work.inputs, *teacher])
     return work.run(teacher, gene, learning or LearnSettings())
-
-
-def _files(model: PathLike | Sequence[PathLike] | None) -> list[PathLike]:
-    if model is None:
-        return []
-    return [model] if isinstance(model, (str, Path)) else list(model)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -112,12 +112,17 @@ def test_refusals_beyond_the_goal_gain_nothing():
 
 
 def test_the_bound_is_a_standard_error_below_what_other_prompts_shall_keep(tiny):
-    """Of four examples, half of them refused by the aligned model: 0.5 + 0.03 - 0.25."""
-    gene = SafetyGene("llama", 1.0, {}, aligned_loss=0.1, aligned_over_refusal=0.5, aligned_kl=0.3)
+    """Of four examples, half of them refused by the aligned model: 0.5 + 0.03 - 0.25.
+
+    The goal is as far beyond: of one, of whom it refuses four in five, 0.2 - 0.4.
+    """
+    gene = SafetyGene("llama", 1.0, {}, aligned_loss=0.2, aligned_over_refusal=0.5, aligned_kl=0.3)
     examples = Examples(("a",), ("b", "c", "d", "e"))
     work = fit._Work(gene, examples, OTHERS, None, None, RecalibrationSettings(), None)
     bounds = work._bounds(AlignedModel.of(gene), read(0))
-    assert bounds == Bounds(0.3, 0.1, pytest.approx(0.28), pytest.approx(0.1))
+    assert bounds == Bounds(0.3, 0.1, pytest.approx(0.28), 0.0)
+    many = replace(work, examples=Examples([f"a{n}" for n in range(16)], examples.harmless))
+    assert many._bounds(AlignedModel.of(gene), read(0)).goal == pytest.approx(0.1)
     unknown = work._bounds(AlignedModel.of(SafetyGene("llama", 1.0, {})), read(0, harmless=0))
     assert unknown == Bounds(0.2, 0.1, pytest.approx(0.55), 0.0)  # five points above its own half
 

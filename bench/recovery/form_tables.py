@@ -53,7 +53,8 @@ def _family(found: Cell) -> list[str]:
         entries = {task: entry for task, entry in tasks.items() if column in entry}
         parts += [f"### {column}\n", _by_suite(entries, column)]
         parts.append(_by_form(entries, column, found["forms"][OWN]))
-        parts += [_over(entries, column), _stay(entries, column), _fits(entries, column)]
+        parts += [_over(entries, column), _stay(entries, column), _fits(entries, column),
+                  _learning(entries, column)]  # fmt: skip
     if found["accuracy"]:
         hits = {task: {name: cell["hits"] for name, cell in entry.items()}
                 for task, entry in found["accuracy"].items()}  # fmt: skip
@@ -193,6 +194,20 @@ def _fits(entries: dict[str, Entry], column: str) -> str:
         lines.append([*line, f"{cell['tokens']:,}", f"{cell['seconds']:.0f}"])
     header = ["", "strength", "validation: refused", "over-refused", "KL", "tokens read", "s"]
     return "What recalibration found and says\n\n" + table(header, lines)
+
+
+def _learning(entries: dict[str, Entry], column: str) -> str:
+    lines = []
+    for task, entry in entries.items():
+        if facts := entry[column].get("learning"):
+            lines.append([task, f"{facts['refused']} of {facts['asked']}",
+                          f"{facts['harmless']}", f"{facts['parameters']:,}",
+                          f"{facts['tokens_read']:,}", f"{facts['seconds']:.0f}",
+                          f"{facts['peak_mib']:,}"])  # fmt: skip
+    header = ["", "teacher refuses", "harmless prompts", "parameters", "tokens read", "s",
+              "MiB at most"]  # fmt: skip
+    note = "Learning; the tokens that the aligned model's facts take are not counted\n\n"
+    return note + table(header, lines) if lines else ""
 
 
 def _shares(counted: Cell) -> str:

@@ -19,8 +19,8 @@ from .options import setting
     help="A model that has lost refusals; several give a gene for others like them.",
 )  # fmt: skip
 @click.option("--aligned", metavar="MODEL",
-              help="A model of the family that refuses; default: each degraded one under a safety "
-              "system prompt.")  # fmt: skip
+              help="A model of the family that refuses, or a folder with the base that the first "
+              "degraded one names; default: each under a safety system prompt.")  # fmt: skip
 @click.option("--task", metavar="FILE",
               help="Prompts of the degraded model's own job, a line each, or JSONL with a "
               '"prompt"; no answers are needed.')  # fmt: skip
@@ -52,9 +52,9 @@ def learn(
     from ..prompts import load_prompts
 
     models = [text.split(",") for text in degraded]
-    teacher = aligned.split(",") if aligned else None
-    files = [part for model in (*models, teacher or ()) for part in model]
-    inputs = [Path(part) for part in (*files, task) if part]
+    teacher = named(aligned)
+    files = [*(part for model in models for part in model), *(aligned or "").split(","), task]
+    inputs = [Path(part) for part in files if part and not Path(part).is_dir()]
     check_output(output, inputs)
     settings = LearnSettings(rank=rank, prompts=prompts, budget=budget, threads=threads)
     gene = run(
@@ -71,6 +71,13 @@ def learn(
         f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters",
         err=True,
     )
+
+
+def named(model: str | None) -> Any:
+    """A model as an option gives it: a folder, or MODEL,LORA."""
+    if model is None or Path(model).is_dir():
+        return model
+    return model.split(",")
 
 
 def said_on(stream: Any) -> Any:

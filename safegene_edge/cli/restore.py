@@ -10,7 +10,7 @@ import click
 
 from ..learn.settings import LearnSettings
 from ..recalibrate.settings import RecalibrationSettings
-from .learn import said_on
+from .learn import named, said_on
 from .options import setting
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, metavar="OUT.gguf",
               help="The fitted adapter, or with --merge the safe model.")  # fmt: skip
 @click.option("--aligned", metavar="MODEL",
-              help="A model of the family that refuses; default: TARGET itself under a safety "
-              "system prompt.")  # fmt: skip
+              help="A model of the family that refuses, or a folder with the base that TARGET "
+              "names; default: TARGET itself under a safety system prompt.")  # fmt: skip
 @click.option("--gene", metavar="GENE.gguf", help="A gene of the family; default: learn one.")
 @click.option("--adapter", multiple=True, metavar="TASK.gguf",
               help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip
@@ -61,7 +61,7 @@ def restore(
     if aligned and gene:
         raise click.UsageError("give --aligned or --gene, not both")
     found = run(
-        target, aligned.split(",") if aligned else None, gene, output=output, adapters=adapter,
+        target, named(aligned), gene, output=output, adapters=adapter,
         task=load_prompts(task) if task else (), merged=merged, limit=limit,
         learning=LearnSettings(prompts=prompts),
         settings=RecalibrationSettings(over_refusal=over_refusal, anyway=anyway),

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ..compat import open_model
@@ -25,13 +24,13 @@ from ..runtime.devices import physical_cores
 from ..runtime.engine import Engine, Scales
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER
+from .base import Model, files_of
 from .fit import Fit, Fitted, Target
 from .samples import LOOK, choose, header_of, rendered
 from .settings import LearnSettings
 from .states import Captured, capture
 from .teachers import TRIED, Taught, best_system_prompt, share_refused
 
-Model = PathLike | Sequence[PathLike]
 Progress = Callable[[str, int, int], None]
 _CONTEXT = 512
 _RANK = 8
@@ -52,7 +51,8 @@ def learn(
 
     Args:
         degraded: models that have lost refusals; with one, the gene is that one's own.
-        aligned: a model of the family that refuses; None: each degraded model under a safety
+        aligned: a model of the family that refuses, or a folder that holds the one which the
+            first degraded model names as its base; None: each degraded model under a safety
             system prompt.
         task: prompts as the degraded models' own job has them; no answers are needed.
         family: the family's name; default: that of the first degraded file.
@@ -64,10 +64,10 @@ def learn(
         SettingError: settings make no sense, or no degraded model is given.
         LlamaCppError: the architecture is built otherwise than a fit needs.
     """
-    models = [_files(model) for model in degraded]
+    models = [files_of(model) for model in degraded]
     if not models:
         raise SettingError("no degraded model is given", "Give at least one")
-    teacher = None if aligned is None else _files(aligned)
+    teacher = files_of(aligned, models[0][0]) or None
     every = [*models, *([teacher] if teacher else [])]
     _require_family(every)
     with ExitStack() as stack:
@@ -76,10 +76,6 @@ def learn(
     if teacher is not None:
         gene = measured(gene, teacher, models)
     return gene
-
-
-def _files(model: Model) -> list[PathLike]:
-    return [model] if isinstance(model, (str, Path)) else list(model)  # type: ignore[arg-type]
 
 
 def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
@@ -120,6 +116,12 @@ class _Model:
     @classmethod
     def load(cls, stack: ExitStack, files: Sequence[PathLike]) -> _Model:
         llama = stack.enter_context(SafeLlama(str(files[0]), n_ctx=_CONTEXT))
+        if "tokenizer.chat_template" not in llama.metadata:
+            raise SettingError(
+                f"{llama.model_path}: has no chat template: a base model, which neither refuses "
+                "nor answers",
+                "Give a chat model",
+            )
         for adapter in files[1:]:
             llama.attach(adapter)
         return cls(llama, {handle: handle.scale for handle in llama.adapters})

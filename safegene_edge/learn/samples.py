@@ -24,17 +24,19 @@ class Chosen:
 
 
 def choose(count: int, task: Iterable[Prompt | str] = ()) -> Chosen:
-    """So many harmful training prompts, their harmless twins, plain ones and those of a task.
+    """So many harmful training prompts, as many harmless ones, and those of a task.
 
-    Twins make up two thirds of the harmless ones. Requests of many kinds of task (classify,
-    extract, summarise, translate, arithmetic, code, JSON) stand in for tasks that nobody named,
-    one for every four prompts. Time goes with length: of each form, the shorter half is taken.
+    One in five harmless ones is borderline, most of them twins of harmful ones; with more of
+    them a gene refuses little that is worded otherwise (design/learning.md). Requests of many
+    kinds of task (classify, extract, summarise, translate, arithmetic, code, JSON) stand in for
+    tasks that nobody named, one for every four prompts. Time goes with length: of each form, the
+    shorter half is taken.
     """
     known = {kind: _shuffled(_shorter(prompts)) for kind, prompts in training_prompts().items()}
-    twins = known["borderline"][: count * 2 // 3]
-    plain = known["plain"][: count - len(twins)]
+    borderline = known["borderline"][: count // 5]
+    plain = known["plain"][: count - len(borderline)]
     given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]
-    harmless = (*twins, *plain, *task_kinds()[: count // 4], *given)
+    harmless = (*borderline, *plain, *task_kinds()[: count // 4], *given)
     return Chosen(known["harmful"][:count], harmless)
 
 

@@ -27,7 +27,7 @@ class LearnSettings:
     rank: int | None = None
     layers: tuple[int, int] | None = None
     ridge: float = 0.1
-    harmless_weight: float = 2.0
+    harmless_weight: float = 1.5
     text_weight: float = 1.0
     prompts: int = 128
     tokens: int = 5

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,17 +46,20 @@ class Goals:
                 f"{tempfile.gettempdir()}: cannot hold the states of the layers ({error})",
                 "Name a folder with free space in TMPDIR",
             ) from error
-        self._place = {layer: place for place, layer in enumerate(layers)}
-        shape = (len(layers), rows, width + 1)
-        self._rows = np.memmap(self._file, np.float32, "r+", shape=shape)
+        self._shape = (rows, width + 1)
+        self._starts = {layer: 4 * rows * (width + 1) * place for place, layer in enumerate(layers)}
+
+    def _rows(self, layer: int) -> Any:
+        """Mapped for one use: pages that stay mapped count as memory."""
+        return np.memmap(self._file, np.float32, "r+", self._starts[layer], self._shape)
 
     def put(self, layer: int, places: Ints, rows: Floats) -> None:
         """Keep rows of a layer."""
-        self._rows[self._place[layer], places] = rows
+        self._rows(layer)[places] = rows
 
     def get(self, layer: int, places: Ints) -> Floats:
         """Rows of a layer."""
-        return np.asarray(self._rows[self._place[layer]][places])
+        return np.asarray(self._rows(layer)[places])
 
     def __enter__(self) -> Goals:
         return self
@@ -66,7 +70,6 @@ class Goals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        del self._rows
         self._file.close()
 
 

@@ -6,12 +6,13 @@ With c the coefficient of every layer, T the target, G the gene and w a weight, 
            + w * mean over harmless of KL(p_T || p_{T+cG})
 
 L_refuse is the smoothed share of answers that open with none of the gene's refusal openers
-(`refusal_margin`), the goal the aligned model's own share. Bounds hold it: harmless examples are
-refused at most three points more than by the aligned model, less a standard error, so that others
-keep to it; the KL is at most what the aligned model itself differs from degraded ones; and the
-task's KL, where its prompts are given, is within a budget of its own. What the strength does is
-counted on examples that the search never saw; where too many harmless ones of these are refused,
-it is lowered. design/recalibration.md says why one strength serves all layers.
+(`refusal_margin`); the goal is the aligned model's own, less a standard error, so that on other
+prompts, too, as many are refused. Bounds hold the strength: harmless examples are refused at most
+three points more than by the aligned model, less a standard error; the KL is at most what the
+aligned model itself differs from degraded ones; and the task's KL, where its prompts are given, is
+within a budget of its own. What the strength does is counted on examples that the search never saw;
+where too many harmless ones of these are refused, it is lowered. design/recalibration.md says why
+one strength serves all layers.
 """
 
 from __future__ import annotations
@@ -315,7 +316,10 @@ class _Work:
             over = 1 - refusal_loss(without.harmless) + _UNKNOWN
         else:  # other prompts shall keep to it, and these show a share only roughly
             over -= (over * (1 - over) / len(harmless)) ** 0.5
-        goal = 0.0 if refused is None else 1 - refused
+        goal = 0.0
+        if refused is not None:  # likewise: others shall come up to it
+            error = (refused * (1 - refused) / len(self.examples.harmful)) ** 0.5
+            goal = max(0.0, 1 - refused - error)
         kl = settings.kl_budget or aligned.kl or _KL
         return Bounds(kl, settings.task_budget, over + settings.over_refusal, goal)
 

@@ -32,7 +32,7 @@ class Bounds:
     Attributes:
         kl, task_kl: nats a token, on the harmless examples and on the task's prompts.
         over_refusal: smoothed share of the harmless examples that open with a refusal.
-        goal: the aligned model's refusal loss; refusals beyond it gain nothing.
+        goal: a refusal loss; refusals beyond it gain nothing.
     """
 
     kl: float
