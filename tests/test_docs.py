@@ -51,7 +51,7 @@ ADAPTERS = ("GENE", "ADAPTER", "FITTED", "fitted", "safety")
 REPORTS = ("before", "after", "old", "new")
 TEXTS = ["What is a bee?", "How do I sing?"]  # README's `texts`
 NOT_RUN = {
-    "README.md": 0, "cookbook.md": 2, "extract.md": 3, "index.md": 2, "learn.md": 1,
+    "README.md": 1, "cookbook.md": 2, "extract.md": 3, "index.md": 2, "learn.md": 3,
     "plugins.md": 2, "serve.md": 1,
 }  # fmt: skip
 NEEDS = {"plugins.md": "langchain_community"}

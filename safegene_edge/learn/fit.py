@@ -85,6 +85,7 @@ class Fit:
         outputs: bool = False,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
+        settings = settings.for_teacher(itself=False)
         self.settings, self.rank, self.tick = settings, rank, tick
         self.lanes: list[Lane] = []
         self._of: list[tuple[Target, _Rows]] = []  # each lane's
@@ -138,7 +139,7 @@ def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnS
         rows.append(np.array([lane.row(place, int(position)) for position in positions], int))
         goals.append(sample.goals)
         taught.append(np.full(len(positions), sample.taught))
-        weight = np.full(len(positions), 1.0 if sample.taught else settings.harmless_weight)
+        weight = np.full(len(positions), 1.0 if sample.taught else settings.harmless_weight or 1.0)
         weight[: sample.text] = settings.text_weight * THIN
         weights.append(weight)
     return _Rows(
@@ -160,13 +161,14 @@ def _regression(
 
 
 def _changed(states: States, pair: Pair, gain: Floats | None) -> Floats:
-    """The stream with the update at work."""
+    """The stream with the update at work; its own array."""
     update = (states.inputs @ pair.a.T) @ pair.b.T
     if gain is None or states.output is None:
-        return np.asarray(states.stream + update, np.float32)
+        states.stream[:] += update
+        return states.stream
     before, after = states.output, states.output + update
-    old, new = (gain * o / rms(o)[:, None] for o in (before, after))
-    return np.asarray(states.stream - old + new, np.float32)
+    states.stream[:] += gain * (after / rms(after)[:, None] - before / rms(before)[:, None])
+    return states.stream
 
 
 def _explained(x: Floats, y: Floats, weights: Floats, pair: Pair) -> float:

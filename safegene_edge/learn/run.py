@@ -144,8 +144,9 @@ class _Learning:
         progress: Progress | None,
     ) -> None:
         self.stack, self.files, self.teacher_files = stack, models, teacher
-        self.settings, self.progress = settings, progress
-        self.chosen = choose(settings.prompts, task)
+        self.settings = settings.for_teacher(itself=teacher is None)
+        self.progress = progress
+        self.chosen = choose(settings.prompts, self.settings.borderline or 0.0, task)
         self.lanes = settings.threads or physical_cores()
         self._ticks = ("", 0, 0)
         self._read = 0  # tokens

@@ -23,17 +23,18 @@ class Chosen:
     harmless: tuple[Prompt, ...]
 
 
-def choose(count: int, task: Iterable[Prompt | str] = ()) -> Chosen:
+def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chosen:
     """So many harmful training prompts, as many harmless ones, and those of a task.
 
-    One in five harmless ones is borderline, most of them twins of harmful ones; with more of
-    them a gene refuses little that is worded otherwise (design/learning.md). Requests of many
-    kinds of task (classify, extract, summarise, translate, arithmetic, code, JSON) stand in for
-    tasks that nobody named, one for every four prompts. Time goes with length: of each form, the
-    shorter half is taken.
+    Requests of many kinds of task (classify, extract, summarise, translate, arithmetic, code,
+    JSON) stand in for tasks that nobody named, one for every four prompts. Time goes with length:
+    of each form, the shorter half is taken.
+
+    Args:
+        share: of the harmless prompts that are borderline, most of them twins of harmful ones.
     """
     known = {kind: _shuffled(_shorter(prompts)) for kind, prompts in training_prompts().items()}
-    borderline = known["borderline"][: count // 5]
+    borderline = known["borderline"][: round(count * share)]
     plain = known["plain"][: count - len(borderline)]
     given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]
     harmless = (*borderline, *plain, *task_kinds()[: count // 4], *given)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from ..errors import SettingError
@@ -16,7 +16,10 @@ class LearnSettings:
         rank: Rank of each layer's update; by default 8, or what the budget allows.
         layers: First and last layer; by default all but the lowest sixth and the last.
         ridge: Ridge of the regression, against the features' own size.
-        harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1.
+        borderline: Share of the harmless prompts that are borderline, most of them twins of harmful
+            ones; by default a fifth, or two thirds where a model teaches itself.
+        harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1. By
+            default 1.5, or 2 where a model teaches itself.
         text_weight: What a token of the prompts' own text counts.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones.
         tokens: Tokens of each answer that are learnt from.
@@ -27,7 +30,8 @@ class LearnSettings:
     rank: int | None = None
     layers: tuple[int, int] | None = None
     ridge: float = 0.1
-    harmless_weight: float = 1.5
+    borderline: float | None = None
+    harmless_weight: float | None = None
     text_weight: float = 1.0
     prompts: int = 128
     tokens: int = 5
@@ -37,9 +41,20 @@ class LearnSettings:
     def __post_init__(self) -> None:
         for name in ("ridge", "harmless_weight", "text_weight"):
             value = getattr(self, name)
-            if not (value > 0 and isfinite(value)):
+            if value is not None and not (value > 0 and isfinite(value)):
                 raise SettingError(f"{name} is {value}", "Give a positive number")
+        if self.borderline is not None and not 0 <= self.borderline <= 1:
+            raise SettingError(f"borderline is {self.borderline}", "Give a share, 0 to 1")
         for name in ("rank", "prompts", "tokens", "budget", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} is {value}", "Give 1 or more")
+
+    def for_teacher(self, *, itself: bool) -> LearnSettings:
+        """With the defaults that depend on who teaches; see design/learning.md."""
+        share, weight = (2 / 3, 2.0) if itself else (0.2, 1.5)
+        return replace(
+            self,
+            borderline=share if self.borderline is None else self.borderline,
+            harmless_weight=weight if self.harmless_weight is None else self.harmless_weight,
+        )

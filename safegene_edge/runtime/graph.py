@@ -64,9 +64,10 @@ def is_matrix(tensor: Any) -> bool:
     return bool(plain and tensor.ne[2] == tensor.ne[3] == 1)
 
 
-def values(tensor: Any) -> Floats:
-    """A copy of a plain matrix (rows×columns)."""
-    found = np.empty((int(tensor.ne[1]), int(tensor.ne[0])), np.float32)
+def values(tensor: Any, into: Floats | None = None) -> Floats:
+    """A copy of a plain matrix (rows×columns), in an array of its shape or in a new one."""
+    shape = (int(tensor.ne[1]), int(tensor.ne[0]))
+    found = into if into is not None and into.shape == shape else np.empty(shape, np.float32)
     address = ctypes.c_void_p(ctypes.addressof(tensor))
     library().ggml_backend_tensor_get(address, found.ctypes.data, 0, found.nbytes)
     return found

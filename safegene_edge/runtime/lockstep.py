@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class States:
-    """What one lane shows in one layer; rows are those of the batch.
+    """What one lane shows in one layer; rows are those of the batch. They last until it goes on.
 
     Attributes:
         inputs: what `attn_output` reads (rows×in).
@@ -379,8 +379,10 @@ class _Stops:
         self._checked = False
         self._layer: int | None = None  # between its product and the sum
         self._normed = False
+        # Used again from layer to layer: new arrays each time would cost memory in every thread.
         self._inputs: Floats | None = None
         self._output: Floats | None = None
+        self._stream: Floats | None = None
         self._writer = 0  # the address of the node that the output is of
         self.call = llama_cpp.ggml_backend_sched_eval_callback(self._called)
         self.abort = llama_cpp.ggml_abort_callback(lambda _: run.error is not None)
@@ -407,7 +409,7 @@ class _Stops:
         if name in self._writers and node.src[1]:
             if not ask:
                 self._layer, self._normed = self._writers[name], False
-                self._inputs = self._matrix(node.src[1].contents)
+                self._inputs = self._matrix(node.src[1].contents, self._inputs)
                 self._take(node)
             return True
         return self._behind(node, name, ask) if self._layer is not None else not ask
@@ -429,26 +431,27 @@ class _Stops:
 
     def _take(self, node: Any) -> None:
         """Copied at once: a norm may be computed in its place."""
-        self._output, self._writer = self._matrix(node), ctypes.addressof(node)
+        self._output, self._writer = self._matrix(node, self._output), ctypes.addressof(node)
 
     def _sum(self, node: Any) -> None:
         inputs, output, layer = self._inputs, self._output, self._layer
         assert inputs is not None and layer is not None
-        found = States(inputs, self._matrix(node), output if self._normed else None)
+        self._stream = self._matrix(node, self._stream)
+        found = States(inputs, self._stream, output if self._normed else None)
         self._layer = None
         self._met.add(layer)
         changed = self.meet(layer, found)
         if changed is not None:
             put(node, changed)
 
-    def _matrix(self, tensor: Any) -> Floats:
+    def _matrix(self, tensor: Any, into: Floats | None) -> Floats:
         if not is_matrix(tensor):
             raise LlamaCppError(
                 f"{self.lane.llama.model_path}: the node '{name_of(tensor)}' of layer "
                 f"{self._layer} is no plain matrix of float32",
                 "A gene for this architecture cannot be learnt by forward passes",
             )
-        return values(tensor)
+        return values(tensor, into)
 
     def require_all(self) -> None:
         """LlamaCppError where a layer was not met."""
