@@ -73,7 +73,7 @@ def test_a_module_of_a_functions_name_stays_out_of_its_way():
     code = """
 import importlib, types
 import safegene_edge
-for name in ("export", "merge", "portfolio", "recalibrate"):
+for name in ("export", "learn", "merge", "portfolio", "recalibrate", "restore"):
     module = importlib.import_module(f"safegene_edge.{name}")
     assert isinstance(module, types.ModuleType), name
     assert isinstance(getattr(safegene_edge, name), types.FunctionType), name
