@@ -306,8 +306,9 @@ def test_a_teacher_must_refuse(tiny: Callable[..., Any]) -> None:
     path = tiny("llama", num_hidden_layers=5).gguf_path
     with pytest.raises(NoEffectError, match=r"refuses only 0 of 16 harmful prompts"):
         learn([path], path, settings=FEW)
-    with pytest.raises(NoEffectError, match=r"hardly moves it: .* 0% without and 0% with"):
-        learn([path], settings=FEW)
+    for one in ([path], path, str(path)):
+        with pytest.raises(NoEffectError, match=r"hardly moves it: .* 0% without and 0% with"):
+            learn(one, settings=FEW)
 
 
 def test_a_teacher_must_refuse_more_than_the_target(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from ..compat import open_model
@@ -37,7 +38,7 @@ _RANK = 8
 
 
 def learn(
-    degraded: Iterable[Model],
+    degraded: PathLike | Iterable[Model],
     aligned: Model | None = None,
     *,
     task: Iterable[Prompt | str] = (),
@@ -50,7 +51,7 @@ def learn(
     A model is a GGUF file, or a sequence of one and the GGUF LoRAs that it is run with.
 
     Args:
-        degraded: models that have lost refusals; with one, the gene is that one's own.
+        degraded: models that have lost refusals, or one; of one, the gene is that one's own.
         aligned: a model of the family that refuses, or a folder that holds the one which the
             first degraded model names as its base; None: each degraded model under a safety
             system prompt.
@@ -64,7 +65,8 @@ def learn(
         SettingError: settings make no sense, or no degraded model is given.
         LlamaCppError: the architecture is built otherwise than a fit needs.
     """
-    models = [files_of(model) for model in degraded]
+    given = [degraded] if isinstance(degraded, (str, PurePath)) else degraded
+    models = [files_of(model) for model in given]
     if not models:
         raise SettingError("no degraded model is given", "Give at least one")
     teacher = files_of(aligned, models[0][0]) or None

@@ -9,7 +9,7 @@ until it is one that was read already.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -70,14 +70,21 @@ def search(
     """Readings of all examples by strength; 0 and at most `passes` others."""
     enough = min(len(without.harmful), len(without.harmless)) >= _ENOUGH
     step, most = (_RACE, _RACED) if enough else (1, passes)
-    raced = race(look, without, bounds, weight, step, most)
-    limits = _around(raced, bounds, weight)
+    rough = _rough(bounds, len(without.harmless[::step])) if enough else bounds
+    raced = race(look, without, rough, weight, step, most)
+    limits = _around(raced, rough, weight)
     found = {0.0: without} if enough else dict(raced)
-    strength = foretold(raced, bounds, weight, limits)
+    strength = foretold(raced, rough, weight, limits)
     while len(found) <= passes and not _seen(found, strength):
         found[strength] = look(strength, 1)
         strength = foretold(found, bounds, weight, limits)
     return found
+
+
+def _rough(bounds: Bounds, count: int) -> Bounds:
+    """What a race on so few harmless examples may hold: one of twelve is 8 points."""
+    share = min(bounds.over_refusal, 0.5)
+    return replace(bounds, over_refusal=bounds.over_refusal + (share * (1 - share) / count) ** 0.5)
 
 
 def race(
