@@ -172,7 +172,7 @@ def test_a_change_of_the_fitted_tensors_is_undone(
     change = writer_change(path, 0.3)
     aligned, degraded = Model(stack, path), Model(stack, path, change)
     target = target_of(degraded, aligned, 60)
-    settings = LearnSettings(ridge=1e-9, text_weight=1e-10)
+    settings = LearnSettings(ridge=1e-9, text_weight=1e-10).for_teacher(itself=False)
     found = Fit([target], settings, 64, lanes=2).run(LAYERS)
     wanted, before = (states_along(model, target.samples) for model in (aligned, degraded))
     gene = degraded.llama.attach(SafetyGene(change.architecture, 0.0, found.pairs))
@@ -195,7 +195,7 @@ def test_what_is_written_back_is_what_the_gene_does(
     change = writer_change(path, 0.3)
     degraded = Model(stack, path, change)
     target = target_of(degraded, Model(stack, path), 30, 30)
-    fit = Fit([target], LearnSettings(), 4, lanes=2, outputs=True)
+    fit = Fit([target], LearnSettings().for_teacher(itself=False), 4, lanes=2, outputs=True)
     plain = run(fit.lanes, [1], lambda *_: None)
     written = fit.run(LAYERS).logits
     SafetyGene(change.architecture, 0.0, fit.pairs).save(file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ def files_of(model: Model | None, target: PathLike | None = None) -> list[PathLi
     """
     if model is None:
         return []
-    if not isinstance(model, (str, Path)):
-        return list(model)  # type: ignore[arg-type]
+    if not isinstance(model, (str, os.PathLike)):
+        return list(model)
     if target is not None and Path(model).is_dir():
         return [find_base(open_model(target), Path(model))]
     return [model]

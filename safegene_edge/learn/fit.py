@@ -71,6 +71,7 @@ class Fit:
     """One pass over all targets, in which the layers are fitted.
 
     Args:
+        settings: those `for_teacher`.
         lanes: contexts side by side, of each target, or more where there is much.
         tick: called once a layer.
     """
@@ -85,7 +86,6 @@ class Fit:
         outputs: bool = False,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        settings = settings.for_teacher(itself=False)
         self.settings, self.rank, self.tick = settings, rank, tick
         self.lanes: list[Lane] = []
         self._of: list[tuple[Target, _Rows]] = []  # each lane's
@@ -130,6 +130,7 @@ class Fit:
 
 
 def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnSettings) -> _Rows:
+    assert settings.harmless_weight is not None
     shared = min(lane.prefix, own.prefix)
     rows, goals = [np.arange(shared)], [own.prefix_goals[:shared]]
     taught = [np.zeros(shared, bool)]
@@ -139,7 +140,7 @@ def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnS
         rows.append(np.array([lane.row(place, int(position)) for position in positions], int))
         goals.append(sample.goals)
         taught.append(np.full(len(positions), sample.taught))
-        weight = np.full(len(positions), 1.0 if sample.taught else settings.harmless_weight or 1.0)
+        weight = np.full(len(positions), 1.0 if sample.taught else settings.harmless_weight)
         weight[: sample.text] = settings.text_weight * THIN
         weights.append(weight)
     return _Rows(

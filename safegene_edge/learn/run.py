@@ -7,10 +7,10 @@ One pass of the teacher and one of the target show the states there; one more fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from os import PathLike as PathLikeClass
 from typing import Any
 
 from ..compat import open_model
@@ -65,7 +65,7 @@ def learn(
         SettingError: settings make no sense, or no degraded model is given.
         LlamaCppError: the architecture is built otherwise than a fit needs.
     """
-    given = [degraded] if isinstance(degraded, (str, PathLikeClass)) else degraded
+    given = [degraded] if isinstance(degraded, (str, os.PathLike)) else degraded
     models = [files_of(model) for model in given]
     if not models:
         raise SettingError("no degraded model is given", "Give at least one")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..aliases import Floats
 from ..errors import OutputError
-from ..runtime.batch import common
+from ..runtime.batch import common_prefix
 from ..runtime.engine import Scales
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import Lane, States, answer
@@ -149,7 +149,7 @@ def capture(
         lanes: contexts side by side.
         tick: called once a layer.
     """
-    prefix = _prefix(prompts)
+    prefix = common_prefix(prompts)
     texts = [
         np.arange(prefix, max(prefix, len(prompt) - header) if text else prefix)[::THIN]
         for prompt in prompts
@@ -160,8 +160,10 @@ def capture(
     numbers = spread([len(prompt) for prompt in prompts], lanes)
     goals = Goals(layers, starts[-1] + prefix, int(llama.n_embd()))
     made = [
-        Lane(llama, [prompts[n] for n in lane], scales, room=max(look, tokens)) for lane in numbers
-    ]
+        Lane(llama, [prompts[n] for n in own], scales, [[len(prompts[n]) - 1] for n in own],
+             room=max(look, tokens))
+        for own in numbers
+    ]  # fmt: skip
 
     def see(place: int, step: int, active: list[int], layer: int, states: States) -> None:
         lane, own = made[place], numbers[place]
@@ -191,13 +193,6 @@ def capture(
             answers[n] = one
     read = sum(lane.rows for lane in made) + sum(map(len, answers))
     return Captured(goals, prompts, answers, header, prefix, ends, read, starts, texts, tokens)
-
-
-def _prefix(prompts: Sequence[Sequence[int]]) -> int:
-    most = min(map(len, prompts)) - 1 if len(prompts) > 1 else 0
-    for prompt in prompts[1:]:
-        most = common(prompts[0], prompt, most)
-    return most
 
 
 def spread(lengths: Sequence[int], lanes: int) -> list[list[int]]:

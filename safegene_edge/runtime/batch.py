@@ -10,6 +10,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+Ints = npt.NDArray[np.int32]
+
 
 class Batch:
     """llama.cpp's batch over numpy buffers: a token costs four stores, no ctypes objects."""
@@ -38,23 +40,43 @@ class Batch:
         self.size = i + 1
 
     def struct(self) -> Any:
-        def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
-            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+        return batch_struct(self.size, self._token, self._position, self._n_sequences,
+                            self._sequences, self._output)  # fmt: skip
 
-        return llama_cpp.llama_batch(
-            n_tokens=self.size,
-            token=pointer(self._token, llama_cpp.llama_token),
-            embd=None,
-            pos=pointer(self._position, llama_cpp.llama_pos),
-            n_seq_id=pointer(self._n_sequences, ctypes.c_int32),
-            seq_id=pointer(self._sequences, ctypes.POINTER(llama_cpp.llama_seq_id)),
-            logits=pointer(self._output, ctypes.c_int8),
-        )
+
+def batch_struct(
+    size: int, token: Ints, position: Ints, n_sequences: Ints,
+    sequences: npt.NDArray[np.uint64], output: npt.NDArray[np.int8],
+) -> Any:  # fmt: skip
+    """llama.cpp's batch over arrays, which must outlive it; `sequences` are addresses of ids."""
+
+    def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
+        return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+    return llama_cpp.llama_batch(
+        n_tokens=size,
+        token=pointer(token, llama_cpp.llama_token),
+        embd=None,
+        pos=pointer(position, llama_cpp.llama_pos),
+        n_seq_id=pointer(n_sequences, ctypes.c_int32),
+        seq_id=pointer(sequences, ctypes.POINTER(llama_cpp.llama_seq_id)),
+        logits=pointer(output, ctypes.c_int8),
+    )
 
 
 def common(a: Sequence[int], b: Sequence[int], most: int) -> int:
     """How many tokens two sequences open with alike, at most `most`; both have as many."""
     return next((i for i in range(most) if a[i] != b[i]), most)
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens that all sequences open with, at least one less than the shortest; 0 of one alone."""
+    if len(sequences) < 2:
+        return 0
+    most = min(map(len, sequences)) - 1
+    for sequence in sequences[1:]:
+        most = common(sequences[0], sequence, most)
+    return most
 
 
 def trim(memory: Any, slot: int, keep: int) -> int:

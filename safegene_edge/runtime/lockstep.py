@@ -21,18 +21,16 @@ from typing import Any, Generic, TypeVar
 
 import llama_cpp
 import numpy as np
-import numpy.typing as npt
 
 from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
-from .batch import common
+from .batch import Ints, batch_struct, common_prefix
 from .engine import Scales, context_params
 from .graph import is_matrix, library, name_of, node_at, put, values
 from .llama import SafeLlama
 
 WRITER = "attn_output"  # the tensor whose product is added to the residual stream
 _BELOW = "l_out-{}"
-Ints = npt.NDArray[np.int32]
 T = TypeVar("T")
 
 
@@ -82,7 +80,7 @@ class Lane:
                 f"a lane has {len(sequences)} sequences", f"Give 1 to {limit}, none empty"
             )
         self.llama, self.sequences, self.scales, self.room = llama, sequences, scales, room
-        self.prefix = self._shared()
+        self.prefix = common_prefix(sequences)
         own = [len(sequence) - self.prefix for sequence in sequences]
         self._starts = list(accumulate(own, initial=self.prefix))
         self.rows = self._starts[-1]
@@ -91,12 +89,6 @@ class Lane:
             for number, wanted in enumerate(outputs)
             for position in wanted
         )
-
-    def _shared(self) -> int:
-        first, most = self.sequences[0], min(map(len, self.sequences)) - 1
-        for other in self.sequences[1:]:
-            most = common(first, other, most)
-        return most if len(self.sequences) > 1 else 0
 
     def row(self, sequence: int, position: int) -> int:
         """Where in the batch a token is."""
@@ -136,19 +128,7 @@ class Lane:
         shared = size - len(owner)
         pointers[shared:] += (every.itemsize * np.asarray(owner)).astype(np.uint64)
         count[:shared], output[list(outputs)] = len(every), 1
-
-        def pointer(array: npt.NDArray[Any], kind: Any) -> Any:
-            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
-
-        batch = llama_cpp.llama_batch(
-            n_tokens=size,
-            token=pointer(token, llama_cpp.llama_token),
-            embd=None,
-            pos=pointer(position, llama_cpp.llama_pos),
-            n_seq_id=pointer(count, ctypes.c_int32),
-            seq_id=pointer(pointers, ctypes.POINTER(llama_cpp.llama_seq_id)),
-            logits=pointer(output, ctypes.c_int8),
-        )
+        batch = batch_struct(size, token, position, count, pointers, output)
         code = llama_cpp.llama_decode(context, batch)
         if code:
             raise LlamaCppError(
@@ -184,7 +164,8 @@ def answer(
     """Decode all lanes, and then what each sequence is answered with, greedily.
 
     Args:
-        tokens: of an answer, at most; lanes have room for them.
+        lanes: with room for the answers, and each sequence's last position as its output.
+        tokens: of an answer, at most.
         see: called in each layer of each decode, from the lanes' threads. Answers' tokens are
             read, too, the last one as well.
         at_once: lanes that run side by side.
@@ -310,7 +291,6 @@ class _Answers(_Run[list[list[list[int]]]]):
         lane, said = self.lanes[number], self._said[number]
         model = lane.llama.model
         vocabulary = llama_cpp.llama_model_get_vocab(model)
-        lane.outputs = [lane.row(n, len(s) - 1) for n, s in enumerate(lane.sequences)]
         lane.decode(context)
         fed = alive = list(range(len(lane.sequences)))  # sequences with a row; those that go on
         for step in range(1, self.tokens + 1):
