@@ -21,7 +21,7 @@ from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
 from .evals.settings import DEFAULT_SUITES, EvalSettings
-from .files import PathLike, check_output, sha256, write_text
+from .files import PathLike, atomic_folder, check_output, sha256, write_text
 from .gene import SafetyGene
 from .learn.base import Model, files_of
 from .learn.run import learn
@@ -144,6 +144,11 @@ class _Work:
         """Where unfinished work lies."""
         return self.output.with_name(self.output.name + ".restore")
 
+    @property
+    def note(self) -> Path:
+        """Says which run the folder is of."""
+        return self.folder / "run.json"
+
     def run(
         self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
     ) -> Restored:
@@ -152,11 +157,11 @@ class _Work:
         found = self._gene(teacher, gene, learning)
         fitted = self._recalibrated(found)
         files = {}
-        if not isinstance(gene, (str, Path, SafetyGene)):
+        if gene is None:
             found.save(self.outputs["gene"])
             files["gene"] = str(self.outputs["gene"])
         if fitted.nothing_lost:
-            shutil.rmtree(self.folder)
+            self._leave()
             return Restored(found, fitted, None, files)
         adapter = self.folder / "fitted.gguf"
         found.express(fitted.expression).save(adapter)
@@ -164,7 +169,7 @@ class _Work:
         self._written(adapter)
         write_text(self.outputs["report"], json.dumps(report, indent=2) + "\n", self.inputs)
         write_text(self.outputs["page"], render_html(report), self.inputs)
-        shutil.rmtree(self.folder)
+        self._leave()
         files = {name: str(path) for name, path in self.outputs.items()
                  if name in files or name != "gene"}  # fmt: skip
         return Restored(found, fitted, report, files, self._next())
@@ -179,16 +184,24 @@ class _Work:
             [sha256(path) for path in (*self.inputs, *teacher)], len(teacher), known, asked,
             self.merged, self.limit, asdict(self.settings), asdict(learning),
         )  # fmt: skip
-        note = self.folder / "run.json"
-        if self.folder.exists() and not (self.folder.is_dir() and _is(note, key)):
-            if not note.exists():
-                raise SettingError(
-                    f"{self.folder}: is there already, and no unfinished run of this command",
-                    "Move it away, or give another -o",
-                )
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
-        write_text(note, json.dumps({"key": key}) + "\n")
+        if _is(self.note, key):
+            return
+        if self.note.exists():
+            self._leave()
+        elif self.folder.exists():
+            raise SettingError(
+                f"{self.folder}: is there already, and no unfinished run of this command",
+                "Move it away, or give another -o",
+            )
+        with atomic_folder(self.folder) as made:
+            write_text(made / self.note.name, json.dumps({"key": key}) + "\n")
+
+    def _leave(self) -> None:
+        """Remove the folder, its note last: a run that is stopped here is still known as one."""
+        for path in self.folder.iterdir():
+            if path != self.note:
+                path.unlink()
+        shutil.rmtree(self.folder)
 
     def _gene(
         self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings

@@ -134,6 +134,27 @@ def test_a_stopped_run_goes_on(
         assert sha256(whole / name) == sha256(stopped / name)
 
 
+def test_a_run_that_is_stopped_while_it_tidies_up_is_no_strange_folder(
+    model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = module.shutil.rmtree
+
+    def killed(path: Any, *args: Any, **more: Any) -> None:
+        if str(path).endswith(".restore"):
+            raise KeyboardInterrupt
+        remove(path, *args, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path)
+    first = sha256(tmp_path / "safe.gguf")
+    assert [path.name for path in (tmp_path / "safe.gguf.restore").iterdir()] == ["run.json"]
+    run(model, tmp_path)
+    assert sha256(tmp_path / "safe.gguf") == first
+    assert not (tmp_path / "safe.gguf.restore").exists()
+
+
 def test_another_run_does_not_go_on_with_it(
     model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
