@@ -32,7 +32,7 @@ from safegene_edge.recalibrate.aligned import AlignedModel, at_most, measured
 from safegene_edge.recalibrate.fit import choose, share_in_order
 from safegene_edge.recalibrate.reading import Asked, Reader, Reading
 from safegene_edge.recalibrate.refusal_margin import Openers, refusal_loss
-from safegene_edge.recalibrate.search import between, foretold, search
+from safegene_edge.recalibrate.search import RACED, between, foretold, search
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 
@@ -178,6 +178,15 @@ def test_a_race_comes_first_where_there_are_enough_examples():
     assert 1 <= len(raced) <= 7 and looked[1] == (1.0, 4)
     assert found[0.0] is without and all(len(reading.kl) == 48 for reading in found.values())
     assert len(found) <= 3  # the race has told the others where to begin
+
+
+@pytest.mark.parametrize("bend", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("kl", [0.001, 0.1, 5.0])
+def test_a_search_stays_within_what_progress_is_told(kl, bend):
+    """Without the gene, the race, the passes; the validation's two are counted on top."""
+    look, looked = model_of(np.linspace(1, 3, 48), bend=bend)
+    search(look, look(0.0, 1), replace(FREE, kl=kl), 0.2, 4)
+    assert len(looked) <= 1 + RACED + 4
 
 
 def test_nothing_within_the_bounds_halves_the_strength():

@@ -34,7 +34,7 @@ from .aligned import AlignedModel
 from .examples import Examples
 from .reading import Asked, Reader, Reading, Values, context_for
 from .refusal_margin import Openers, refusal_loss
-from .search import Bounds, between, mean, objective, search
+from .search import RACED, Bounds, between, mean, objective, search
 from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
@@ -293,7 +293,7 @@ class _Work:
         self._done += 1
         if self.progress is not None:
             # Without the gene, a race, the passes, and twice the validation.
-            self.progress(self._done, self.settings.passes + 7)
+            self.progress(self._done, self.settings.passes + RACED + 3)
 
     def _look(self, strength: float, step: int) -> Reading:
         reading = self.fit.at(strength, step)

@@ -16,7 +16,7 @@ import numpy as np
 from .reading import Reading, Values
 from .refusal_margin import refusal_loss
 
-_RACE, _RACED = 4, 7  # every fourth example, read at so many strengths at most
+_RACE, RACED = 4, 7  # every fourth example, read at so many strengths at most
 _ENOUGH = 48  # of a kind, for a fourth of them to say something
 _STEP, _LEAST = 1.5, 0.05  # between raced strengths, and the smallest
 _NEAR = 0.1  # of a strength: another one that near is the same
@@ -69,7 +69,7 @@ def search(
 ) -> dict[float, Reading]:
     """Readings of all examples by strength; 0 and at most `passes` others."""
     enough = min(len(without.harmful), len(without.harmless)) >= _ENOUGH
-    step, most = (_RACE, _RACED) if enough else (1, passes)
+    step, most = (_RACE, RACED) if enough else (1, passes)
     rough = _rough(bounds, len(without.harmless[::step])) if enough else bounds
     raced = race(look, without, rough, weight, step, most)
     limits = _around(raced, rough, weight)
