@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 @click.option("--adapter", multiple=True, metavar="TASK.gguf",
               help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip
 @click.option("--task", metavar="FILE",
-              help='Prompts of the own job of TARGET, a line each, or JSONL with a "prompt"; no '
-              "answers are needed. What it answers there is kept.")  # fmt: skip
+              help='Prompts that TARGET gets in its job, a line each, or JSONL with a "prompt"; '
+              "no answers are needed. What it answers there is kept.")  # fmt: skip
 @click.option("--merge", "merged", is_flag=True, help="Write the whole model.")
 @click.option("--limit", type=click.IntRange(min=1), default=40, show_default=True, metavar="N",
               help="Prompts of each suite that is measured before and after.")  # fmt: skip
