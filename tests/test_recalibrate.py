@@ -105,26 +105,32 @@ def test_every_bound_holds():
         choose({0.0: read(-4), 1.0: read(0, kl=0.11)}, bounds, 0.2)
 
 
-def test_refusals_beyond_the_goal_gain_nothing():
-    found = {0.0: read(-9), 1.0: read([9, 9, 9, -9], kl=0.1), 2.0: read(9, kl=0.2)}
-    assert choose(found, FREE, 0.2) == 2.0
-    assert choose(found, replace(FREE, goal=0.25), 0.2) == 1.0
+def test_a_refusal_gained_allows_a_little_over_refusal():
+    """Three in four refused instead of none, a quarter for each: 0.05 + 0.75 / 4."""
+    bounds = replace(FREE, over_refusal=0.05, per_refusal=0.25)
+    gained = read([9, 9, 9, -9], harmless=[9, -9, -9, -9])
+    assert bounds.most_over(gained) == pytest.approx(0.2375)
+    assert bounds.broken(gained) == ["over-refusal 0.250 above 0.237"]
+    assert bounds.broken(read(9, harmless=[9, -9, -9, -9])) == []
+    assert replace(bounds, own=0.75).most_over(read(-9)) == 0.05  # refusals lost allow no less
 
 
 def test_the_bound_is_a_standard_error_below_what_other_prompts_shall_keep(tiny):
-    """Of four examples, half of them refused by the aligned model: 0.5 + 0.03 - 0.25.
-
-    The goal is as far beyond: of one, of whom it refuses four in five, 0.2 - 0.4.
-    """
+    """Of four examples and one of the validation, half refused by the aligned model."""
     gene = SafetyGene("llama", 1.0, {}, aligned_loss=0.2, aligned_over_refusal=0.5, aligned_kl=0.3)
     examples = Examples(("a",), ("b", "c", "d", "e"))
     work = fit._Work(gene, examples, OTHERS, None, None, RecalibrationSettings(), None)
-    bounds = work._bounds(AlignedModel.of(gene), read(0))
-    assert bounds == Bounds(0.3, 0.1, pytest.approx(0.28), 0.0)
-    many = replace(work, examples=Examples([f"a{n}" for n in range(16)], examples.harmless))
-    assert many._bounds(AlignedModel.of(gene), read(0)).goal == pytest.approx(0.1)
-    unknown = work._bounds(AlignedModel.of(SafetyGene("llama", 1.0, {})), read(0, harmless=0))
-    assert unknown == Bounds(0.2, 0.1, pytest.approx(0.55), 0.0)  # five points above its own half
+    count = 4 + len(OTHERS.harmless)
+    most = 0.5 + 0.03 - (0.25 / count) ** 0.5
+    assert work._bounds(AlignedModel.of(gene), read(0)) == Bounds(0.3, 0.1, pytest.approx(most))
+
+
+def test_without_an_aligned_model_the_bound_goes_with_the_refusals_gained(tiny):
+    """Five points above its own half, and a quarter of what is refused beyond its own half."""
+    work = fit._Work(None, Examples(("a",), ("b",)), OTHERS, None, None,
+                     RecalibrationSettings(), None)  # fmt: skip
+    found = work._bounds(AlignedModel.of(SafetyGene("llama", 1.0, {})), read(0, harmless=0))
+    assert found == Bounds(0.2, 0.1, pytest.approx(0.55), 0.25, pytest.approx(0.5))
 
 
 def test_a_strength_that_lowers_refusals_is_never_taken():
@@ -555,7 +561,7 @@ def test_a_gene_that_over_refuses_at_any_strength_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(Reader, "over_refusals", lambda self, at: np.array([9.0 if at else -1e-3]))
     with pytest.raises(NoEffectError, match="0 of 1 without the gene, and 0 are allowed"):
         recalibrate(model, gene, examples, validation=OTHERS,
-                    settings=replace(WIDE, over_refusal=0.9))  # fmt: skip
+                    settings=replace(WIDE, over_refusal=0.7))  # fmt: skip
 
 
 @pytest.mark.parametrize("anyway", [False, True])

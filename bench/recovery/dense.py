@@ -49,10 +49,9 @@ def searched(target: Path, gene: SafetyGene, bounds: Bounds, chosen: float) -> d
     """The points that were read, and where the chosen one lies among them."""
     settings, part = RecalibrationSettings(), Examples.shipped("validation")
     aligned = AlignedModel.of(gene)
-    refused = aligned.share_of(part.harmful, aligned.refused)
     over = aligned.share_of(part.harmless, aligned.over_refused)
-    assert refused is not None and over is not None
-    bounds = replace(bounds, goal=1 - refused, over_refusal=over + settings.over_refusal)
+    assert over is not None
+    bounds = replace(bounds, over_refusal=over + settings.over_refusal)
     draws = np.random.default_rng(SEED)
     count = len(gene.layers)
     group = np.arange(count) * GROUPS // count

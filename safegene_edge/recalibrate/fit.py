@@ -2,12 +2,10 @@
 
 With c the coefficient of every layer, T the target, G the gene and w a weight, minimised is
 
-    J(c) = max(goal, mean over harmful of L_refuse)
-           + w * mean over harmless of KL(p_T || p_{T+cG})
+    J(c) = mean over harmful of L_refuse + w * mean over harmless of KL(p_T || p_{T+cG})
 
 L_refuse is the smoothed share of answers that open with none of the gene's refusal openers
-(`refusal_margin`); the goal is the aligned model's own, less a standard error, so that on other
-prompts, too, as many are refused. Bounds hold the strength: harmless examples are refused at most
+(`refusal_margin`). Bounds hold the strength: harmless examples are refused at most
 three points more than by the aligned model, less a standard error; the KL is at most what the
 aligned model itself differs from degraded ones; and the task's KL, where its prompts are given, is
 within a budget of its own. What the strength does is counted on examples that the search never saw;
@@ -39,7 +37,8 @@ from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
 _ORDERED = 0.6
-_KL, _UNKNOWN = 0.2, 0.02  # the KL's bound, and more over-refusal, where little is known
+# Where no aligned model is known: the KL's bound, more over-refusal, and more for each refusal.
+_KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
@@ -272,7 +271,9 @@ class _Work:
             )
         found = search(self._look, without, bounds, self.settings.weight, self.settings.passes)
         _require_labels(found.values())
-        strength, own, margins = self._lowered(choose(found, bounds, self.settings.weight), aligned)
+        strength = choose(found, bounds, self.settings.weight)
+        room = bounds.most_over(found[strength]) - bounds.over_refusal + self.settings.over_refusal
+        strength, own, margins = self._lowered(strength, room, aligned)
         point = Point.of(between(found, strength), self._coefficients(strength))
         return Recalibration(
             self._expression(strength, target),
@@ -310,27 +311,30 @@ class _Work:
 
     def _bounds(self, aligned: AlignedModel, without: Reading) -> Bounds:
         settings, harmless = self.settings, self.examples.harmless
-        refused = aligned.share_of(self.examples.harmful, aligned.refused)
+        kl = settings.kl_budget or aligned.kl or _KL
         over = aligned.share_of(harmless, aligned.over_refused)
         if over is None:
-            over = 1 - refusal_loss(without.harmless) + _UNKNOWN
-        else:  # other prompts shall keep to it, and these show a share only roughly
-            over -= (over * (1 - over) / len(harmless)) ** 0.5
-        goal = 0.0
-        if refused is not None:  # likewise: others shall come up to it
-            error = (refused * (1 - refused) / len(self.examples.harmful)) ** 0.5
-            goal = max(0.0, 1 - refused - error)
-        kl = settings.kl_budget or aligned.kl or _KL
-        return Bounds(kl, settings.task_budget, over + settings.over_refusal, goal)
+            own, over = (refusal_loss(margins) for margins in (without.harmful, without.harmless))
+            most = 1 - over + _UNKNOWN + settings.over_refusal
+            return Bounds(kl, settings.task_budget, most, _PER_REFUSAL, 1 - own)
+        # Other prompts shall keep to it, and those of both parts show a share only roughly.
+        count = len(harmless) + len(self.validation.harmless)
+        over -= (over * (1 - over) / count) ** 0.5
+        return Bounds(kl, settings.task_budget, over + settings.over_refusal)
 
-    def _lowered(self, strength: float, aligned: AlignedModel) -> tuple[float, Values, Values]:
+    def _lowered(
+        self, strength: float, room: float, aligned: AlignedModel
+    ) -> tuple[float, Values, Values]:
         """The strength, less where the other examples show too many over-refusals; their margins.
 
         They are the harmless ones', without the gene and with it.
+
+        Args:
+            room: share of them that may be refused beyond what the aligned model refuses.
         """
         total, own = len(self.validation.harmless), self.other.over_refusals(0.0)
         known = aligned.on(self.validation.harmless)
-        limit, room = own if known is None else known, self.settings.over_refusal
+        limit = own if known is None else known
         most = max((limit > 0).sum() + total * (room + _UNKNOWN * (known is None)), (own > 0).sum())
         margins = self.other.over_refusals(strength)
         for _ in range(_LOWERED):
@@ -389,7 +393,7 @@ def choose(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> flo
     better = [s for s, read in others.items() if refusal_loss(read.harmful) <= own - _LEAST]
     kept = [strength for strength in better if not bounds.broken(others[strength])]
     if kept:
-        return min(kept, key=lambda strength: objective(others[strength], weight, bounds.goal))
+        return min(kept, key=lambda strength: objective(others[strength], weight))
     least = min(others)
     broken = bounds.broken(others[least])
     now = refusal_loss(others[least].harmful)

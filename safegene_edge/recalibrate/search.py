@@ -32,20 +32,26 @@ class Bounds:
     Attributes:
         kl, task_kl: nats a token, on the harmless examples and on the task's prompts.
         over_refusal: smoothed share of the harmless examples that open with a refusal.
-        goal: a refusal loss; refusals beyond it gain nothing.
+        per_refusal: more of it for each share of the harmful ones that is refused beyond `own`.
     """
 
     kl: float
     task_kl: float
     over_refusal: float
-    goal: float = 0.0
+    per_refusal: float = 0.0
+    own: float = 0.0
+
+    def most_over(self, reading: Reading) -> float:
+        """The over-refusal that a reading may have."""
+        gained = max(0.0, 1 - refusal_loss(reading.harmful) - self.own)
+        return self.over_refusal + self.per_refusal * gained
 
     def broken(self, reading: Reading) -> list[str]:
         """The bounds that a reading does not keep, in words."""
         found = {
             "KL": (mean(reading.kl), self.kl),
             "task KL": (mean(reading.task_kl), self.task_kl),
-            "over-refusal": (1 - refusal_loss(reading.harmless), self.over_refusal),
+            "over-refusal": (1 - refusal_loss(reading.harmless), self.most_over(reading)),
         }
         return [
             f"{name} {value:.3f} above {bound:.3f}"
@@ -59,9 +65,9 @@ def mean(values: Values) -> float:
     return float(values.mean()) if values.size else 0.0
 
 
-def objective(reading: Reading, weight: float, goal: float = 0.0) -> float:
+def objective(reading: Reading, weight: float) -> float:
     """J: the share of harmful examples that is not refused, smoothed, and the weighted KL."""
-    return max(goal, refusal_loss(reading.harmful)) + weight * mean(reading.kl)
+    return refusal_loss(reading.harmful) + weight * mean(reading.kl)
 
 
 def search(
@@ -99,7 +105,7 @@ def race(
             return False
         if bounds.broken(found[than]):
             return True
-        new, old = (objective(found[s], weight, bounds.goal) for s in (strength, than))
+        new, old = (objective(found[s], weight) for s in (strength, than))
         return new < old
 
     best = 1.0
@@ -121,7 +127,7 @@ def _around(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> tu
     kept = [strength for strength in known[1:] if not bounds.broken(found[strength])]
     if not kept:
         return 0.0, known[1]
-    best = min(kept, key=lambda strength: objective(found[strength], weight, bounds.goal))
+    best = min(kept, key=lambda strength: objective(found[strength], weight))
     place = known.index(best)
     if place + 1 == len(known):
         return known[place - 1], best
@@ -142,7 +148,7 @@ def foretold(
     kept = [strength for strength, reading in readings.items() if not bounds.broken(reading)]
     if not kept:
         return min(known for known in found if known) / 2
-    return min(kept, key=lambda strength: objective(readings[strength], weight, bounds.goal))
+    return min(kept, key=lambda strength: objective(readings[strength], weight))
 
 
 def between(found: Mapping[float, Reading], strength: float) -> Reading:

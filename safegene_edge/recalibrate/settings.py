@@ -18,7 +18,7 @@ class RecalibrationSettings:
         task_budget: Nats a token that it may cost on the task's prompts.
         over_refusal: Share of the harmless prompts that may be refused beyond what the aligned
             model refuses; the fit stays a standard error below. Where that is unknown, beyond
-            what the model itself refuses and two points.
+            what the model itself refuses, two points and a quarter of the refusals gained.
         weight: How much a nat of KL counts against all refusals.
         tokens: Tokens of each harmless answer that the KL sees.
         passes: Strengths that all examples are read at, at most, besides 0.
@@ -30,7 +30,7 @@ class RecalibrationSettings:
     kl_budget: float | None = None
     task_budget: float = 0.1
     over_refusal: float = 0.03
-    weight: float = 0.2
+    weight: float = 0.05
     tokens: int = 8
     passes: int = 4
     n_ctx: int | None = None
