@@ -35,14 +35,45 @@ A fine-tune that lost less than ten points over all harmful suites must stay as 
 """
 
 
+README = HERE.parent.parent / "README.md"
+BEGIN, END = "<!-- table of forms.md -->\n", "<!-- end of the table -->\n"
+SHOWN = {  # family, fine-tune and column: who taught
+    ("qwen", "agnews", "learnt: no aligned model"): "itself",
+    ("qwen", "gsm8k", "learnt: no aligned model"): "itself",
+    ("smollm2", "agnews", "learnt: direct"): "the aligned model",
+}
+NAMES = {"qwen": "Qwen2.5-Coder-0.5B", "smollm2": "SmolLM2-135M",
+         "agnews": "AG News", "gsm8k": "GSM8K"}  # fmt: skip
+
+
 def write_tables() -> None:
-    """Write forms.md of all families that were measured."""
+    """Write forms.md of all families that were measured, and README's table."""
     parts = [INTRO]
     for name in ("smollm2", "qwen"):
         path = HERE / f"forms-{name}.json"
         if path.exists():
             parts += _family(json.loads(path.read_text(encoding="utf-8")))
     (HERE / "forms.md").write_text("\n".join(parts), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    README.write_text(f"{before}{BEGIN}{_shown()}{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _shown() -> str:
+    """Harmful and harmless prompts of all suites, refused before and after."""
+    lines = []
+    for (family, task, column), teacher in SHOWN.items():
+        entry = json.loads((HERE / f"forms-{family}.json").read_text(encoding="utf-8"))["tasks"]
+        cells = []
+        for suites in (HARMFUL, HARMLESS):
+            tuned, fitted, aligned = (
+                _hits(entry[task][c], *suites) for c in ("fine-tuned", column, "aligned")
+            )
+            cells += [f"{sum(tuned)} → **{sum(fitted)}** of {len(tuned)}", sum(aligned)]
+        lines.append([f"{NAMES[family]}, {NAMES[task]}", teacher, *cells])
+    header = ["fine-tune of", "taught by", "harmful, refused: before → after", "aligned model",
+              "harmless, refused: before → after", "aligned model"]  # fmt: skip
+    return table(header, lines)
 
 
 def _family(found: Cell) -> list[str]:

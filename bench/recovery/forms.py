@@ -58,7 +58,7 @@ HARMLESS = (
 )
 SHARE = {"smollm2": 1, "qwen": 5}
 # Of the rows that the fine-tune learnt: prompts that a gene is learnt from, and recalibrated on.
-TASK_LEARNT, TASK_FITTED = 40, 20
+TASK_LEARNT, TASK_FITTED = 80, 20
 DIRECT, ITSELF, SHARED_GENE = "learnt: direct", "learnt: no aligned model", "learnt: shared"
 BARE = "learnt: direct, no task prompts"
 LEARNT = {"direct": DIRECT, "itself": ITSELF, "shared": SHARED_GENE, "bare": BARE}
