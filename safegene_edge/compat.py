@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import FileFormatError, MismatchError
+from .errors import FileFormatError, MismatchError, UnsupportedError
 from .files import PathLike
-from .gene import Adapter
+from .gene import INVOCATION, Adapter
 from .gguf_file import GGUFFile
 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -45,6 +45,8 @@ def open_model(path: PathLike) -> GGUFFile:
     if not file.tensors:
         raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
     for part in other_parts(file, Path(path)):
+        if twice := sorted(file.tensors.keys() & part.tensors.keys()):
+            raise FileFormatError(f"{part.path}: tensor '{twice[0]}' is in another part, too")
         file.tensors.update(part.tensors)
     return file
 
@@ -54,7 +56,7 @@ def other_parts(file: GGUFFile, given: Path | None = None) -> list[GGUFFile]:
 
     Their names follow from the name as it was given: of an `hf:` path, each is fetched.
     """
-    count = int(file.number("split.count", 1))
+    count = file.whole("split.count", 1)
     if count < 2:
         return []
     match = SHARD.fullmatch(file.path.name)
@@ -110,7 +112,16 @@ def require_fit(adapter: Adapter, model: GGUFFile, source: PathLike = "the adapt
 
     Args:
         source: the adapter's file, for the message.
+
+    Raises:
+        UnsupportedError: an aLoRA, which would be always on.
     """
+    if adapter.is_alora:
+        raise UnsupportedError(
+            f"{source} is an aLoRA: it is meant to work only behind its invocation tokens "
+            f"{adapter.extra.get(INVOCATION, '')}, and here it would be always on",
+            "Run it with llama-server, or train a plain LoRA",
+        )
     problems = check(adapter, model)
     if not problems:
         return

@@ -18,13 +18,18 @@ class SafeGeneError(Exception):
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message, remedy)
-        self.message = " ".join(message.split())
-        self.remedy = " ".join(remedy.split())
+        self.message = _one_line(message)
+        self.remedy = _one_line(remedy)
 
     def __str__(self) -> str:
         if not self.remedy:
             return self.message
         return f"{self.message.rstrip('.')}. {self.remedy}"
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks and control characters: names in a hostile file hold them."""
+    return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
 class FileFormatError(SafeGeneError):

@@ -21,16 +21,20 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FileFormatError, MismatchError, SettingError
+from .errors import FileFormatError, MismatchError, SettingError, UnsupportedError
 from .files import PathLike, require_file, write_text
-from .gguf_file import ArrayValue, GGUFFile, Scalar, write_gguf
+from .gguf_file import ArrayValue, GGUFFile, Value, write_gguf
+from .gguf_file.values import FLOAT32
 
 SHIPPED = "smollm2-135m.gene.gguf"
 FORMAT_VERSION = 1
 OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such as the output
-_BLOCK = re.compile(r"blk\.(\d+)\.")
+MAX_METADATA = 16 << 20  # bytes; all of it is decoded, and an adapter's is a few KB
+_BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 _KEPT = ("safegene.peft.", "safegene.learn.")
-_RESERVED = {"general.architecture", "general.type", "adapter.type", "adapter.lora.alpha"}
+INVOCATION = "adapter.alora.invocation_tokens"
+_ALPHA = "adapter.lora.alpha"
+_RESERVED = {"general.architecture", "general.type", "general.alignment", "adapter.type", _ALPHA}
 AdapterT = TypeVar("AdapterT", bound="Adapter")
 
 
@@ -65,12 +69,14 @@ class Adapter:
         alpha: the file's global alpha; 0 means that B A is applied as it is.
         pairs: base tensor name ("blk.0.attn_q.weight") to its pair.
         extra: other metadata of the file, kept through load and save.
+        types: the GGUF types of `extra`'s values (of a list its elements'), kept as well.
     """
 
     architecture: str
     alpha: float
     pairs: Mapping[str, Pair]
     extra: Mapping[str, Any] = field(default_factory=dict)
+    types: Mapping[str, int] = field(default_factory=dict)
 
     # -- facts ------------------------------------------------------------
 
@@ -78,6 +84,11 @@ class Adapter:
     def layers(self) -> tuple[int, ...]:
         """The blocks that the adapter touches, ascending."""
         return tuple(sorted({layer_of(name) for name in self.pairs}))
+
+    @property
+    def is_alora(self) -> bool:
+        """Whether the adapter is meant to work only behind its invocation tokens."""
+        return any(key.startswith("adapter.alora.") for key in self.extra)
 
     @property
     def n_parameters(self) -> int:
@@ -162,9 +173,7 @@ class Adapter:
         """
         file = GGUFFile(path)
         _require_lora(file)
-        alpha = float(file.number("adapter.lora.alpha", 0.0))
-        if not math.isfinite(alpha):
-            raise FileFormatError(f"{file.path}: adapter.lora.alpha is {alpha}")
+        alpha = float(file.number(_ALPHA, 0.0))
         pairs = {name: _read_pair(file, name) for name in _pair_names(file)}
         extra = {
             key: value.values() if isinstance(value, ArrayValue) else value
@@ -181,20 +190,24 @@ class Adapter:
         pairs: dict[str, Pair],
         extra: dict[str, Any],
     ) -> AdapterT:
-        return cls(file.architecture, alpha, pairs, extra)
+        return cls(file.architecture, alpha, pairs, extra, file.types)
 
-    def metadata(self) -> dict[str, Scalar | list[Any]]:
-        """Everything that `save` writes beside the tensors and the architecture."""
-        return {
-            **self.extra,
-            "general.type": "adapter",
-            "adapter.type": "lora",
-            "adapter.lora.alpha": float(self.alpha),
-        }
+    def metadata(self) -> dict[str, Value]:
+        """Everything that `save` writes beside the tensors and the architecture.
+
+        Raises:
+            SettingError: the alpha is no finite float32, the only type that llama.cpp reads.
+        """
+        with np.errstate(over="ignore"):
+            alpha = float(np.float32(self.alpha))
+        if not math.isfinite(alpha):
+            raise SettingError(f"the alpha is {self.alpha}", "Give a finite float32")
+        return {**self.extra, "general.type": "adapter", "adapter.type": "lora", _ALPHA: alpha}
 
     def save(self, path: PathLike, inputs: Iterable[PathLike] = ()) -> None:
         """Write a GGUF LoRA that stock llama.cpp loads; atomic, never over one of `inputs`."""
-        write_gguf(path, self.architecture, self.metadata(), self._tensors(), inputs)
+        types = {key: kind for key, kind in self.types.items() if key in self.extra}
+        write_gguf(path, self.architecture, self.metadata(), self._tensors(), inputs, types)
 
     def _tensors(self) -> Iterable[tuple[str, npt.NDArray[Any]]]:
         for name, pair in self.pairs.items():
@@ -290,19 +303,20 @@ class SafetyGene(Adapter):
             alpha,
             pairs,
             extra,
+            file.types,
             family=file.text("safegene.family", ""),
             sources=_keyed(file, "safegene.sources", file.strings("safegene.source_hashes")),
             scores=_by_layer(file, "safegene.scores"),
-            coefficients=_by_layer(file, "safegene.coefficients"),
+            coefficients=_coefficients(file),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
-            aligned_margins=_finite(file, "safegene.aligned_margins"),
+            aligned_margins=tuple(file.numbers("safegene.aligned_margins")),
             aligned_examples=file.text("safegene.aligned_examples", ""),
             aligned_kl=_not_negative(file, "safegene.aligned_kl"),
             **aligned,
         )
 
-    def metadata(self) -> dict[str, Scalar | list[Any]]:
-        facts: dict[str, Scalar | list[Any]] = {
+    def metadata(self) -> dict[str, Value]:
+        facts: dict[str, Value] = {
             "safegene.version": FORMAT_VERSION,
             "safegene.family": self.family,
             "safegene.sources": list(self.sources),
@@ -335,12 +349,8 @@ class Expression:
     target: str = ""
 
     def __post_init__(self) -> None:
-        for layer, value in self.coefficients.items():
-            if not math.isfinite(value) or value < 0:
-                raise SettingError(
-                    f"the coefficient of layer {layer} is {value}",
-                    "Coefficients are finite and not negative: a negative one lowers safety",
-                )
+        if wrong := _wrong_coefficient(self.coefficients):
+            raise SettingError(*wrong)
 
     def save(self, path: PathLike) -> None:
         """Write the expression as JSON."""
@@ -359,11 +369,18 @@ class Expression:
             facts = json.loads(require_file(path).read_text(encoding="utf-8"))
             values = {int(layer): float(v) for layer, v in facts["coefficients"].items()}
             return cls(values, str(facts.get("gene", "")), str(facts.get("target", "")))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except SettingError as error:
+            raise FileFormatError(f"{path}: {error.message}", error.remedy) from error
+        except _NO_EXPRESSION as error:
             raise FileFormatError(f"{path}: not an expression ({error!r})") from error
 
 
 # -- reading --------------------------------------------------------------
+
+# What JSON that nests too deeply, counts too far or holds other things raises.
+_NO_EXPRESSION = (
+    ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
+)  # fmt: skip
 
 
 def is_lora(file: GGUFFile) -> bool:
@@ -381,6 +398,13 @@ def _require_lora(file: GGUFFile) -> None:
             f"{file.path}: is of the type '{kind}', not a LoRA adapter",
             "Give a GGUF LoRA, as `safegene-edge convert` writes it",
         )
+    if file.types.get(_ALPHA, FLOAT32) != FLOAT32:  # llama.cpp aborts the process on another type
+        raise FileFormatError(
+            f"{file.path}: {_ALPHA} is not stored as float32", "Convert the adapter again"
+        )
+    size = max((end for _, end in file.spans.values()), default=0)
+    if size > MAX_METADATA:
+        raise FileFormatError(f"{file.path}: {size >> 20} MB of metadata are too much")
 
 
 def _pair_names(file: GGUFFile) -> list[str]:
@@ -405,6 +429,11 @@ def _pair_names(file: GGUFFile) -> list[str]:
 
 
 def _read_pair(file: GGUFFile, name: str) -> Pair:
+    if name == "token_embd.weight":  # its halves lie the other way round, see llama-adapter.cpp
+        raise UnsupportedError(
+            f"{file.path}: tensor '{name}.lora_a' adapts the embeddings, which is not supported",
+            "Train the adapter without embed_tokens among its target modules",
+        )
     halves = []
     for half in ("lora_a", "lora_b"):
         info = file.tensors[f"{name}.{half}"]
@@ -433,6 +462,8 @@ def _keyed(file: GGUFFile, key: str, values: list[str]) -> dict[str, str]:
     names = file.strings(key)
     if len(names) != len(values):
         raise FileFormatError(f"{file.path}: {key} has {len(names)} names for {len(values)} values")
+    if len(set(names)) < len(names):
+        raise FileFormatError(f"{file.path}: {key} has a name twice")
     return dict(zip(names, values, strict=True))
 
 
@@ -446,16 +477,9 @@ def _share(file: GGUFFile, name: str) -> float:
     return value
 
 
-def _finite(file: GGUFFile, key: str) -> tuple[float, ...]:
-    values = tuple(file.numbers(key))
-    if not all(map(math.isfinite, values)):
-        raise FileFormatError(f"{file.path}: {key} has a number that is not finite")
-    return values
-
-
 def _not_negative(file: GGUFFile, key: str) -> float:
     value = float(file.number(key, 0.0))
-    if not (math.isfinite(value) and value >= 0):
+    if value < 0:
         raise FileFormatError(f"{file.path}: {key} is {value:g}, and it cannot be")
     return value
 
@@ -466,4 +490,26 @@ def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:
         raise FileFormatError(
             f"{file.path}: {key} has {len(values)} values for {len(layers)} layers"
         )
+    if any(layer < OUTSIDE_BLOCKS or layer != int(layer) for layer in layers):
+        raise FileFormatError(f"{file.path}: {key}.layers has a number that is no layer's")
+    if len(set(layers)) < len(layers):
+        raise FileFormatError(f"{file.path}: {key}.layers has a layer twice")
     return {int(layer): value for layer, value in zip(layers, values, strict=True)}
+
+
+def _coefficients(file: GGUFFile) -> dict[int, float]:
+    found = _by_layer(file, "safegene.coefficients")
+    if wrong := _wrong_coefficient(found):
+        raise FileFormatError(f"{file.path}: {wrong[0]}", wrong[1])
+    return found
+
+
+def _wrong_coefficient(coefficients: Mapping[int, float]) -> tuple[str, str] | None:
+    """What is wrong with the first that cannot be, and why."""
+    for layer, value in coefficients.items():
+        if not math.isfinite(value) or value < 0:
+            return (
+                f"the coefficient of layer {layer} is {value}",
+                "Coefficients are finite and not negative: a negative one lowers safety",
+            )
+    return None

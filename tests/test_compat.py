@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from adapters import random_adapter
@@ -10,7 +12,7 @@ from gguf import GGUFWriter
 from safegene_edge import SafeLlama
 from safegene_edge.compat import open_model
 from safegene_edge.errors import FileFormatError
-from safegene_edge.gguf_file import ArrayValue, GGUFFile
+from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 
 
 @pytest.fixture()
@@ -55,3 +57,22 @@ def test_parts_that_are_missing_or_later_are_named(split_model):
     parts[1].unlink()
     with pytest.raises(FileFormatError, match=f"{parts[1].name}.*no such file"):
         open_model(parts[0])
+
+
+@pytest.mark.parametrize("count", [math.nan, math.inf, 2.5, -2])
+def test_a_number_of_parts_that_is_none(count, tmp_path):
+    facts = {"split.count": count}
+    path = tmp_path / "tiny-00001-of-00002.gguf"
+    write_gguf(path, "llama", facts, [("t.weight", np.ones((2, 2), np.float32))])
+    with pytest.raises(FileFormatError, match=rf"split\.count is {count}"):
+        open_model(path)
+
+
+def test_a_tensor_in_two_parts_is_named(tmp_path):
+    paths = [tmp_path / f"tiny-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for path in paths:
+        write_gguf(path, "llama", {"split.count": 2}, [("t.weight", np.ones((2, 2), np.float32))])
+    with pytest.raises(
+        FileFormatError, match=rf"{paths[1].name}: tensor 't\.weight' is in another"
+    ):
+        open_model(paths[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -121,8 +122,11 @@ def test_expression_round_trip_and_garbage(tmp_path):
     expression = Expression({0: 0.5, 11: 1.25}, gene="aa", target="bb")
     expression.save(tmp_path / "e.json")
     assert Expression.load(tmp_path / "e.json") == expression
-    for garbage in ("[]", "{}", '{"coefficients": {"x": 1}}', '{"coefficients": 3}', "no json"):
-        (tmp_path / "bad.json").write_text(garbage)
+    garbage = ["[]", "{}", '{"coefficients": {"x": 1}}', '{"coefficients": 3}', "no json"]
+    for value in ("NaN", "-1", "1e999", "1" + "0" * 400):
+        garbage.append(f'{{"coefficients": {{"3": {value}}}}}')
+    for text in (*garbage, "[" * 100_000, "\ud800"):
+        (tmp_path / "bad.json").write_text(text, errors="surrogatepass")
         with pytest.raises(FileFormatError, match=r"bad\.json"):
             Expression.load(tmp_path / "bad.json")
 
@@ -135,6 +139,8 @@ def broken(tmp_path, tensors, metadata=None):
 
 A, B = np.ones((2, 8), np.float32), np.ones((6, 2), np.float32)
 NAN = np.full((6, 2), np.nan, np.float32)
+_BOTH = [("t.lora_a", A), ("t.lora_b", B)]
+SCORES, FACTORS = "safegene.scores", "safegene.coefficients"
 BROKEN = {
     "missing half": ([("blk.0.attn_q.weight.lora_a", A)], {}, "lacks its lora_b"),
     "ranks differ": (
@@ -153,6 +159,47 @@ BROKEN = {
     "control vector": ([("t.lora_a", A)], {"adapter.type": "control_vector"}, "not a LoRA"),
     "infinite alpha": ([("t.lora_a", A)], {"adapter.lora.alpha": float("inf")}, "alpha is inf"),
     "future format": ([("t.lora_a", A), ("t.lora_b", B)], {"safegene.version": 9}, "format 9"),
+    "a list that is not UTF-8": (  # patched below: a writer writes no such string
+        [("t.lora_a", A), ("t.lora_b", B)],
+        {"safegene.refusal_openers": ["patch me"]},
+        "refusal_openers' is not UTF-8",
+    ),
+    "alpha as a count": (
+        [("t.lora_a", A), ("t.lora_b", B)],
+        {"adapter.lora.alpha": 16},
+        "alpha is not stored as float32",
+    ),
+    "a layer of NaN": (_BOTH, {SCORES: [0.5], f"{SCORES}.layers": [math.nan]}, "layers is nan"),
+    "an infinite layer": (_BOTH, {SCORES: [0.5], f"{SCORES}.layers": [math.inf]}, "layers is inf"),
+    "layer 1.5": (_BOTH, {SCORES: [0.5], f"{SCORES}.layers": [1.5]}, "no layer's"),
+    "layer -2": (_BOTH, {SCORES: [0.5], f"{SCORES}.layers": [-2]}, "no layer's"),
+    "a layer twice": (_BOTH, {SCORES: [1, 2], f"{SCORES}.layers": [3, 3]}, "a layer twice"),
+    "a score of NaN": (_BOTH, {SCORES: [math.nan], f"{SCORES}.layers": [1]}, "scores is nan"),
+    "a coefficient of NaN": (
+        _BOTH,
+        {FACTORS: [math.nan], f"{FACTORS}.layers": [1]},
+        "coefficients is nan",
+    ),
+    "an infinite coefficient": (
+        _BOTH,
+        {FACTORS: [math.inf], f"{FACTORS}.layers": [1]},
+        "coefficients is inf",
+    ),
+    "a negative coefficient": (
+        _BOTH,
+        {FACTORS: [-0.5], f"{FACTORS}.layers": [1]},
+        "of layer 1 is -0.5",
+    ),
+    "a margin of NaN": (_BOTH, {"safegene.aligned_margins": [1.0, math.nan]}, "margins is nan"),
+    "a KL of NaN": (_BOTH, {"safegene.aligned_kl": math.nan}, "aligned_kl is nan"),
+    "a share of NaN": (_BOTH, {"safegene.aligned_loss": math.nan}, "aligned_loss is nan"),
+    "a version of NaN": (_BOTH, {"safegene.version": math.nan}, "version is nan"),
+    "a source twice": (
+        _BOTH,
+        {"safegene.sources": ["a", "a"], "safegene.source_hashes": ["b", "c"]},
+        "a name twice",
+    ),
+    "a metadata of 17 MB": (_BOTH, {"x": "y" * (17 << 20)}, "17 MB of metadata"),
     "goal of no share": (
         [("t.lora_a", A), ("t.lora_b", B)],
         {"safegene.aligned_loss": 1.5},
@@ -164,8 +211,17 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_adapters_are_refused(name, tmp_path):
     tensors, metadata, reason = BROKEN[name]
-    with pytest.raises(FileFormatError, match=reason):
-        SafetyGene.load(broken(tmp_path, tensors, metadata))
+    path = broken(tmp_path, tensors, metadata)
+    path.write_bytes(path.read_bytes().replace(b"patch me", b"\xff" * 8))
+    with pytest.raises(FileFormatError, match=reason) as raised:
+        SafetyGene.load(path)
+    assert str(path) in str(raised.value)
+
+
+def test_an_alpha_that_no_float32_holds_is_not_saved(tmp_path):
+    with pytest.raises(SettingError, match="alpha is 1e\\+300"):
+        replace(random_gene(), alpha=1e300).save(tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
 
 
 def test_preflight_names_every_tensor(tiny):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import numpy as np
 import pytest
 
-from safegene_edge.errors import FileFormatError, OutputError
+from safegene_edge.errors import FileFormatError, OutputError, SettingError
 from safegene_edge.files import atomic_output
 from safegene_edge.gguf_file import GGUFFile, write_gguf
 
@@ -15,7 +16,8 @@ HEADER = b"GGUF" + struct.pack("<I", 3)
 
 
 def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
+    encoded = value.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
 
 
 def counts(tensors: int, values: int) -> bytes:
@@ -27,7 +29,12 @@ def tensor(name: str, shape: tuple[int, ...], kind: int = 0, offset: int = 0) ->
     return text(name) + struct.pack("<I", len(shape)) + extents + struct.pack("<IQ", kind, offset)
 
 
-U32, STRING, ARRAY = 4, 8, 9
+def alignment(kind: int, form: str, value: float) -> bytes:
+    key = text("general.alignment") + struct.pack(f"<I{form}", kind, value)
+    return counts(0, 1) + key + b"\0" * 64
+
+
+U32, I32, F32, STRING, ARRAY, U64 = 4, 5, 6, 8, 9, 10
 HOSTILE = {
     "not a GGUF": (b"PK\x03\x04 something else entirely", "not a GGUF"),
     "magic alone": (b"GGUF", "ends in the middle"),
@@ -67,6 +74,25 @@ HOSTILE = {
     "offset not aligned": (counts(1, 0) + tensor("t", (4,), 0, 7) + b"\0" * 64, "outside"),
     "name of 100 bytes": (counts(1, 0) + tensor("n" * 100, (4,)) + b"\0" * 64, "100 characters"),
     "same tensor twice": (counts(2, 0) + tensor("t", (4,)) * 2 + b"\0" * 99, "occurs twice"),
+    "string of 2^63 bytes in a list": (
+        counts(0, 1) + text("k") + struct.pack("<IIQQ", ARRAY, STRING, 1, 1 << 63) + b"\0" * 16,
+        "ends in",
+    ),
+    "strings that together are longer": (
+        counts(0, 1)
+        + text("k")
+        + struct.pack("<IIQQ9sQ", ARRAY, STRING, 2, 9, b"", 100)
+        + b"\0" * 40,
+        "ends in",
+    ),
+    "70,000 keys": (counts(0, 70_000) + b"\0" * (13 * 70_000), "counts 70000 entries"),
+    "an empty key": (counts(0, 1) + text("") + struct.pack("<II", U32, 1), "key .* is empty"),
+    "alignment of NaN": (alignment(F32, "f", math.nan), "alignment is nan"),
+    "infinite alignment": (alignment(F32, "f", -math.inf), "alignment is -inf"),
+    "alignment of 32.5": (alignment(F32, "f", 32.5), "alignment is 32.5"),
+    "alignment below 0": (alignment(I32, "i", -32), "alignment is -32"),
+    "alignment as uint64": (alignment(U64, "Q", 32), "not stored as uint32"),
+    "alignment of 2^63": (alignment(U64, "Q", 1 << 63), "not stored as uint32"),
     "alignment 0": (
         counts(0, 1) + text("general.alignment") + struct.pack("<II", U32, 0) + b"\0" * 32,
         "power of two",
@@ -121,6 +147,124 @@ def test_a_key_of_another_type_is_named(tmp_path):
     for read, key in ((file.text, "x.count"), (file.number, "x.words"), (file.strings, "x.n")):
         with pytest.raises(FileFormatError, match=key):
             read(key)
+
+
+NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_every_type_of_metadata_is_written_as_it_was_read(kind, tmp_path):
+    """Alone and in a list; the largest that the type holds, where it is an integer."""
+    size = struct.calcsize(f"<{NUMBERS[kind]}")
+    bits = 8 * size - NUMBERS[kind].islower()
+    value = {6: 0.5, 7: True, 12: 1e300}.get(kind, (1 << bits) - 1)
+    scalar = text("one") + struct.pack(f"<I{NUMBERS[kind]}", kind, value)
+    list_of = [False, True, True] if kind == 7 else [0, 1, value]
+    several = text("more") + struct.pack(f"<IIQ3{NUMBERS[kind]}", ARRAY, kind, 3, *list_of)
+    none = text("none") + struct.pack("<IIQ", ARRAY, kind, 0)
+    architecture = text("general.architecture") + struct.pack("<I", STRING) + text("llama")
+    content = counts(0, 4) + architecture + scalar + several + none
+    (tmp_path / "a.gguf").write_bytes(content)
+    file = GGUFFile(tmp_path / "a.gguf")
+    assert file.types == {"general.architecture": STRING, "one": kind, "more": kind, "none": kind}
+    facts = {"one": value, "more": list_of, "none": []}
+    assert file.metadata["one"] == value
+    assert {k: file.metadata[k].values() for k in ("more", "none")} == {
+        k: facts[k] for k in ("more", "none")
+    }
+    write_gguf(tmp_path / "b.gguf", "llama", facts, [], types=file.types)
+    written = (tmp_path / "b.gguf").read_bytes()
+    assert written == content + bytes(-len(content) % 32)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "got"),
+    [
+        (-1, U32, 11),  # int64: a value that was changed, and its type no longer holds it
+        (1 << 63, None, U64),
+        (7, None, U32),
+        ([7, -7], None, I32),
+        ([1 << 31], None, 11),
+        ([0.5, 2], None, F32),
+        (1e300, F32, 12),
+        ("text", F32, STRING),
+        ([True, False], None, 7),
+    ],
+)
+def test_a_type_is_chosen_that_holds_the_value(value, kind, got, tmp_path):
+    types = {} if kind is None else {"key": kind}
+    write_gguf(tmp_path / "x.gguf", "llama", {"key": value}, [], types=types)
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert file.types["key"] == got
+    found = file.metadata["key"]
+    assert (found.values() if isinstance(value, list) else found) == value
+
+
+@pytest.mark.parametrize("value", [["a", 1], 1 << 70, [True, 2], None])
+def test_what_no_type_holds_is_refused(value, tmp_path):
+    with pytest.raises(SettingError, match="no type of GGUF"):
+        write_gguf(tmp_path / "x.gguf", "llama", {"key": value}, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bytes_are_those_of_gguf_py(tmp_path):
+    from gguf import GGUFWriter
+
+    small_file(tmp_path / "a.gguf")
+    writer = GGUFWriter(tmp_path / "b.gguf", "llama")
+    writer.add_bool("x.flag", True)
+    writer.add_uint32("x.count", 7)
+    writer.add_float32("x.scale", 0.5)
+    writer.add_array("x.words", ["ä", ""])
+    writer.add_array("x.n", [1.5, 2.0])
+    writer.add_tensor("a", np.arange(12, dtype=np.float32).reshape(3, 4))
+    writer.add_tensor("b", np.ones(5, np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+def test_bad_utf8_in_a_list_is_named(tmp_path):
+    words = (
+        struct.pack("<IIQ", ARRAY, STRING, 2) + text("fine") + struct.pack("<Q", 2) + b"\xff\xfe"
+    )
+    (tmp_path / "x.gguf").write_bytes(counts(0, 1) + text("a.list") + words)
+    with pytest.raises(FileFormatError, match=r"a string of 'a\.list' is not UTF-8"):
+        GGUFFile(tmp_path / "x.gguf").strings("a.list")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 2.5, -1])
+def test_a_count_that_is_none(value, tmp_path):
+    write_gguf(tmp_path / "x.gguf", "llama", {"split.count": value}, [])
+    file = GGUFFile(tmp_path / "x.gguf")
+    with pytest.raises(FileFormatError, match=rf"split\.count is {value}"):
+        file.whole("split.count")
+    if not math.isfinite(value):
+        for read in (file.number, file.numbers):
+            with pytest.raises(FileFormatError, match="not a finite number"):
+                read("split.count")
+
+
+def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path):
+    content = counts(1, 0) + tensor("t\x1b[2J\u202e", (0, 4)) + b"\0" * 64
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(FileFormatError) as raised:
+        GGUFFile(tmp_path / "x.gguf")
+    assert "tensor 't?[2J?'" in str(raised.value)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -12,7 +12,7 @@ from tiny import WIDE
 
 from safegene_edge.compat import open_model
 from safegene_edge.errors import FileFormatError, SettingError
-from safegene_edge.gguf_file import GGUFFile, kernels
+from safegene_edge.gguf_file import GGUFFile, kernels, write_gguf
 from safegene_edge.merge import MergeSettings, merge
 from safegene_edge.merge.imatrix import read_imatrix
 
@@ -85,7 +85,58 @@ def test_an_importance_matrix_steers_the_rounding(quantised, tmp_path):
     assert (tmp_path / "with").read_bytes() != (tmp_path / "without").read_bytes()
 
 
-@pytest.mark.parametrize("data", [b"\x01\0\0\0", b"\xff" * 64, b"GGUF", struct.pack("<i", 2) * 9])
+def entry(name=b"blk.0.ffn_up.weight", calls=5, size=3, values=(1.0, 2.0, 3.0), length=None):
+    """One entry of the older form, with what a broken one says."""
+    head = struct.pack("<ii", 1, len(name) if length is None else length) + name
+    return head + struct.pack("<ii", calls, size) + struct.pack(f"<{len(values)}f", *values)
+
+
+BROKEN = {
+    "cut off": b"\x01\0\0\0",
+    "a count below 0": b"\xff" * 64,
+    "a magic alone": b"GGUF",
+    "numbers": struct.pack("<i", 2) * 9,
+    "a size below 0": entry(size=-1),
+    "a size of 0": entry(size=0),
+    "a size beyond the file": entry(size=1 << 30),
+    "a name below 0": entry(length=-8),
+    "a name of 0": entry(length=0),
+    "a name beyond the file": entry(length=1 << 30),
+    "a name that is not UTF-8": entry(name=b"\xff\xfe"),
+    "calls below 0": entry(calls=-3),
+    "a name twice": struct.pack("<i", 2) + entry()[4:] * 2,
+    "a value of NaN": entry(values=(1.0, float("nan"), 1.0)),
+    "an infinite value": entry(values=(1.0, float("inf"), 1.0)),
+    "a value below 0": entry(values=(1.0, -1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_matrix_of_the_older_form_is_refused(name, tmp_path):
+    path = tmp_path / "imatrix"
+    path.write_bytes(entry())
+    assert read_imatrix(path)["blk.0.ffn_up.weight"].tolist() == pytest.approx([0.2, 0.4, 0.6])
+    path.write_bytes(BROKEN[name])
+    with pytest.raises(FileFormatError, match=str(path)):
+        read_imatrix(path)
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts"),
+    [
+        ([1.0, np.nan], [1.0]), ([1.0, np.inf], [1.0]), ([1.0, -1.0], [1.0]),
+        ([1.0, 1.0], [np.nan]), ([1.0, 1.0], [-1.0]), ([1.0, 1.0], [np.inf]),
+        ([3e38, 3e38], [1e-3]), ([1.0, 1.0], [1.0, 1.0, 1.0]),
+    ],
+)  # fmt: skip
+def test_a_broken_matrix_in_gguf_is_refused(sums, counts, tmp_path):
+    arrays = [("t.in_sum2", np.array([sums], np.float32)), ("t.counts", np.array([counts], "f4"))]
+    write_gguf(tmp_path / "imatrix", "", {"general.type": "imatrix"}, arrays)
+    with pytest.raises(FileFormatError, match="imatrix: 't'"):
+        read_imatrix(tmp_path / "imatrix")
+
+
+@pytest.mark.parametrize("data", [b"\x01\0\0\0", BROKEN["a size below 0"]])
 def test_what_is_no_importance_matrix_is_refused(data, quantised, tmp_path):
     (tmp_path / "imatrix").write_bytes(data)
     gene = adapter_for(quantised(), tmp_path)

@@ -8,6 +8,7 @@ The format is llama.cpp's (ggml/include/gguf.h, versions 2 and 3, little endian)
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +24,13 @@ import numpy.typing as npt
 from ..errors import FileFormatError
 from ..files import PathLike, require_file, sha256
 from ..hub import resolve
-
-Scalar: TypeAlias = bool | int | float | str
+from .values import ARRAY, BOOL, FORMATS, STRING, UINT32, Scalar
 
 MAGIC = b"GGUF"
+ALIGNMENT = "general.alignment"
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME is 64 with the closing NUL; longer names are refused by ggml
-_STRING, _ARRAY = 8, 9
-_NUMERIC: dict[int, str] = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4",
-    6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
-}  # fmt: skip
+MAX_ENTRIES = 1 << 16  # keys, or tensors: the largest models have 2,000, and each takes memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +79,7 @@ class GGUFFile:
     def __init__(self, path: PathLike) -> None:
         self.path = resolve(path)
         self.metadata: dict[str, Scalar | ArrayValue] = {}
+        self.types: dict[str, int] = {}  # key to its value's GGUF type, of a list its elements'
         self.tensors: dict[str, TensorInfo] = {}
         self.spans: dict[str, tuple[int, int]] = {}  # key to where its bytes lie, name and value
         with _mapped(self.path) as data:
@@ -106,31 +104,47 @@ class GGUFFile:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A numeric value; without a default a missing key raises FileFormatError."""
+        """A finite number; without a default a missing key raises FileFormatError."""
         value = self.metadata.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self._broken(f"the key '{key}' is missing or not a number")
-        return value
+        return self._finite(key, value)
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number that is not negative; a missing key as for `number`."""
+        value = self.number(key, default)
+        if value < 0 or value != int(value):
+            raise self._broken(f"{key} is {value}, not a count")
+        return int(value)
+
+    @property
+    def alignment(self) -> int:
+        """What tensors' offsets are multiples of."""
+        return self.whole(ALIGNMENT, 32)
 
     def strings(self, key: str) -> list[str]:
         """A list of strings; empty when the key is missing."""
         value = self.metadata.get(key)
         if value is None:
             return []
-        if not isinstance(value, ArrayValue) or value.element_type != _STRING:
+        if not isinstance(value, ArrayValue) or value.element_type != STRING:
             raise self._broken(f"the key '{key}' is not a list of strings")
         return [str(item) for item in value.values()]
 
     def numbers(self, key: str) -> list[float]:
-        """A list of numbers (a single number counts as a list of one); empty when missing."""
+        """Finite numbers (a single number counts as a list of one); empty when missing."""
         value = self.metadata.get(key)
         if value is None:
             return []
-        if isinstance(value, ArrayValue) and value.element_type in _NUMERIC:
-            return [float(item) for item in value.values()]
-        if isinstance(value, (int, float)):
-            return [float(value)]
-        raise self._broken(f"the key '{key}' is not a list of numbers")
+        if self.types[key] in (STRING, BOOL):
+            raise self._broken(f"the key '{key}' is not a list of numbers")
+        items: list[Any] = value.values() if isinstance(value, ArrayValue) else [value]
+        return [float(self._finite(key, item)) for item in items]
+
+    def _finite(self, key: str, value: float) -> float:
+        if not math.isfinite(value):
+            raise self._broken(f"{key} is {value}, not a finite number")
+        return value
 
     # -- tensors ----------------------------------------------------------
 
@@ -154,10 +168,12 @@ class GGUFFile:
             return raw.view("<f2").reshape(info.shape).astype(np.float32)
         rows = raw.reshape(*info.shape[:-1], -1)
         try:
-            values = quants.dequantize(rows, kind).reshape(info.shape)
+            with np.errstate(all="ignore"):  # a hostile block's scale may be infinite
+                values = quants.dequantize(rows, kind).reshape(info.shape)
         except NotImplementedError as error:
             raise self._broken(
-                f"tensor '{name}' has the type {kind.name}, which cannot be read here"
+                f"tensor '{name}' has the type {kind.name}, which cannot be read here",
+                "Convert it again with tensors in F32 or F16",
             ) from error
         return np.asarray(values, dtype=np.float32)
 
@@ -179,7 +195,7 @@ class GGUFFile:
 
     def _parse(self, cursor: _Cursor) -> None:
         if cursor.take(4) != MAGIC:
-            raise self._broken("not a GGUF file", "Give a .gguf file as llama.cpp writes it")
+            raise self._broken("not a GGUF file", self._remedy())
         version = cursor.unpack("<I")
         if version not in (2, 3):
             raise self._broken(
@@ -190,25 +206,44 @@ class GGUFFile:
         # A tensor record takes at least 24 bytes and a value 13: more cannot be in the file.
         if n_tensors * 24 + n_values * 13 > cursor.left:
             raise self._broken("its header counts more entries than the file could hold")
+        if max(n_tensors, n_values) > MAX_ENTRIES:
+            raise self._broken(f"its header counts {max(n_tensors, n_values)} entries")
         for _ in range(n_values):
-            begin = cursor.position
-            key = cursor.string()
-            if key in self.metadata:
-                raise self._broken(f"the key '{key}' occurs twice")
-            self.metadata[key] = self._value(cursor, cursor.unpack("<I"))
-            self.spans[key] = begin, cursor.position
+            self._entry(cursor)
         pending = [self._tensor_record(cursor) for _ in range(n_tensors)]
-        alignment = int(self.number("general.alignment", 32))
+        alignment = self.alignment
         if alignment < 1 or alignment & (alignment - 1):
-            raise self._broken(f"general.alignment is {alignment}, not a power of two")
+            raise self._broken(f"{ALIGNMENT} is {alignment}, not a power of two")
+        if self.types.get(ALIGNMENT, UINT32) != UINT32:  # llama.cpp's gguf.cpp aborts on another
+            raise self._broken(f"{ALIGNMENT} is not stored as uint32")
         start = -(-cursor.position // alignment) * alignment
         for info in pending:
             self._place(info, start, alignment)
 
+    def _remedy(self) -> str:
+        if self.path.suffix != ".safetensors":
+            return "Give a .gguf file as llama.cpp writes it"
+        if (self.path.parent / "adapter_config.json").is_file():
+            return f"Convert its folder first: safegene-edge convert {self.path.parent}"
+        return "Convert it first: it is a safetensors file"
+
+    def _entry(self, cursor: _Cursor) -> None:
+        begin = cursor.position
+        key = cursor.string()
+        if not key:  # llama.cpp's gguf.cpp aborts on it
+            raise self._broken("a key of its metadata is empty")
+        if key in self.metadata:
+            raise self._broken(f"the key '{key}' occurs twice")
+        kind = cursor.unpack("<I")
+        value = self._value(cursor, kind)
+        self.types[key] = value.element_type if isinstance(value, ArrayValue) else kind
+        self.metadata[key] = value
+        self.spans[key] = begin, cursor.position
+
     def _value(self, cursor: _Cursor, kind: int) -> Scalar | ArrayValue:
-        if kind == _STRING:
+        if kind == STRING:
             return cursor.string()
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self._array(cursor)
         dtype = self._dtype(kind)
         value: Scalar = np.frombuffer(cursor.take(dtype.itemsize), dtype)[0].item()
@@ -217,7 +252,7 @@ class GGUFFile:
     def _array(self, cursor: _Cursor) -> ArrayValue:
         kind, count = cursor.unpack("<I"), cursor.unpack("<Q")
         value = ArrayValue(self, kind, cursor.position, count)
-        if kind == _STRING:
+        if kind == STRING:
             if count * 8 > cursor.left:
                 raise self._broken("a list of strings is longer than the file")
             cursor.skip_strings(count)
@@ -226,15 +261,19 @@ class GGUFFile:
         return value
 
     def _dtype(self, kind: int) -> np.dtype[Any]:
-        if kind not in _NUMERIC:
+        if kind not in FORMATS:
             raise self._broken(f"a metadata value has the unknown type {kind}")
-        return np.dtype(_NUMERIC[kind])
+        return np.dtype(f"<{FORMATS[kind]}")
 
     def _read_array(self, value: ArrayValue) -> list[Any]:
         with _mapped(self.path) as data:
             cursor = _Cursor(data, self.path, value.offset)
-            if value.element_type == _STRING:
-                return [cursor.string() for _ in range(value.count)]
+            if value.element_type == STRING:
+                try:
+                    return [cursor.string() for _ in range(value.count)]
+                except UnicodeDecodeError as error:
+                    key = next((k for k, v in self.metadata.items() if v is value), "")
+                    raise self._broken(f"a string of '{key}' is not UTF-8 ({error})") from error
             dtype = self._dtype(value.element_type)
             numbers = np.frombuffer(cursor.take(value.count * dtype.itemsize), dtype)
             return list(numbers.tolist())
@@ -299,8 +338,11 @@ class _Cursor:
     def skip_strings(self, count: int) -> None:
         """Skip so many strings; a vocabulary's, so the loop is a tight one."""
         read, data, at = struct.Struct("<Q").unpack_from, self._data, self.position
-        for _ in range(count):
-            at += 8 + read(data, at)[0]
+        try:
+            for _ in range(count):
+                at += 8 + read(data, at)[0]
+        except (struct.error, OverflowError):  # a length beyond the file, or beyond an address
+            at = len(data) + 1
         self.skip(at - self.position)
 
     def take(self, n_bytes: int) -> bytes:

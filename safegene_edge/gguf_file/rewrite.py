@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileFormatError
-from . import MAGIC, GGUFFile, Scalar, TensorInfo
 from .kernels import TensorType
+from .reader import MAGIC, GGUFFile, TensorInfo
+from .values import Value, pack_string, pack_value
 
-_STRING, _ARRAY, _FLOAT32, _UINT32 = 8, 9, 6, 4
 _COPY = 1 << 26  # bytes a system call
-Value = Scalar | list[str] | list[float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +55,11 @@ def draft(
         drop: tells the keys to leave out.
     """
     first = parts[0]
-    alignment = int(first.number("general.alignment", 32))
+    alignment = first.alignment
     with open(first.path, "rb") as source:
         data = source.read(max((end for _, end in first.spans.values()), default=24))
     kept = [data[a:b] for key, (a, b) in first.spans.items() if key not in added and not drop(key)]
-    pairs = kept + [_string(key) + _value(value) for key, value in added.items()]
+    pairs = kept + [pack_string(key) + pack_value(value) for key, value in added.items()]
     infos = [info for part in parts for info in part.tensors.values() if info.path == part.path]
     records, places, end = [], list[Place](), 0
     for info in infos:
@@ -69,8 +68,8 @@ def draft(
             raise FileFormatError(f"{info.path}: rows of '{info.name}' do not fit {kind.name}")
         size = kind.width(info.n_elements)
         shape = info.shape[::-1]
-        records.append(_string(info.name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape,
-                                                        kind.number, end))  # fmt: skip
+        entry = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind.number, end)
+        records.append(pack_string(info.name) + entry)
         places.append(Place(info, kind.number, end, size))
         end = -(-(end + size) // alignment) * alignment
     version = struct.unpack("<I", data[4:8])[0]
@@ -79,25 +78,6 @@ def draft(
     header += b"\0" * (-len(header) % alignment)
     moved = tuple(Place(p.info, p.ggml_type, p.offset + len(header), p.n_bytes) for p in places)
     return Draft(header, moved, len(header) + end)
-
-
-def _string(text: str) -> bytes:
-    encoded = text.encode()
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _value(value: Value) -> bytes:
-    if isinstance(value, str):
-        return struct.pack("<I", _STRING) + _string(value)
-    if isinstance(value, list):
-        texts = [item for item in value if isinstance(item, str)]
-        numbers = [item for item in value if not isinstance(item, str)]
-        kind = _STRING if texts else _FLOAT32
-        body = b"".join(map(_string, texts)) or struct.pack(f"<{len(numbers)}f", *numbers)
-        return struct.pack("<IIQ", _ARRAY, kind, len(value)) + body
-    if isinstance(value, float):
-        return struct.pack("<If", _FLOAT32, value)
-    return struct.pack("<II", _UINT32, int(value))
 
 
 def begin(path: Path, n_bytes: int) -> int:

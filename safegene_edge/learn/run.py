@@ -258,7 +258,7 @@ def plan(file: GGUFFile, settings: LearnSettings) -> tuple[list[int], int]:
     Raises:
         SettingError: the model has not these layers, or no `attn_output` in one of them.
     """
-    count = int(file.number(f"{file.architecture}.block_count", 0))
+    count = file.whole(f"{file.architecture}.block_count", 0)
     first, last = settings.layers or (max(1, count // 6), max(1, count - 2))
     if not 1 <= first <= last <= count - 2:
         raise SettingError(

@@ -22,9 +22,10 @@ def read_imatrix(path: PathLike) -> dict[str, Floats]:
     """
     with open(require_file(path), "rb") as handle:
         data = handle.read()
-    found = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)
+    with np.errstate(all="ignore"):  # what is or becomes infinite or NaN is refused
+        found = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)
     for name, values in found.items():
-        if not np.isfinite(values).all() or (values < 0).any():
+        if not values.size or not np.isfinite(values).all() or (values < 0).any():
             raise FileFormatError(f"{path}: '{name}' holds a value that is no mean square")
     return found
 
@@ -41,6 +42,8 @@ def _from_gguf(path: PathLike) -> dict[str, Floats]:
         sums, counts = file.floats(name + _SUMS), file.floats(name + _COUNTS)
         if sums.size % counts.size:
             raise FileFormatError(f"{path}: '{name}' has {sums.size} sums, {counts.size} counts")
+        if not np.isfinite(counts).all() or (counts < 0).any():
+            raise FileFormatError(f"{path}: '{name}' holds a count that is none")
         each = sums.reshape(counts.size, -1)
         share = counts.reshape(-1, 1)
         mean = np.divide(each, share, out=np.ones_like(each), where=share > 0)
@@ -57,9 +60,13 @@ def _from_binary(path: PathLike, data: bytes) -> dict[str, Floats]:
             raise ValueError(f"it counts {count} entries")
         for _ in range(count):
             (length,) = struct.unpack_from("<i", data, at)
+            if not 0 < length <= len(data):
+                raise ValueError(f"a name of {length} bytes")
             name = data[at + 4 : at + 4 + length].decode("utf-8")
             at += 4 + length
             calls, size = struct.unpack_from("<ii", data, at)
+            if size < 1 or calls < 0 or name in found:
+                raise ValueError(f"'{name}' has {size} values of {calls} calls, or occurs twice")
             values = np.frombuffer(data, "<f4", size, at + 8)
             found[name] = values / np.float32(max(1, calls))
             at += 8 + 4 * size

@@ -13,8 +13,7 @@ from ..aliases import Floats
 from ..errors import MismatchError, SettingError
 from ..files import sha256
 from ..gene import Adapter, AdapterLike, Expression, Pair, SafetyGene
-from ..gguf_file import GGUFFile, kernels
-from ..gguf_file.rewrite import Value
+from ..gguf_file import GGUFFile, Value, kernels
 from .rounding import Update
 
 How: TypeAlias = float | Expression

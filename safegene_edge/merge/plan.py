@@ -24,9 +24,9 @@ from ..compat import SHARD, open_model, other_parts, require_fit
 from ..errors import NoEffectError, OutputError
 from ..files import PathLike, atomic_output, check_output, sha256
 from ..gene import Expression
-from ..gguf_file import GGUFFile
+from ..gguf_file import GGUFFile, Value
 from ..gguf_file.kernels import TensorType
-from ..gguf_file.rewrite import Draft, Place, Value, begin, copy, draft
+from ..gguf_file.rewrite import Draft, Place, begin, copy, draft
 from .codes import layouts
 from .imatrix import read_imatrix
 from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
