@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from adapters import random_adapter
 from safetensors.numpy import load_file, save_file
 
 from safegene_edge.cli import main
-from safegene_edge.gene import Adapter, Pair
+from safegene_edge.gene import INVOCATION, Adapter, Pair
 from safegene_edge.gguf_file import write_gguf
 
 
@@ -261,6 +262,21 @@ def folder_as_model(c):
     return ["eval", c.folder, "--json", c.output]
 
 
+@case("safegene-edge convert")
+def peft_folder_as_gene(c):
+    return c.evaluate(c.peft)
+
+
+@case("safegene-edge convert")
+def peft_folder_as_an_adapter_to_merge(c):
+    return ["merge", c.model, c.peft, "-o", c.output]
+
+
+@case("safegene-edge convert")
+def peft_folder_to_recalibrate(c):
+    return ["recalibrate", c.model, c.peft, "-o", c.output]
+
+
 @case("is of the type 'model', not a LoRA")
 def model_as_gene(c):
     return c.evaluate(c.model)
@@ -299,6 +315,58 @@ def missing_argument(c):
 @case("No such command")
 def unknown_command(c):
     return ["improve", c.model]
+
+
+# -- aLoRAs: meant to be on behind certain tokens alone -------------------
+
+
+def alora(c):
+    known = {"extra": {INVOCATION: [5, 9]}, "types": {INVOCATION: 4}}
+    replace(c.adapter, **known).save(c.gene)
+    return c.gene
+
+
+@case("is an aLoRA")
+def an_alora_as_a_gene(c):
+    return c.evaluate(alora(c))
+
+
+@case("is an aLoRA")
+def merging_an_alora(c):
+    return ["merge", c.model, alora(c), "-o", c.output, "--plain"]
+
+
+@case("is an aLoRA")
+def merging_an_alora_beside_another(c):
+    c.adapter.save(c.folder / "other.gguf")
+    return ["merge", c.model, c.folder / "other.gguf", alora(c), "-o", c.output]
+
+
+@case("is an aLoRA")
+def exporting_an_alora(c):
+    (c.folder / "there").mkdir()
+    return ["export", "ollama", c.model, alora(c), "-o", c.folder / "there"]
+
+
+@case("is an aLoRA")
+def exporting_an_alora_merged(c):
+    (c.folder / "there").mkdir()
+    return ["export", "lm-studio", c.model, alora(c), "-o", c.folder / "there"]
+
+
+@case("is an aLoRA")
+def an_alora_to_peft(c):
+    return ["to-peft", alora(c), "--base", c.model, "-o", c.folder / "new"]
+
+
+@case("is an aLoRA")
+def recalibrating_an_alora(c):
+    return ["recalibrate", c.model, alora(c), "-o", c.output]
+
+
+@case("is an aLoRA")
+def chatting_with_an_alora(c):
+    return ["chat", c.model, "--gene", alora(c)]
 
 
 # -- PEFT folders -----------------------------------------------------------

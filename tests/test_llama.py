@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -21,8 +23,10 @@ from safegene_edge.errors import (
     NoEffectError,
     SafeGeneError,
     SettingError,
+    UnsupportedError,
 )
-from safegene_edge.gene import Adapter, Pair
+from safegene_edge.gene import INVOCATION, Adapter, Pair
+from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.chat import ChatTemplate
 from safegene_edge.runtime.controls import ControlTexts
 
@@ -590,3 +594,80 @@ def test_a_model_that_is_none(tmp_path):
     (tmp_path / "x.gguf").write_text("hello")
     with pytest.raises(SafeGeneError, match="not a GGUF"):
         SafeLlama(tmp_path / "x.gguf")
+
+
+# -- what llama.cpp refuses -----------------------------------------------
+
+
+def test_an_alora_is_not_attached_always_on(llama, model, tmp_path):
+    before = logits(llama)
+    adapter = alora(model)
+    adapter.save(tmp_path / "alora.gguf")
+    for given in (adapter, tmp_path / "alora.gguf"):
+        with pytest.raises(UnsupportedError, match=r"aLoRA.*\[5, 9\].*always on"):
+            llama.attach(given, 0.5)
+    assert llama.adapters == ()
+    assert np.array_equal(logits(llama), before)
+
+
+def test_llama_cpp_still_takes_an_alora_that_was_saved_again(llama, model, tmp_path):
+    """It reads its tokens from an array of uint32, and refuses one of int32."""
+    alora(model).save(tmp_path / "a.gguf")
+    Adapter.load(tmp_path / "a.gguf").save(tmp_path / "b.gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    pointer = llama_cpp.llama_adapter_lora_init(llama.model, bytes(tmp_path / "b.gguf"))
+    assert pointer
+    assert llama_cpp.llama_adapter_get_alora_n_invocation_tokens(pointer) == 2
+    llama_cpp.llama_adapter_lora_free(pointer)
+
+
+def alora(model):
+    return replace(random_adapter(model), extra={INVOCATION: [5, 9]}, types={INVOCATION: 4})
+
+
+def test_a_refused_adapter_comes_with_llama_cpps_reason(llama, model, tmp_path):
+    """llama.cpp wants tensors without gaps, which no rule of GGUF asks for."""
+    path = tmp_path / "gap.gguf"
+    random_adapter(model).save(path)
+    data, file = bytearray(path.read_bytes()), GGUFFile(path)
+    last = list(file.tensors.values())[-1]
+    start = min(info.offset for info in file.tensors.values())
+    at = data.rindex((last.offset - start).to_bytes(8, "little"), 0, start)
+    data[at : at + 8] = (last.offset - start + 32).to_bytes(8, "little")
+    path.write_bytes(bytes(data) + bytes(64))
+    Adapter.load(path)  # nothing is wrong with it for a reader of GGUF
+    with pytest.raises(MismatchError, match=rf"'{last.name}' has offset") as raised:
+        llama.attach(path)
+    assert "verbose" not in str(raised.value)
+    assert llama.attach(random_adapter(model))
+
+
+def test_a_refused_model_comes_with_llama_cpps_reason(model, tmp_path, capfd):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(model.read_bytes().replace(b"rms_epsilon", b"rms_epsilom"))
+    with pytest.raises(LlamaCppError, match=r"key not found.*layer_norm_rms_epsilon"):
+        SafeLlama(path)
+    assert capfd.readouterr().err == ""
+
+
+def test_reasons_reach_the_log_that_was_there_before(model, tmp_path):
+    from safegene_edge.runtime.log import reason
+
+    seen = []
+
+    @llama_cpp.llama_log_callback
+    def mine(level, text, _):
+        seen.append((level, text))
+
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    llama_cpp.llama_log_set(mine, ctypes.c_void_p())
+    try:
+        with reason() as why:
+            params = llama_cpp.llama_model_default_params()
+            assert not llama_cpp.llama_model_load_from_file(b"/nowhere.gguf", params)
+    finally:
+        llama_cpp.llama_log_set(before, data)
+    assert "nowhere.gguf" in str(why)
+    assert "\n" not in str(why)
+    assert any(level == 4 and b"nowhere.gguf" in text for level, text in seen)

@@ -18,12 +18,15 @@ _MODEL = "MODEL.gguf"
 @click.argument("peft_dir", type=click.Path())
 @click.option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
 @click.option("-o", "--output", required=True, metavar="ADAPTER.gguf", help="Where to write it.")
-def convert(peft_dir: str, base: str, output: str) -> None:
-    """Turn a PEFT LoRA folder into a GGUF LoRA that llama.cpp loads."""
+@click.option("--text-only", is_flag=True, help="Leave out the tensors of a vision or audio part.")
+def convert(peft_dir: str, base: str, output: str, text_only: bool) -> None:
+    """Turn a PEFT or MLX LoRA folder into a GGUF LoRA that llama.cpp loads."""
     from ..converters import convert as run
 
-    adapter = run(peft_dir, base=base, output=output)
+    adapter = run(peft_dir, base=base, output=output, text_only=text_only)
     click.echo(f"{output}: {_summary(adapter)}", err=True)
+    if left := adapter.extra.get("safegene.peft.left_out"):
+        click.echo(f"left out: {left} tensors of a vision or audio part", err=True)
 
 
 @click.command("to-peft")
@@ -85,20 +88,26 @@ def _model_facts(file: GGUFFile) -> dict[str, Any]:
         "kind": "model",
         "name": file.metadata.get("general.name", ""),
         "architecture": architecture,
-        "layers": int(file.number(f"{architecture}.block_count", 0)),
+        "layers": file.whole(f"{architecture}.block_count", 0),
         "parameters": sum(info.n_elements for info in file.tensors.values()),
         "bytes": file.n_bytes,
         "tensor_types": dict(types.most_common()),
-        "context_length": int(file.number(f"{architecture}.context_length", 0)),
+        "context_length": file.whole(f"{architecture}.context_length", 0),
         "chat_template": "tokenizer.chat_template" in file.metadata,
         "tied_output": "output.weight" not in file.tensors,
     }
 
 
 def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
+    from ..gene import INVOCATION
+
     facts: dict[str, Any] = {
         "file": str(file.path),
-        "kind": "safety gene" if gene.family else "LoRA adapter",
+        "kind": "aLoRA adapter"
+        if gene.is_alora
+        else "safety gene"
+        if gene.family
+        else "LoRA adapter",
         "architecture": gene.architecture,
         "alpha": gene.alpha,
         "ranks": sorted({pair.rank for pair in gene.pairs.values()}),
@@ -107,6 +116,8 @@ def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
         "layers": list(gene.layers),
         "tensors": list(gene.pairs),
     }
+    if gene.is_alora:
+        facts["invocation_tokens"] = gene.extra.get(INVOCATION, [])
     if gene.family:
         facts |= {
             "family": gene.family,
@@ -122,8 +133,11 @@ def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
 
 
 def _as_lines(facts: dict[str, Any]) -> str:
+    from .terminal import printable
+
     width = max(map(len, facts))
-    return "\n".join(f"{key:<{width}}  {_shown(value)}" for key, value in facts.items())
+    lines = (f"{key:<{width}}  {_shown(value)}" for key, value in facts.items())
+    return "\n".join(printable(" ".join(line.splitlines())) for line in lines)
 
 
 def _shown(value: Any) -> str:

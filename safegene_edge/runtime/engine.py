@@ -23,6 +23,7 @@ from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Batch, common, trim
 from .llama import AttachedAdapter, SafeLlama
+from .log import reason
 from .logits import kl_from_logits, log_softmax, log_sum_exp
 
 Scales = Mapping[AttachedAdapter, float]
@@ -145,10 +146,12 @@ class Engine:
         params.n_threads = params.n_threads_batch = n_threads
         if self._watch is not None:
             params.cb_eval = self._watch.call
-        context = self.llama.open_context(self, params)
+        with reason() as why:
+            context = self.llama.open_context(self, params)
         if not context:
             raise LlamaCppError(
-                f"llama.cpp could not make a context of {n_ctx} cells", "Give a smaller n_ctx"
+                why.after(f"llama.cpp could not make a context of {n_ctx} cells"),
+                "Give a smaller n_ctx",
             )
         return context
 

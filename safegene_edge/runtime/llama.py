@@ -22,6 +22,7 @@ from ..hub import resolve
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler
 from .controls import ControlTexts
 from .devices import physical_cores
+from .log import reason
 from .shared import AttachedAdapter as AttachedAdapter
 from .shared import SharedLlama
 
@@ -87,21 +88,22 @@ class SafeLlama(SharedLlama):
             n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
         if options.get("chat_format") is None and options.get("chat_handler") is None:
             options["chat_handler"] = chat_handler
-        try:
-            super().__init__(
-                str(self._file.path),
-                n_ctx=n_ctx,
-                n_threads=threads,
-                n_threads_batch=options.pop("n_threads_batch", None) or threads,
-                n_gpu_layers=n_gpu_layers,
-                verbose=verbose,
-                **options,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise LlamaCppError(
-                f"{model_path}: llama.cpp cannot load the model ({error})",
-                "Run `safegene-edge inspect` on it, or load with verbose=True for llama.cpp's log",
-            ) from error
+        with reason() as why:
+            try:
+                super().__init__(
+                    str(self._file.path),
+                    n_ctx=n_ctx,
+                    n_threads=threads,
+                    n_threads_batch=options.pop("n_threads_batch", None) or threads,
+                    n_gpu_layers=n_gpu_layers,
+                    verbose=verbose,
+                    **options,
+                )
+            except (ValueError, RuntimeError) as error:
+                raise LlamaCppError(
+                    f"{model_path}: llama.cpp cannot load the model ({str(why) or error})",
+                    "Run `safegene-edge inspect` on it, or load with verbose=True for its log",
+                ) from error
         if not verbose:
             # llama-cpp-python takes ggml's level 3 for an error, where it is a warning: it
             # would print one line a tensor while an adapter loads.
@@ -214,8 +216,9 @@ class SafeLlama(SharedLlama):
                 *(handle.pointer for handle in chosen)
             )
             values = (ctypes.c_float * len(chosen))(*chosen.values())
-            if llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), values):
-                raise LlamaCppError("llama.cpp refused to set the adapters")
+            with reason() as why:
+                if llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), values):
+                    raise LlamaCppError(why.after("llama.cpp refused to set the adapters"))
         return frozenset(chosen)
 
     def _load(self, adapter: AdapterLike, name: str) -> Any:
@@ -224,11 +227,12 @@ class SafeLlama(SharedLlama):
                 path = Path(folder) / "adapter.gguf"
                 adapter.save(path)
                 return self._load(path, name)
-        pointer = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))
+        with reason() as why:
+            pointer = llama_cpp.llama_adapter_lora_init(self.model, os.fsencode(adapter))
         if not pointer:
             raise MismatchError(
-                f"{name}: llama.cpp refused the adapter for {self._file.path}",
-                "Load the model with verbose=True to see llama.cpp's reason",
+                why.after(f"{name}: llama.cpp refused the adapter for {self._file.path}"),
+                "Make the adapter again, for this model",
             )
         return pointer
 

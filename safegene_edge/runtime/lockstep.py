@@ -28,6 +28,7 @@ from .batch import Ints, batch_struct, common_prefix
 from .engine import Scales, context_params
 from .graph import is_matrix, library, name_of, node_at, put, values
 from .llama import SafeLlama
+from .log import reason
 
 WRITER = "attn_output"  # the tensor whose product is added to the residual stream
 _BELOW = "l_out-{}"
@@ -318,10 +319,11 @@ class _Context:
 
     def __enter__(self) -> Any:
         lane = self.lane
-        context = lane.llama.open_context(self, lane.params(self.stops.call))
+        with reason() as why:
+            context = lane.llama.open_context(self, lane.params(self.stops.call))
         if not context:
             raise LlamaCppError(
-                f"llama.cpp could not make a context of {lane.rows} cells",
+                why.after(f"llama.cpp could not make a context of {lane.rows} cells"),
                 "Learn from fewer prompts",
             )
         self._free = weakref.finalize(self, llama_cpp.llama_free, context)

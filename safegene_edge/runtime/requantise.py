@@ -25,6 +25,8 @@ def requantise(source: PathLike, output: PathLike, kind: str = "Q4_K_M") -> None
     """
     import llama_cpp
 
+    from .log import reason
+
     name = "LLAMA_FTYPE_ALL_F32" if kind == "F32" else _PREFIX + kind
     ftype = getattr(llama_cpp, name, None)
     if ftype is None:
@@ -35,8 +37,9 @@ def requantise(source: PathLike, output: PathLike, kind: str = "Q4_K_M") -> None
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = ftype, True, physical_cores()
     with atomic_output(output, [source]) as temporary:
-        code = llama_cpp.llama_model_quantize(
-            os.fsencode(source), os.fsencode(temporary), ctypes.byref(params)
-        )
+        with reason() as why:
+            code = llama_cpp.llama_model_quantize(
+                os.fsencode(source), os.fsencode(temporary), ctypes.byref(params)
+            )
         if code:
-            raise LlamaCppError(f"{source}: llama.cpp could not write it as {kind}")
+            raise LlamaCppError(why.after(f"{source}: llama.cpp could not write it as {kind}"))
