@@ -1,4 +1,4 @@
-"""Converters between PEFT folders and GGUF, without torch: names are imported when first used."""
+"""Converters between PEFT or MLX folders and GGUF, without torch; names are imported when used."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from ..errors import FileFormatError, UnsupportedError
 from ..gene import layer_of
 from ..gguf_file import GGUFFile
+from .keys import of_senses
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 MAX_BLOCKS = 10_000
@@ -28,7 +29,8 @@ _ATTENTION = tuple(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o"))
 _FEED_FORWARD = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 _FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 _PERMUTED = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
-_NESTED = re.compile(r"\b(language_model|text_model)\.")
+_NESTED = re.compile(r"(?:(?:^|(?<=\.))(?:language_model|text_model)\.)")
+_LAYER = re.compile(r"(?:^|(?<=\.))layers\.([0-9]{1,9})\.")
 
 
 def is_linear_layer(module: str) -> bool:
@@ -53,7 +55,7 @@ class BaseNames:
                 f"converted, only {', '.join(ARCHITECTURES)}",
                 "Convert with llama.cpp's convert_lora_to_gguf.py and check the result",
             )
-        self.n_blocks = int(model.number(f"{self.architecture}.block_count"))
+        self.n_blocks = model.whole(f"{self.architecture}.block_count")
         if not 1 <= self.n_blocks <= MAX_BLOCKS:
             raise FileFormatError(f"{model.path}: it counts {self.n_blocks} blocks")
 
@@ -63,11 +65,13 @@ class BaseNames:
         None where GGUF knows no such module. The tensor need not be in this base: a larger
         model of the family has more blocks, and a tied output has no tensor of its own.
         """
-        plain = _NESTED.sub("", module)
-        block = re.search(r"\blayers\.(\d+)\.", plain)
+        if of_senses(module):
+            return None
+        plain = re.sub(r"^(?:model\.){2,}", "model.", _NESTED.sub("", module))
+        block = _LAYER.search(plain)
         number = int(block.group(1)) if block else 0
         # gguf-py's map is made for a number of blocks: ask about block 0, then put the number in.
-        first = re.sub(r"\blayers\.\d+\.", "layers.0.", plain, count=1)
+        first = _LAYER.sub("layers.0.", plain, count=1)
         for candidate in (first, f"model.{first}"):
             name = self._map.get_name(f"{candidate}.weight", try_suffixes=(".weight",))
             if name:

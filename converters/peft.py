@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +25,9 @@ import numpy.typing as npt
 from ..errors import FileFormatError, UnsupportedError
 from ..files import PathLike, require_file
 from . import safetensors_file
+from .keys import module_of, of_senses, plain, within_peft
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MODULE_PREFIX = "base_model.model."
-_HALF = re.compile(r"(.+)\.lora_([AB])\.weight")
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Settings of PEFT that change what the adapter computes, beside the plain low-rank update.
@@ -64,10 +63,11 @@ _HARMLESS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """One thing that a GGUF LoRA cannot represent, and why."""
+    """One thing that a GGUF LoRA cannot represent, why, and what to do where that is special."""
 
     item: str
     reason: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,7 @@ class PeftAdapter:
         pairs: full module name ("base_model.model.model.layers.0...") to its pair.
         metadata: the safetensors file's own.
         refusals: what cannot be represented; empty for a plain LoRA.
+        left_out: tensors of a vision or audio part that were left out on demand.
     """
 
     source: str
@@ -116,28 +117,23 @@ class PeftAdapter:
     pairs: Mapping[str, PeftPair]
     metadata: Mapping[str, str]
     refusals: tuple[Refusal, ...] = ()
+    left_out: int = 0
 
 
-def module_of(key: str) -> str:
-    """A module's name in the base model, as PEFT matches patterns against it."""
-    return key.removeprefix(MODULE_PREFIX)
-
-
-def read_peft(folder: PathLike) -> PeftAdapter:
+def read_peft(folder: PathLike, *, text_only: bool = False) -> PeftAdapter:
     """Read a PEFT folder: adapter_config.json and adapter_model.safetensors.
 
     What a GGUF LoRA cannot hold is returned in `refusals`, for one message with all of it.
+
+    Args:
+        text_only: leave out what belongs to a vision or audio part.
 
     Raises:
         FileFormatError: a file is missing, malformed, or contradicts the other.
         UnsupportedError: no LoRA, or its weights are pickled.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileFormatError(
-            f"{folder}: not a folder", "Give the folder that PEFT's save_pretrained wrote"
-        )
-    values, text = _read_json(folder / CONFIG)
+    values, text = read_config(folder)
     kind = values.get("peft_type")
     if not isinstance(kind, str):
         raise FileFormatError(f"{folder / CONFIG}: has no 'peft_type'", "Give a PEFT folder")
@@ -145,24 +141,28 @@ def read_peft(folder: PathLike) -> PeftAdapter:
         raise UnsupportedError(
             f"{folder}: cannot be a GGUF LoRA: peft_type is {kind}, only LORA has A and B pairs"
         )
-    refused = setting_refusals(values)
+    refused = setting_refusals(_text_settings(values) if text_only else values)
     config = parse_config(values, text, folder / CONFIG)
     weights = folder / WEIGHTS
     if not weights.exists() and (folder / PICKLE).exists():
         refused.append(Refusal(PICKLE, "a pickle can run code; save it again as safetensors"))
         raise unsupported(str(folder), refused)
     tensors, metadata = safetensors_file.read(weights)
-    pairs, tensor_refusals = _pairs(weights, tensors)
-    adapter = PeftAdapter(str(folder), config, pairs, metadata, (*refused, *tensor_refusals))
-    _check_values(adapter, weights)
+    pairs, tensor_refusals, left_out = collect(weights, tensors, _PEFT, config, text_only)
+    refused += tensor_refusals
+    adapter = PeftAdapter(str(folder), config, pairs, metadata, tuple(refused), left_out)
+    check_values(adapter, weights)
     return adapter
 
 
 def unsupported(source: str, refusals: Iterable[Refusal]) -> UnsupportedError:
     """One error that names every item under its reason."""
+    refusals = list(refusals)
+    remedies = {refusal.remedy for refusal in refusals}
+    default = "Train or save the adapter without these, or merge it into its base first"
     return UnsupportedError(
         f"{source}: cannot be a GGUF LoRA: {listed(refusals)}",
-        "Train or save the adapter without these, or merge it into its base first",
+        remedies.pop() if len(remedies) == 1 and "" not in remedies else default,
     )
 
 
@@ -247,17 +247,22 @@ def _pattern(
         raise fail(name, pattern, "a table of module names")
     for key in pattern:
         try:
-            re.compile(key)
-        except re.error as error:
+            _matcher(key)
+        except (re.error, OverflowError, RecursionError) as error:
             raise fail(name, key, f"a regular expression ({error})") from error
     return {key: parse(f"{name}[{key}]", value) for key, value in pattern.items()}
 
 
 def _first_match(pattern: Mapping[str, float], module: str, default: float) -> float:
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if _matcher(key).match(module):
             return value
     return default
+
+
+def _matcher(key: str) -> re.Pattern[str]:
+    """A pattern's key as PEFT matches it."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def setting_refusals(values: Mapping[str, Any]) -> list[Refusal]:
@@ -281,7 +286,23 @@ def setting_refusals(values: Mapping[str, Any]) -> list[Refusal]:
     return found
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+def _text_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without whole modules of a vision or audio part, which are left out."""
+    saved = values.get("modules_to_save")
+    kept = (
+        [name for name in saved if not of_senses(str(name))] if isinstance(saved, list) else saved
+    )
+    return {**values, "modules_to_save": kept}
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """The settings in an adapter's folder, and their text."""
+    if not folder.is_dir():
+        kind = "a file, not a folder" if folder.exists() else "not a folder"
+        raise FileFormatError(
+            f"{folder}: {kind}", f"Give the folder that holds the adapter and its {CONFIG}"
+        )
+    path = folder / CONFIG
     if not path.exists():
         raise FileFormatError(f"{path}: no such file", "Give the folder that PEFT wrote")
     try:
@@ -297,36 +318,87 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
 # -- the tensors ----------------------------------------------------------
 
 
-def _pairs(
-    path: Path, tensors: Mapping[str, safetensors_file.StoredTensor]
-) -> tuple[dict[str, PeftPair], list[Refusal]]:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a kind of adapter names its halves, and whether it stores them as x A B, transposed."""
+
+    half: re.Pattern[str]
+    names: tuple[str, str]
+    transposed: bool = False
+
+
+_PEFT = Layout(re.compile(r"(.+)\.lora_([AB])\.weight"), ("A", "B"))
+_Halves: TypeAlias = dict[str, dict[str, safetensors_file.StoredTensor]]
+
+
+def collect(
+    path: Path,
+    tensors: Mapping[str, safetensors_file.StoredTensor],
+    layout: Layout,
+    config: PeftConfig,
+    text_only: bool,
+) -> tuple[dict[str, PeftPair], list[Refusal], int]:
+    """The pairs by module, what cannot be one, and how many tensors were left out."""
     if not tensors:
         raise FileFormatError(f"{path}: holds no tensors", "Save the adapter again")
-    refused: list[Refusal] = []
-    halves: dict[str, dict[str, safetensors_file.StoredTensor]] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".base_layer.weight"):
+    senses = {name: None for name in tensors if of_senses(name)}
+    refused = _senses_refused(list(senses), len(tensors), text_only)
+    halves: _Halves = {}
+    wrapped: dict[str, str] = {}
+    for name in tensors:
+        if name in senses or name.endswith(".base_layer.weight"):
             continue  # PEFT saves a targeted output's own weight with it, frozen as it was
-        match = _HALF.fullmatch(name)
-        if reason := _tensor_reason(name, tensor, bool(match)):
-            refused.append(Refusal(name, reason))
+        match = layout.half.fullmatch(name)
+        if refusal := _tensor_refusal(name, tensors[name], bool(match)):
+            refused.append(refusal)
         elif match:
-            halves.setdefault(match.group(1), {})[match.group(2)] = tensor
-    pairs = {}
+            module = plain(match.group(1))
+            if wrapped.setdefault(module, match.group(1)) != match.group(1):
+                refused.append(Refusal(name, f"without its wrappers it is '{module}' once more"))
+            halves.setdefault(module, {})[match.group(2)] = tensors[name]
+    refused += _patterns_refused(wrapped, config)
+    pairs, missing = _paired(halves, layout)
+    return pairs, [*refused, *missing], len(senses)
+
+
+def _paired(halves: _Halves, layout: Layout) -> tuple[dict[str, PeftPair], list[Refusal]]:
+    pairs, refused = {}, []
     for module, found in halves.items():
-        if len(found) == 2:
-            a, b = found["A"], found["B"]
-            pairs[module] = PeftPair(a.floats(), b.floats(), (a.dtype, b.dtype))
-        else:
-            missing = "B" if "A" in found else "A"
-            refused.append(Refusal(module, f"its lora_{missing} half is missing"))
+        if absent := [name for name in layout.names if name not in found]:
+            refused.append(Refusal(module, f"its lora_{absent[0]} half is missing"))
+            continue
+        a, b = (found[name] for name in layout.names)
+        values = a.floats(), b.floats()
+        if layout.transposed:
+            values = np.ascontiguousarray(values[0].T), np.ascontiguousarray(values[1].T)
+        pairs[module] = PeftPair(*values, (a.dtype, b.dtype))
     return pairs, refused
+
+
+def _senses_refused(names: list[str], total: int, text_only: bool) -> list[Refusal]:
+    count = f"{len(names)} tensor{'s' * (len(names) > 1)}"
+    what = f"{count} such as {names[0]}" if names else ""
+    if text_only and len(names) == total:
+        return [Refusal(what, "nothing is for the text model", "Train an adapter of that")]
+    if text_only or not names:
+        return []
+    why = "they belong to the vision or audio part, and llama.cpp adapts the text model alone"
+    return [Refusal(what, why, "Convert with --text-only, which leaves them out")]
+
+
+def _patterns_refused(wrapped: Mapping[str, str], config: PeftConfig) -> list[Refusal]:
+    """Modules whose scale depends on whether PEFT saw the wrappers, too."""
+    return [
+        Refusal(key, "with its wrapper's name it has another rank or alpha pattern than without")
+        for module, key in wrapped.items()
+        if any(of(within_peft(key)) != of(module_of(module)) for of in (config.rank, config.scale))
+    ]
 
 
 _TENSOR_REASONS = (
     (r"lora_magnitude_vector", "DoRA's magnitudes are no low-rank update"),
     (r"lora_embedding_[AB]|embed_tokens", "llama.cpp's LoRA does not cover embeddings here"),
-    (r"\.experts\b|block_sparse_moe", "MoE experts are stored together in GGUF"),
+    (r"\.experts\b|block_sparse_moe|switch_mlp", "MoE experts are stored together in GGUF"),
     (r"modules_to_save", "whole modules were trained, and a LoRA file holds only pairs"),
     (r"norm\b", "llama.cpp silently skips norm weights"),
     (r"bias\b", "biases were trained, a LoRA file has none"),
@@ -334,21 +406,27 @@ _TENSOR_REASONS = (
 )
 
 
-def _tensor_reason(name: str, tensor: safetensors_file.StoredTensor, is_half: bool) -> str:
-    """Why a tensor cannot be converted; empty where it can."""
+def _tensor_refusal(
+    name: str, tensor: safetensors_file.StoredTensor, is_half: bool
+) -> Refusal | None:
+    """Why a tensor cannot be converted; None where it can."""
     for pattern, reason in _TENSOR_REASONS:
         if re.search(pattern, name):
-            return reason
+            return Refusal(name, reason)
     if not is_half:
-        return "it is no half of a LoRA pair"
+        return Refusal(name, "it is no half of a LoRA pair")
     if not tensor.readable:
-        return f"it is stored as {tensor.dtype}, not as F32, F16 or BF16"
+        return Refusal(
+            name,
+            f"it is stored as {tensor.dtype}, not as F32, F16 or BF16",
+            "Save the adapter in float32 (model.to(torch.float32) before save_pretrained)",
+        )
     if len(tensor.shape) != 2:
-        return "it has not two dimensions, as a linear layer's has"
-    return ""
+        return Refusal(name, "it has not two dimensions, as a linear layer's has")
+    return None
 
 
-def _check_values(adapter: PeftAdapter, path: Path) -> None:
+def check_values(adapter: PeftAdapter, path: Path) -> None:
     """Raise FileFormatError for ranks that contradict each other and for NaN or infinity."""
     for key, pair in adapter.pairs.items():
         ranks = pair.a.shape[0], pair.b.shape[1]

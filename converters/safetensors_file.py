@@ -62,7 +62,7 @@ def read(path: PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     path = require_file(path)
     size = path.stat().st_size
     header, start = _header(path, size)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null
     if not isinstance(metadata, dict):
         raise _broken(path, "its metadata is not a table")
     content = np.memmap(path, dtype=np.uint8, mode="r")[start:]

@@ -23,15 +23,16 @@ from ..compat import open_model
 from ..errors import FileFormatError, MismatchError
 from ..files import PathLike, check_output, sha256
 from ..gene import OUTSIDE_BLOCKS, Adapter, Pair, layer_of
+from .keys import MODULE_PREFIX, module_of
+from .mlx import MLX_WEIGHTS, is_mlx, read_mlx
 from .names import BaseNames, is_linear_layer
 from .peft import (
     CONFIG,
-    MODULE_PREFIX,
     WEIGHTS,
     PeftAdapter,
     Refusal,
     listed,
-    module_of,
+    read_config,
     read_peft,
     unsupported,
 )
@@ -40,13 +41,17 @@ KEY = "safegene.peft."
 HALF_PRECISION = "safegene.gguf.f16"  # in safetensors: the tensors that were F16 in the GGUF
 
 
-def convert(peft_dir: PathLike, base: PathLike, output: PathLike | None = None) -> Adapter:
-    """Turn a PEFT LoRA folder into a GGUF LoRA, and write it where `output` is given.
+def convert(
+    peft_dir: PathLike, base: PathLike, output: PathLike | None = None, *, text_only: bool = False
+) -> Adapter:
+    """Turn a PEFT or MLX LoRA folder into a GGUF LoRA, and write it where `output` is given.
 
     Args:
-        peft_dir: the folder with adapter_config.json and adapter_model.safetensors.
+        peft_dir: the folder with adapter_config.json and adapter_model.safetensors (PEFT) or
+            adapters.safetensors (mlx-lm).
         base: the GGUF model that the adapter is for; names, shapes and row order come from it.
         output: the GGUF file to write, atomically; tensors are F32.
+        text_only: leave out what the adapter has for a vision or audio part.
 
     Raises:
         FileFormatError: an input is missing, malformed, or contradicts itself.
@@ -54,12 +59,17 @@ def convert(peft_dir: PathLike, base: PathLike, output: PathLike | None = None) 
         MismatchError: names what does not fit the base: it is for another size or family.
         OutputError: the output cannot be written, or is an input.
     """
-    inputs = [base, Path(peft_dir) / CONFIG, Path(peft_dir) / WEIGHTS]
+    folder = Path(peft_dir)
+    inputs = [base, folder / CONFIG, folder / WEIGHTS, folder / MLX_WEIGHTS]
     if output is not None:
         check_output(output, inputs)
-    source = read_peft(peft_dir)
+    mlx = is_mlx(folder, read_config(folder)[0])
+    source = (read_mlx if mlx else read_peft)(folder, text_only=text_only)
     adapter = to_gguf(source, BaseNames(open_model(base)))
-    adapter = replace(adapter, extra={**adapter.extra, f"{KEY}sha256": sha256(inputs[2])})
+    facts: dict[str, Any] = {f"{KEY}sha256": sha256(folder / (MLX_WEIGHTS if mlx else WEIGHTS))}
+    if source.left_out:
+        facts[f"{KEY}left_out"] = source.left_out
+    adapter = replace(adapter, extra={**adapter.extra, **facts})
     if output is not None:
         adapter.save(output, inputs)
     return adapter

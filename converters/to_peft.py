@@ -20,15 +20,14 @@ from ..errors import SafeGeneError
 from ..files import PathLike, atomic_folder, check_folder
 from ..gene import Adapter, Pair
 from . import safetensors_file
+from .keys import MODULE_PREFIX, module_of
 from .names import BaseNames
 from .peft import (
     CONFIG,
-    MODULE_PREFIX,
     WEIGHTS,
     PeftAdapter,
     PeftPair,
     Refusal,
-    module_of,
     parse_config,
     setting_refusals,
     unsupported,

@@ -43,7 +43,7 @@ def require_file(path: PathLike) -> Path:
     """
     path = resolve(path)
     if path.is_dir():
-        raise FileFormatError(f"{path}: is a folder", "Give a file")
+        raise FileFormatError(f"{path}: is a folder", _folder_remedy(path))
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file", "Check the path")
     if not os.access(path, os.R_OK):
@@ -68,6 +68,16 @@ def _sha256_by_block(handle: Any) -> str:
     while block := handle.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def _folder_remedy(folder: Path) -> str:
+    """What to do with a folder that was given for a file."""
+    if (folder / "adapter_config.json").is_file():
+        given = f"safegene-edge convert {folder} --base MODEL.gguf -o ADAPTER.gguf"
+        return f"It holds a PEFT or MLX adapter: convert it first with `{given}`"
+    if (folder / "config.json").is_file():
+        return "It holds a Hugging Face model: convert it with llama.cpp's convert_hf_to_gguf.py"
+    return "Give a file"
 
 
 def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:

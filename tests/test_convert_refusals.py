@@ -148,6 +148,9 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a pattern list": (_config(rank_pattern=["q_proj"]), "rank_pattern"),
     "a pattern's rank": (_config(rank_pattern={"q_proj": -1}), "rank_pattern"),
     "a pattern's alpha": (_config(alpha_pattern={"q_proj": math.nan}), "alpha_pattern"),
+    "a pattern's flags": (_config(rank_pattern={"(?i)q_proj": 2}), "regular expression"),
+    "a pattern's count": (_config(rank_pattern={"q{99999999999}": 2}), "regular expression"),
+    "a deep pattern": (_config(rank_pattern={"(" * 9999 + ")" * 9999: 2}), "regular expression"),
     "a pattern's key": (_config(alpha_pattern={"q_proj(": 2}), "regular expression"),
 }  # fmt: skip
 

@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from ..compat import open_model
 from ..converters import safetensors_file
+from ..converters.keys import MODULE_PREFIX, module_of
 from ..converters.names import BaseNames
-from ..converters.peft import CONFIG, MODULE_PREFIX, WEIGHTS, module_of, read_peft
+from ..converters.peft import CONFIG, WEIGHTS, read_peft
 from ..errors import FileFormatError, MismatchError
 from ..files import PathLike, atomic_output, sha256
 from ..gene import Adapter
