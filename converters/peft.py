@@ -353,8 +353,9 @@ def collect(
             refused.append(refusal)
         elif match:
             module = plain(match.group(1))
-            if wrapped.setdefault(module, match.group(1)) != match.group(1):
-                refused.append(Refusal(name, f"without its wrappers it is '{module}' once more"))
+            first = wrapped.setdefault(module, match.group(1))
+            if first != match.group(1):
+                refused.append(Refusal(name, f"without wrappers it is the same as '{first}'"))
             halves.setdefault(module, {})[match.group(2)] = tensors[name]
     refused += _patterns_refused(wrapped, config)
     pairs, missing = _paired(halves, layout)

@@ -67,8 +67,10 @@ def mutations(data: bytes, end: int, count: int, seed: int) -> Iterator[tuple[st
     for number in range(count):
         changed, done = bytearray(data), []
         for _ in range(chance.choice((1, 1, 1, 2, 4))):
+            if len(changed) < 16:
+                break  # cut off already
             mutate = chance.choice(KINDS)
-            at = chance.randrange(min(end, max(1, len(changed) - 8)))
+            at = chance.randrange(min(end, len(changed) - 8))
             mutate(changed, at, chance)
             done.append(f"{mutate.__name__[1:]} at {at}")
         yield f"{number}: {', '.join(done)}", bytes(changed)

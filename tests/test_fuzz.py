@@ -5,6 +5,7 @@ What loads must also save, and load again. Seeds are fixed: a failure is the sam
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from importlib import resources
@@ -28,7 +29,7 @@ SEED = int(os.environ.get("SAFEGENE_FUZZ_SEED", "0"))
 
 def read_gene(path):
     gene = SafetyGene.load(path)
-    _as_lines(_adapter_facts(gene, GGUFFile(path)))
+    shown(_adapter_facts(gene, GGUFFile(path)))
     for content in (gene, Adapter.load(path)):
         content.save(path.with_suffix(".again"))
         again = type(content).load(path.with_suffix(".again"))
@@ -39,11 +40,16 @@ def read_gene(path):
 
 def read_model(path):
     model = open_model(path)
-    _as_lines(_model_facts(model))
+    shown(_model_facts(model))
     for key in ("tokens", "merges"):
         model.strings(f"tokenizer.ggml.{key}")
     check(SafetyGene.shipped(), model)
     BaseNames(model).to_gguf_rows("blk.0.attn_q.weight", model.floats("blk.0.attn_q.weight"))
+
+
+def shown(facts):
+    json.dumps(facts)
+    _as_lines(facts)
 
 
 def header_end(path):

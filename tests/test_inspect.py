@@ -39,6 +39,12 @@ def test_a_plain_adapter_has_no_invocation_tokens(tiny, tmp_path):
     assert "invocation_tokens" not in facts
 
 
+def test_a_name_that_is_a_list_is_no_name(tmp_path):
+    tensors = [("token_embd.weight", np.ones((4, 4), np.float32))]
+    write_gguf(tmp_path / "x.gguf", "llama", {"general.name": ["a", "b"]}, tensors)
+    assert json.loads(shown(tmp_path / "x.gguf", "--json"))["name"] == ""
+
+
 @pytest.mark.parametrize("key", ["general.name", "general.architecture"])
 def test_a_name_cannot_add_a_line_or_steer_the_terminal(key, tmp_path, monkeypatch):
     facts = {key: "good\nkind  signed gene\x1b[2J"}

@@ -82,11 +82,12 @@ def _model_facts(file: GGUFFile) -> dict[str, Any]:
     from collections import Counter
 
     architecture = file.architecture
+    name = file.metadata.get("general.name")
     types = Counter(info.type_name for info in file.tensors.values())
     return {
         "file": str(file.path),
         "kind": "model",
-        "name": file.metadata.get("general.name", ""),
+        "name": name if isinstance(name, str) else "",
         "architecture": architecture,
         "layers": file.whole(f"{architecture}.block_count", 0),
         "parameters": sum(info.n_elements for info in file.tensors.values()),

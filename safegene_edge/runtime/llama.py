@@ -88,7 +88,7 @@ class SafeLlama(SharedLlama):
             n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
         if options.get("chat_format") is None and options.get("chat_handler") is None:
             options["chat_handler"] = chat_handler
-        with reason() as why:
+        with reason(quiet=not verbose) as why:
             try:
                 super().__init__(
                     str(self._file.path),

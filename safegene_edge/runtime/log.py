@@ -25,7 +25,8 @@ _thread = threading.local()
 class Reason:
     """What llama.cpp logged as errors, as one line; empty where it logged none."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
         self.lines: list[str] = []
 
     def __str__(self) -> str:
@@ -39,11 +40,15 @@ class Reason:
 
 
 @contextmanager
-def reason() -> Iterator[Reason]:
-    """Keep the errors that llama.cpp logs in this thread while the block runs."""
+def reason(*, quiet: bool = False) -> Iterator[Reason]:
+    """Keep the errors that llama.cpp logs in this thread while the block runs.
+
+    Args:
+        quiet: nothing that the thread logs meanwhile is shown, warnings neither.
+    """
     _install()
     outer = getattr(_thread, "kept", None)
-    _thread.kept = Reason()
+    _thread.kept = Reason(quiet)
     try:
         yield _thread.kept
     finally:
@@ -76,7 +81,7 @@ def _callback(before: Any, data: ctypes.c_void_p) -> Any:
         elif kept is not None and level == _CONTINUED and last[0] == _ERROR and kept.lines:
             kept.lines[-1] += text.decode("utf-8", "replace")
         last[0] = level if level != _CONTINUED else last[0]
-        if before:
+        if before and not (kept and kept.quiet):
             before(level, text, data)
 
     return log
