@@ -110,3 +110,18 @@ def test_help_answers_at_once():
         [sys.executable, "-m", "safegene_edge", "--help"], check=True, capture_output=True
     )
     assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("words", [[], ["report"]])
+def test_a_group_alone_prints_its_help(words):
+    """On standard output, as with --help, and it is no error."""
+
+    def run(*more):
+        command = [sys.executable, "-m", "safegene_edge", *words, *more]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    bare, asked = run(), run("--help")
+    assert (bare.returncode, bare.stderr) == (0, "")
+    assert bare.stdout == asked.stdout
+    assert len(bare.stdout.splitlines()) > 8
+    assert run("no-such").returncode == 2

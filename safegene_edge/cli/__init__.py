@@ -20,6 +20,7 @@ from .evaluation import evaluate_model
 from .extract import extract
 from .learn import learn
 from .merge import export, merge
+from .options import HelpGroup
 from .portfolio import portfolio
 from .recalibrate import recalibrate
 from .report import report_group
@@ -27,7 +28,7 @@ from .restore import restore
 from .serve import serve
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=HelpGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="safegene-edge")
 def cli() -> None:
     """Give a fine-tuned local LLM its refusals back, on the laptop, through llama.cpp."""

@@ -1,7 +1,7 @@
 """Options that a settings class describes: one place for a setting, its field.
 
 The help is the field's entry under "Attributes:" in the class's docstring, the default is the
-field's own.
+field's own. And the group of commands that shows its help when it is given alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,19 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _ENTRY = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
+
+
+class HelpGroup(click.Group):
+    """A group that, without a command, prints its help: a question, and no mistake.
+
+    click 8.2 and later raise the whole help as an error.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
 
 def setting(

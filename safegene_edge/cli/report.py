@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .options import HelpGroup
+
 if TYPE_CHECKING:
     from ..evals.report.compare import Comparison
 
 _REPORT = click.argument("report", metavar="REPORT.json", type=click.Path())
 
 
-@click.group("report")
+@click.group("report", cls=HelpGroup)
 def report_group() -> None:
     """Check, show and compare reports that `eval --json` wrote."""
 
