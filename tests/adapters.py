@@ -1,4 +1,4 @@
-"""Random adapters made from a model's own header, and copies of PEFT folders."""
+"""Random adapters made from a model's own header, copies of models and of PEFT folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from safegene_edge.gene import Pair, SafetyGene
-from safegene_edge.gguf_file import GGUFFile
+from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 
@@ -56,6 +56,23 @@ def adapter_for(model: Path, folder: Path, **facts: Any) -> Path:
     gene = folder / "gene.gguf"
     random_adapter(model, **{"size": 0.05, **facts}).save(gene)
     return gene
+
+
+def with_template(model: Path, output: Path, template: str | None, **named: str) -> Path:
+    """A copy of a float32 model with another chat template, or none; `named` ones beside it."""
+    file = GGUFFile(model)
+    facts = {
+        key: value.values() if isinstance(value, ArrayValue) else value
+        for key, value in file.metadata.items()
+        if key not in ("general.architecture", "tokenizer.chat_template")
+    }
+    facts |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    if template is not None:
+        facts["tokenizer.chat_template"] = template
+    write_gguf(
+        output, file.architecture, facts, ((name, file.floats(name)) for name in file.tensors)
+    )
+    return output
 
 
 def stored_tensors(folder: Path) -> Any:

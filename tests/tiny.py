@@ -138,6 +138,11 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) if byte in plain else chr(next(spare)) for byte in range(256)]
 
 
+def byte_token(byte: int) -> int:
+    """The token of one byte."""
+    return vocabulary().index(_byte_symbols()[byte])
+
+
 def vocabulary() -> list[str]:
     """All 300 tokens in order of their ids."""
     return [*_byte_symbols(), *(merge.replace(" ", "") for merge in _MERGES), *SPECIAL]

@@ -21,6 +21,7 @@ from ..gguf_file import GGUFFile
 from ..prompts import Prompt
 from ..recalibrate.aligned import measured
 from ..recalibrate.refusal_margin import refusal_openers
+from ..runtime.chat import require_chat
 from ..runtime.devices import physical_cores
 from ..runtime.engine import Engine, Scales
 from ..runtime.llama import SafeLlama
@@ -124,6 +125,7 @@ class _Model:
                 "nor answers",
                 "Give a chat model",
             )
+        require_chat(llama)  # before minutes of learning
         for adapter in files[1:]:
             llama.attach(adapter)
         return cls(llama, {handle: handle.scale for handle in llama.adapters})

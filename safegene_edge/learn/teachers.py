@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import NoEffectError, SettingError
 from ..prompts import Prompt
+from ..runtime.chat import require_chat
 from ..runtime.engine import Engine, Scales
 from ..runtime.llama import SafeLlama
 from .samples import LOOK, refused, rendered
@@ -97,15 +98,16 @@ def best_system_prompt(engine: Engine, prompts: Sequence[Prompt], scales: Scales
         NoEffectError: none makes it refuse.
     """
     tried, model = prompts[-TRIED:], engine.llama.model_path
-    own = share_refused(engine, tried, scales)
     try:
-        found = {text: share_refused(engine, tried, scales, text) for text in SYSTEM_PROMPTS}
+        require_chat(engine.llama, system=True)
     except SettingError as error:
         raise SettingError(
             f"{model}: cannot teach itself, for its template takes no system prompt "
             f"({error.message})",
             "Give an aligned model of the family (--aligned)",
         ) from error
+    own = share_refused(engine, tried, scales)
+    found = {text: share_refused(engine, tried, scales, text) for text in SYSTEM_PROMPTS}
     best = max(found, key=lambda text: found[text])
     if found[best] < own + _GAIN:
         raise NoEffectError(

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..aliases import Floats
-from ..errors import LlamaCppError
+from ..errors import LlamaCppError, SafeGeneError
+from ..prompts import Prompt
 from ..recalibrate.examples import Examples
 from ..runtime.activations import directions
 from ..runtime.llama import SafeLlama
@@ -35,9 +36,16 @@ def read_directions(
         with SafeLlama(model, n_ctx=512) as llama:
             llama.attach(combined(adapters), name=", ".join(one.name for one in adapters))
             prompts = [
-                llama.render(prompt.as_dicts())
+                _tokens(llama, prompt)
                 for prompt in [*examples.harmful[::_EVERY], *examples.harmless[::_EVERY]]
             ]
             return directions(llama, tensors, prompts)
     except LlamaCppError as error:
         raise LlamaCppError(error.message, "Merge with --plain, which does not run it") from error
+
+
+def _tokens(llama: SafeLlama, prompt: Prompt) -> list[int]:
+    try:
+        return llama.render(prompt.as_dicts())
+    except SafeGeneError:  # of the template: a merge does without
+        return list(llama.tokenize(prompt.text.encode(), add_bos=True, special=False))

@@ -2,12 +2,14 @@
 
 `ChatTemplate` fills in the template that lies in a GGUF. What people wrote (messages, and the
 tools that a client names) stays plain characters; only the template's own control tokens become
-such. `chat_handler` puts the same rendering under llama-cpp-python's `create_chat_completion`.
+such. `chat_handler` puts the same rendering under llama-cpp-python's `create_chat_completion`;
+`template_fault` and `require_chat` say what a template cannot do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from llama_cpp.llama_chat_format import (
@@ -18,6 +20,7 @@ from llama_cpp.llama_chat_format import (
 
 from ..errors import SettingError
 from .controls import ControlTexts
+from .tool_turns import forms, shown
 
 # For a base model without a template: the plainest form that such models continue.
 PLAIN_TEMPLATE = (
@@ -56,16 +59,29 @@ class ChatTemplate:
     ) -> list[tuple[str, bool]]:
         """The chat as text in parts, and whether each may contain control tokens.
 
+        Turns in which tools were called take the form that the template shows.
+
         Raises:
             SettingError: a message is not text.
             Exception: whatever the template raises.
         """
-        hidden: list[str] = []
         plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
-        prompt = self._formatters[add_generation_prompt](
-            messages=self._hide(plain, hidden), **self._hide(dict(variables), hidden)
-        ).prompt
-        return list(self._controls.parts(prompt, hidden))
+        formatter = self._formatters[add_generation_prompt]
+
+        def rendered(turns: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+            hidden: list[str] = []
+            prompt = formatter(
+                messages=self._hide(turns, hidden), **self._hide(dict(variables), hidden)
+            ).prompt
+            return list(self._controls.parts(prompt, hidden))
+
+        *others, last = forms(plain)
+        for turns in others:
+            with suppress(Exception):  # a template that wants another form may raise anything
+                parts = rendered(turns)
+                if shown("".join(text for text, _ in parts), plain):
+                    return parts
+        return rendered(last)
 
     def _hide(self, value: Any, hidden: list[str]) -> Any:
         """The value with stand-ins for the control texts in all of its strings."""
@@ -76,6 +92,40 @@ class ChatTemplate:
         if isinstance(value, (list, tuple)):
             return [self._hide(item, hidden) for item in value]
         return value
+
+
+def template_fault(template: str) -> str:
+    """Why jinja cannot compile a chat template; "" where it can."""
+    try:
+        Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
+    except Exception as error:  # its own family, and what its parser runs into
+        line = getattr(error, "lineno", None)
+        reason = getattr(error, "message", None) or str(error) or type(error).__name__
+        return f"line {line}: {reason}" if line else str(reason)
+    return ""
+
+
+def require_chat(llama: Any, *, system: bool = False) -> None:
+    """Check that a model's template takes a message, and a system message before it if asked.
+
+    Raises:
+        SettingError: the template refuses one, or leaves the system message out.
+        FileFormatError: the template cannot be read.
+    """
+    user, before = {"role": "user", "content": "Hello"}, {"role": "system", "content": "Be kind."}
+    alone = llama.render([user])
+    if not system:
+        return
+    try:
+        reason = "it leaves the message out"
+        if llama.render([before, user]) != alone:
+            return
+    except SettingError as error:
+        reason = error.message
+    raise SettingError(
+        f"{llama.model_path}: its chat template takes no system message ({reason})",
+        "Say it in the first message of the user",
+    )
 
 
 def _plain(number: int, message: Mapping[str, Any]) -> dict[str, Any]:

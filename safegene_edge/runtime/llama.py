@@ -15,11 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compat import open_model, require_fit
-from ..errors import LlamaCppError, MismatchError, NoEffectError, SettingError
+from ..errors import (
+    FileFormatError,
+    LlamaCppError,
+    MismatchError,
+    NoEffectError,
+    SafeGeneError,
+    SettingError,
+)
 from ..files import PathLike
 from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
-from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler
+from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
 from .controls import ControlTexts
 from .devices import physical_cores
 from .log import reason
@@ -27,6 +34,8 @@ from .shared import AttachedAdapter as AttachedAdapter
 from .shared import SharedLlama
 
 DEFAULT_CONTEXT = 2048
+_STEP = 256  # llama.cpp makes a context of whole steps, and llama-cpp-python does not know it
+_TEMPLATE = "tokenizer.chat_template"
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
 
@@ -52,7 +61,7 @@ class SafeLlama(SharedLlama):
     Args:
         model_path: a GGUF model.
         adapters: GGUF LoRA paths or `Adapter`s, or (adapter, scale) pairs.
-        n_ctx: context length in tokens; 0 takes the model's own.
+        n_ctx: context length in tokens, rounded up to a multiple of 256; 0 takes the model's own.
         n_threads: default: the machine's physical cores.
         n_gpu_layers: default: all where the build can offload, else none.
         verbose: llama.cpp's log on stderr.
@@ -78,6 +87,7 @@ class SafeLlama(SharedLlama):
         **options: Any,
     ) -> None:
         self._attached: list[AttachedAdapter] = []
+        self._formatter: ChatTemplate | None = None
         self._share()
         refused = sorted(key for key in options if key.startswith("lora_"))
         if refused:
@@ -92,7 +102,7 @@ class SafeLlama(SharedLlama):
             try:
                 super().__init__(
                     str(self._file.path),
-                    n_ctx=n_ctx,
+                    n_ctx=-(-n_ctx // _STEP) * _STEP,
                     n_threads=threads,
                     n_threads_batch=options.pop("n_threads_batch", None) or threads,
                     n_gpu_layers=n_gpu_layers,
@@ -108,8 +118,8 @@ class SafeLlama(SharedLlama):
             # llama-cpp-python takes ggml's level 3 for an error, where it is a warning: it
             # would print one line a tensor while an adapter loads.
             logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+        self._metadata |= self._unread
         self._controls = ControlTexts.of(self._model.vocab, self.n_vocab())
-        self._formatter = self._chat_formatter()
         for item in adapters:
             adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.attach(adapter, scale)
@@ -301,8 +311,27 @@ class SafeLlama(SharedLlama):
     # -- chat -------------------------------------------------------------
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """The GGUF's metadata, as text."""
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, found: dict[str, str]) -> None:
+        # llama-cpp-python compiles every template as it loads a model. One that it cannot compile
+        # is kept from it, since a merge, say, needs none.
+        templates = {key: text for key, text in found.items() if key.startswith(_TEMPLATE)}
+        self._unread = {key: text for key, text in templates.items() if template_fault(text)}
+        self._metadata = {key: text for key, text in found.items() if key not in self._unread}
+
+    @property
     def chat_template(self) -> ChatTemplate:
-        """What `render` fills in: the template in the GGUF, or a plain one."""
+        """What `render` fills in: the template in the GGUF, or a plain one.
+
+        Raises:
+            FileFormatError: jinja cannot compile it.
+        """
+        if self._formatter is None:
+            self._formatter = self._chat_formatter()
         return self._formatter
 
     def render(
@@ -325,16 +354,20 @@ class SafeLlama(SharedLlama):
         Raises:
             SettingError: the template refuses these messages (a system role, say), or one of
                 them is not text.
+            FileFormatError: the template cannot be compiled.
         """
-        template = self._formatter
+        template = self.chat_template
         try:
             parts = template.parts(
                 messages, add_generation_prompt=add_generation_prompt, variables=variables
             )
-        except SettingError:
+        except SafeGeneError:
             raise
         except Exception as error:  # a template may raise anything
-            raise SettingError(f"{self._file.path}: its chat template failed ({error})") from error
+            reason = str(error) or type(error).__name__
+            raise SettingError(f"{self._file.path}: its chat template failed ({reason})") from error
+        if not parts:
+            raise SettingError(f"{self._file.path}: its chat template shows none of these messages")
         add_bos = not (template.bos and parts and parts[0][0].startswith(template.bos))
         tokens: list[int] = []
         for text, trusted in parts:
@@ -380,14 +413,16 @@ class SafeLlama(SharedLlama):
         return str(self.detokenize(list(tokens)).decode("utf-8", "replace"))
 
     def _chat_formatter(self) -> ChatTemplate:
-        template = self.metadata.get("tokenizer.chat_template", PLAIN_TEMPLATE)
+        template = self.metadata.get(_TEMPLATE, "")
+        if fault := template_fault(template):
+            raise FileFormatError(
+                f"{self._file.path}: its chat template cannot be read ({fault})",
+                "Give a model whose template is Jinja, as Hugging Face has it; gguf-py's "
+                "`gguf-new-metadata --chat-template` puts one in",
+            )
         eos, bos = self._token_text(self.token_eos()), self._token_text(self.token_bos())
-        try:
-            return ChatTemplate(template, bos=bos, eos=eos, controls=self._controls)
-        except Exception as error:  # jinja raises its own family of errors for a bad template
-            raise LlamaCppError(
-                f"{self._file.path}: its chat template cannot be read ({error})"
-            ) from error
+        template = template if template.strip() else PLAIN_TEMPLATE
+        return ChatTemplate(template, bos=bos, eos=eos, controls=self._controls)
 
     def _token_text(self, token: int) -> str:
         return str(self._model.token_get_text(token)) if token >= 0 else ""

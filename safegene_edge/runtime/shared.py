@@ -83,6 +83,8 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
         self._unused = threading.Condition()
         self._turn = 0  # grows when a stream that was begun before cannot go on
         self._closed = False
+        self._most_new: int | None = None  # tokens of the completion that is being made
+        self._cut: list[int] | None = None  # those of one that `_until_full` ended
 
     def open_context(self, owner: ContextOwner, params: Any) -> Any:
         """A new llama.cpp context on this model, or None; `owner` is closed before the model."""
@@ -151,11 +153,52 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     @functools.wraps(llama_cpp.Llama.generate)
     def generate(self, *args: Any, **options: Any) -> Any:
-        return self._in_steps(super().generate(*args, **options), begins=True)
+        tokens = self._until_full(super().generate(*args, **options), self._most_new)
+        return self._in_steps(tokens, begins=True)
 
     def _create_completion(self, *args: Any, **options: Any) -> Any:
         # A completion that isn't streamed is one step of this, and its tokens steps of `generate`.
-        return self._in_steps(super()._create_completion(*args, **options), begins=False)
+        answers = super()._create_completion(*args, **options)
+        limited = self._with_text(answers, options.get("max_tokens"))
+        return self._in_steps(limited, begins=False)
+
+    # llama-cpp-python looks at its limits only where the text ends with a whole character. An
+    # answer that goes on with bytes of none would run over its limit, and fail where the context
+    # ends. The next two methods end it, and give it its text.
+
+    def _until_full(
+        self, tokens: Generator[int, Any, None], most: int | None
+    ) -> Generator[int, Any, None]:
+        """The tokens, up to as many as were asked for, and as the context holds."""
+        sent, found = None, list[int]()
+        while True:
+            try:
+                token = tokens.send(sent)
+            except StopIteration:
+                return
+            found.append(token)
+            sent = yield token
+            if len(found) == most or self.n_tokens + 1 >= self._n_ctx:
+                self._cut = found
+                return
+
+    def _with_text(
+        self, answers: Generator[Any, Any, None], max_tokens: int | None
+    ) -> Generator[Any, Any, None]:
+        """The answers; one that was ended by `_until_full` has no text of its own."""
+        while True:
+            self._most_new = max_tokens if max_tokens and max_tokens > 0 else None
+            self._cut = None
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
+            finally:
+                self._most_new = None
+            choice = answer["choices"][0]
+            if self._cut is not None and "usage" in answer and not choice["text"]:
+                choice["text"] = self.detokenize(self._cut).decode("utf-8", "ignore")
+            yield answer
 
     def _in_steps(
         self, items: Generator[Any, Any, None], *, begins: bool
