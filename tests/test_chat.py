@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from adapters import random_adapter
+from adapters import random_adapter, with_template
 from click.testing import CliRunner
 
 from safegene_edge import SafeLlama
@@ -182,6 +182,36 @@ def test_a_chat_that_the_template_refuses(files, monkeypatch):
     )
     assert done.exit_code == 0 and "no chat today" in done.stderr
     assert done.stderr.count("/new starts afresh") == 1
+
+
+NO_SYSTEM = {
+    "refused": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no such "
+    "role') }}{% endif %}{{ m.content }}|{% endfor %}",
+    "left out": "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}|{% endif %}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("how", NO_SYSTEM)
+def test_a_system_message_that_the_template_does_not_take(files, tmp_path, how):
+    model = with_template(files[0], tmp_path / "m.gguf", NO_SYSTEM[how])
+    out, err, code = piped((model,), "Hello\n", "--system", "Be kind.", gene=False)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    reason = "no such role" if how == "refused" else "it leaves the message out"
+    assert line.startswith(f"error: {model}: its chat template takes no system message")
+    assert reason in line and "first message of the user" in line
+    out, err, code = piped((model,), "Hello\n", gene=False)
+    assert code == 0 and out.strip()
+
+
+def test_a_pipe_without_any_answer_fails(files):
+    """An empty answer with exit code 0 would look like one to a script."""
+    for script, expected in (("a " * 3000, 2), ("a " * 3000 + "\nHello", 0), ("/scale", 0)):
+        out, err, code = piped(files, f"{script}\n")
+        assert code == expected
+        assert ("exceed context window" in err) == ("a" in script[:1])
+        assert bool(out.strip()) == ("Hello" in script)
 
 
 def _template(make, text):

@@ -52,13 +52,16 @@ def chat(
     """Chat with a model in the terminal; /help lists the commands.
 
     Answers go to standard output, everything else to standard error, so that a pipe works:
-    each line, or each block between two lines of three double quotes, is a message.
+    each line, or each block between two lines of three double quotes, is a message. The
+    exit code is 2 where a pipe's messages got no answer at all.
     """
     from ..files import cache_folder
+    from ..runtime.chat import require_chat
     from ..runtime.llama import SafeLlama
 
     llama = SafeLlama(model, adapter, n_ctx=ctx)
     try:
+        require_chat(llama, system=bool(system))
         handle = llama.attach(gene) if gene else None
         lines = Lines(None if no_history else cache_folder() / "chat_history")
         names = _Names(model, gene, adapter)
@@ -69,6 +72,8 @@ def chat(
             pass
     finally:
         llama.close()
+    if session.answered is False and not lines.at_keyboard:  # who is there has seen why
+        raise SafeGeneError("none of the messages got an answer", "The lines above say why")
 
 
 def _say(text: str) -> None:
@@ -114,6 +119,7 @@ class _Session:
         self.options = options
         self.opening = [_Message("system", system)] if system else []
         self.messages = list(self.opening)
+        self.answered: bool | None = None  # None: nothing was asked
         self.strength = 1.0  # the scale that /safe on returns to
 
     def turn(self) -> bool:
@@ -269,11 +275,13 @@ class _Session:
         except (SafeGeneError, ValueError, RuntimeError) as error:  # refused, or too long
             _say(f"{error}; /new starts afresh")
             self.messages.pop()
+            self.answered = bool(self.answered)
             return
         except KeyboardInterrupt:
             if not self.lines.at_keyboard:
                 raise
             # else: stop this answer, keep what was said
         click.echo()
+        self.answered = True
         scale = None if self.gene is None else self.gene.scale
         self.messages.append(_Message("assistant", "".join(pieces), scale))
