@@ -9,13 +9,13 @@ import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ..runtime.batcher import Ask, AskFinish, StepEvents
-from .schema import ApiError
+from .errors import ApiError
 
 Done = Callable[[AskFinish | None], None]
 _HEADERS = [
@@ -74,34 +74,70 @@ class Inbox:
         return text, self._finish
 
 
+class Form(Protocol):
+    """The shape of the answer to one request: in one object, or as the events of a stream."""
+
+    def whole(self, text: str, reason: str, ask: Ask) -> dict[str, Any]:
+        """The answer in one object."""
+
+    def opening(self) -> bytes:
+        """What comes before the text."""
+
+    def piece(self, text: str) -> bytes:
+        """Some of the text."""
+
+    def closing(self, reason: str, ask: Ask) -> bytes:
+        """What comes behind the text."""
+
+    def failing(self, error: ApiError) -> bytes:
+        """What comes in place of an end."""
+
+
 @dataclass(frozen=True)
-class Form:
-    """The shape of the answers of one request.
+class CompletionForm:
+    """The shape of completions.
 
     Attributes:
         chat: a chat completion; False: a text completion.
         model: the served name; fingerprint: the gene's id.
+        usage: a stream ends with the usage.
     """
 
     chat: bool
     model: str
     fingerprint: str
+    usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, text: str, reason: str, usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, text: str, reason: str, ask: Ask) -> dict[str, Any]:
         """The answer in one object."""
         content = {"message": {"role": "assistant", "content": text}} if self.chat else None
-        return self._object("", [self._choice(content or {"text": text}, reason)], usage=usage)
+        choice = self._choice(content or {"text": text}, reason)
+        return self._object("", [choice], usage=usage_of(ask))
 
-    def chunk(self, delta: dict[str, str], reason: str | None = None) -> bytes:
-        """One event of a stream; `delta` has the role, the content, or nothing."""
+    def opening(self) -> bytes:
+        """The event with the role, in a chat."""
+        return self._chunk({"role": "assistant", "content": ""}) if self.chat else b""
+
+    def piece(self, text: str) -> bytes:
+        """The event with some of the text."""
+        return self._chunk({"content": text})
+
+    def closing(self, reason: str, ask: Ask) -> bytes:
+        """The events behind the text; that with the usage has no choices."""
+        last = self._chunk({}, reason)
+        if self.usage:
+            last += event(self._object(".chunk", [], usage=usage_of(ask)))
+        return last + b"data: [DONE]\n\n"
+
+    def failing(self, error: ApiError) -> bytes:
+        """The event in place of an end."""
+        return event(error.as_dict())
+
+    def _chunk(self, delta: dict[str, str], reason: str | None = None) -> bytes:
         content = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         return event(self._object(".chunk", [self._choice(content, reason)]))
-
-    def usage_chunk(self, usage: dict[str, Any]) -> bytes:
-        """The event with the usage, which has no choices."""
-        return event(self._object(".chunk", [], usage=usage))
 
     def _choice(self, content: dict[str, Any], reason: str | None) -> dict[str, Any]:
         return {"index": 0, **content, "logprobs": None, "finish_reason": reason}
@@ -176,10 +212,9 @@ class Events(Response):
         done: called once when it is over, with the reason or None.
     """
 
-    def __init__(self, form: Form, ask: Ask, inbox: Inbox, *, usage: bool, done: Done) -> None:
+    def __init__(self, form: Form, ask: Ask, inbox: Inbox, *, done: Done) -> None:
         super().__init__()
-        self.form, self.ask, self.inbox = form, ask, inbox
-        self.usage, self.done = usage, done
+        self.form, self.ask, self.inbox, self.done = form, ask, inbox, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
@@ -188,12 +223,12 @@ class Events(Response):
         gone.add_done_callback(self.inbox.wake)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            if self.form.chat:
-                await _send(send, self.form.chunk({"role": "assistant", "content": ""}))
+            if opening := self.form.opening():
+                await _send(send, opening)
             while finish is None and not gone.done():
                 text, finish = await self.inbox.take()
                 if text:
-                    await _send(send, self.form.chunk({"content": text}))
+                    await _send(send, self.form.piece(text))
             await _send(send, self._end(finish) if finish else b"", more=False)
         finally:
             gone.cancel()
@@ -201,12 +236,9 @@ class Events(Response):
 
     def _end(self, finish: AskFinish) -> bytes:
         try:
-            last = self.form.chunk({}, reason_of(finish, self.ask))
+            return self.form.closing(reason_of(finish, self.ask), self.ask)
         except ApiError as error:
-            return event(error.as_dict())
-        if self.usage:
-            last += self.form.usage_chunk(usage_of(self.ask))
-        return last + b"data: [DONE]\n\n"
+            return self.form.failing(error)
 
 
 def _send(send: Send, body: bytes, more: bool = True) -> Awaitable[None]:

@@ -17,13 +17,20 @@ from starlette.types import ASGIApp
 
 from ..errors import LlamaCppError, SettingError
 from ..runtime.batcher import Ask, AskFinish, Batcher, QueueFullError
-from .answers import Events, Form, Inbox, Relay, collect, reason_of, usage_of
+from .answers import CompletionForm, Events, Form, Inbox, Relay, collect, reason_of
+from .errors import ApiError
 from .guard import FILES, Guard, error_response
+from .messages import Turn
 from .metrics import Metrics
-from .schema import ApiError, ChatRequest, CompletionRequest, RequestT, parse
+from .responses import ResponseForm
+from .schema import AnyRequest, ChatRequest, CompletionRequest, RequestT, ResponseRequest, parse
 from .settings import ServeSettings
 
 _LONG = 1 << 14  # characters; longer prompts are rendered off the event loop
+_NOTHING = (
+    "there is nothing at this address; the API is at /v1/chat/completions, /v1/responses, "
+    "/v1/completions and /v1/models"
+)
 _PAGE = {"/": "index.html", **{f"/{name}": name for name in FILES}}
 _TYPES = {
     "html": "text/html",
@@ -70,6 +77,7 @@ class _App:
             "/v1/models/{name:path}": ("GET", self.one_model),
             "/v1/chat/completions": ("POST", self.chat),
             "/v1/completions": ("POST", self.complete),
+            "/v1/responses": ("POST", self.respond),
             "/health": ("GET", self.health),
             "/metrics": ("GET", self.show_metrics),
             **{path: ("GET", _page(name)) for path, name in _PAGE.items()},
@@ -108,11 +116,17 @@ class _App:
     async def chat(self, request: Request) -> Response:
         body = await self._read(request, ChatRequest)
         served = self._served(body.model)
-        messages = body.as_messages(self.settings.max_messages)
-        render = served.batcher.engine.llama.render
-        size = sum(len(message["content"]) for message in messages)
-        tokens = await self._tokens(lambda: render(messages), size)
-        return await self._answer(request, body, served, tokens, chat=True)
+        tokens = await self._rendered(served, body.turns(self.settings.max_messages), body.source)
+        form = CompletionForm(True, served.name, served.fingerprint, body.wants_usage)
+        return await self._answer(request, body, served, tokens, form)
+
+    async def respond(self, request: Request) -> Response:
+        body = await self._read(request, ResponseRequest)
+        served = self._served(body.model)
+        tokens = await self._rendered(served, body.turns(self.settings.max_messages), body.source)
+        repeated = body.repeated(self.settings.temperature)
+        form = ResponseForm(served.name, served.fingerprint, repeated)
+        return await self._answer(request, body, served, tokens, form)
 
     async def complete(self, request: Request) -> Response:
         if self.settings.chat_only:
@@ -124,8 +138,9 @@ class _App:
         def plain() -> list[int]:  # no text of a prompt is ever a control token
             return list(tokenize(body.text.encode(), add_bos=True, special=False))
 
-        tokens = await self._tokens(plain, len(body.text))
-        return await self._answer(request, body, served, tokens, chat=False)
+        tokens = await self._tokens(plain, len(body.text), body.source)
+        form = CompletionForm(False, served.name, served.fingerprint, body.wants_usage)
+        return await self._answer(request, body, served, tokens, form)
 
     # -- how it is answered -----------------------------------------------
 
@@ -148,37 +163,35 @@ class _App:
             raise ApiError(400, "the request was cut off") from None
         return parse(kind, bytes(body))
 
-    async def _tokens(self, make: Callable[[], list[int]], size: int) -> list[int]:
+    async def _rendered(self, served: Served, turns: list[Turn], source: str) -> list[int]:
+        render = served.batcher.engine.llama.render
+        size = sum(len(str(turn)) for turn in turns)
+        return await self._tokens(lambda: render(turns), size, source)
+
+    async def _tokens(self, make: Callable[[], list[int]], size: int, source: str) -> list[int]:
         try:
             tokens = await asyncio.to_thread(make) if size > _LONG else make()
         except SettingError as error:  # the template refuses, a system role say
             raise ApiError(
-                400, f"the chat template refuses these messages ({error})", param="messages"
+                400, f"the chat template refuses these messages ({error})", param=source
             ) from error
         if not tokens:
-            raise ApiError(400, "the prompt is empty", param="prompt")
+            raise ApiError(400, "the prompt is empty", param=source)
         return tokens
 
     async def _answer(
-        self,
-        request: Request,
-        body: ChatRequest | CompletionRequest,
-        served: Served,
-        tokens: list[int],
-        *,
-        chat: bool,
+        self, request: Request, body: AnyRequest, served: Served, tokens: list[int], form: Form
     ) -> Response:
         inbox = Inbox()
         ask = Ask(
             tokens,
-            self._limit(served, tokens, body.wanted_tokens),
+            self._limit(served, tokens, body),
             inbox.put,
             sampling=body.sampling(self.settings.temperature),
             stop=body.stops,
             stream=bool(body.stream),
             deadline=time.monotonic() + self.settings.seconds,
         )
-        form = Form(chat, served.name, served.fingerprint)
         start = time.monotonic()
 
         def done(finish: AskFinish | None) -> None:
@@ -187,16 +200,14 @@ class _App:
 
         self._submit(served.batcher, ask)
         if body.stream:
-            options = body.stream_options
-            usage = bool(options and options.include_usage)
-            return Events(form, ask, inbox, usage=usage, done=done)
+            return Events(form, ask, inbox, done=done)
         finish: AskFinish | None = None
         try:
             answer = await collect(inbox, request.receive)
             if answer is None:
                 return Response(status_code=499)  # nobody is there to read it
             text, finish = answer
-            return JSONResponse(form.whole(text, reason_of(finish, ask), usage_of(ask)))
+            return JSONResponse(form.whole(text, reason_of(finish, ask), ask))
         finally:
             done(finish)
 
@@ -214,26 +225,19 @@ class _App:
         except LlamaCppError as error:
             raise ApiError(503, "the server is stopping") from error
 
-    def _limit(self, served: Served, tokens: list[int], wanted: int | None) -> int:
-        """How long the answer may be."""
+    def _limit(self, served: Served, tokens: list[int], body: AnyRequest) -> int:
+        """How long the answer may be: what was asked for, as far as server and context go."""
         left = served.batcher.n_ctx - len(tokens)
-        if left < 1 or (wanted or 0) > left:
-            answer = f" and {wanted} of answer" if wanted else ""
+        if left < 1:
             raise ApiError(
                 400,
-                f"the prompt's {len(tokens)} tokens{answer} do not fit into the context of "
-                f"{served.batcher.n_ctx}",
-                param="messages",
+                f"the prompt's {len(tokens)} tokens do not fit into the context of "
+                f"{served.batcher.n_ctx}, with one of answer",
+                param=body.source,
                 code="context_length_exceeded",
             )
         most = self.settings.max_tokens
-        if wanted is None:
-            return min(left, most)
-        if wanted > most:
-            raise ApiError(
-                400, f"max_tokens is {wanted}, and this server gives {most}", param="max_tokens"
-            )
-        return wanted
+        return min(body.wanted_tokens or most, most, left)
 
     def _served(self, name: str | None) -> Served:
         if name is None:
@@ -280,7 +284,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    words = {404: "there is nothing at this address", 405: "the method is not allowed here"}
+    words = {404: _NOTHING, 405: "the method is not allowed here"}
     message = words.get(error.status_code, str(error.detail))
     headers = dict(error.headers or {})
     return error_response(ApiError(error.status_code, message, headers=headers))

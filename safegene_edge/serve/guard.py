@@ -9,14 +9,15 @@ a browser does not send across origins without asking first.
 from __future__ import annotations
 
 import hmac
+import re
 from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import ApiError
 from .metrics import Metrics
-from .schema import ApiError
 from .settings import ServeSettings
 
 FILES = ("page.css", "page.js", "markdown.js", "icon.svg")  # of the chat page
@@ -33,6 +34,16 @@ HEADERS = (
         b"object-src 'none'",
     ),
 )
+
+
+# Clients end in a slash, double one, leave /v1 out, or add it twice.
+_BEFORE = re.compile(r"(?:/v1)*(?=/(?:chat/completions|completions|responses|models)(?:/|$))")
+
+
+def canonical(path: str) -> str:
+    """The path that is meant."""
+    path = re.sub("/{2,}", "/", path).rstrip("/") or "/"
+    return f"/v1{path[found.end() :]}" if (found := _BEFORE.match(path)) else path
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -54,6 +65,7 @@ class Guard:
         """Let a request through, or answer it with an error."""
         if scope["type"] != "http":
             return
+        scope = {**scope, "path": canonical(scope["path"])}
         headers = dict(scope["headers"])
         origin = headers.get(b"origin", b"").decode("latin-1")
         allowed = origin in self.settings.cors

@@ -13,7 +13,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .schema import ApiError
+from .errors import ApiError
 from .settings import ServeSettings
 
 _LINGER = 1.0  # seconds

@@ -14,6 +14,7 @@ import uvicorn
 from ..errors import SettingError
 from ..files import PathLike, sha256
 from ..runtime.batcher import Batcher
+from ..runtime.chat import require_chat
 from ..runtime.engine import Engine, Scales
 from ..runtime.llama import SafeLlama
 from .answers import Relay
@@ -83,6 +84,7 @@ def opened(
     if settings.compare and gene is None:
         raise SettingError("there is nothing to compare without a gene", "Give --gene")
     with SafeLlama(model, adapters, **{**_SMALL, **options}) as llama:
+        require_chat(llama)  # or every chat would be refused
         relay = Relay()
         name, fingerprint = Path(model).stem, NO_GENE
         others: Scales = {adapter: adapter.scale for adapter in llama.adapters}

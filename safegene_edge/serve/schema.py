@@ -2,44 +2,28 @@
 
 Every field of a request is one of four: used; known and without effect here (`IGNORED`);
 neutral, allowed with the one value that asks for nothing (`NEUTRAL`); or refused. A field that
-is refused would change the operator's policy (`POLICY`), or it is unknown.
+is refused would change the operator's policy (`POLICY`), or it is unknown. A field with null is
+a field that is not there, at any depth.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from ..runtime.sampling import Sampling
-
-
-class ApiError(Exception):
-    """An error in OpenAI's form: status, type, param and code, and headers if any."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = headers or {}
-
-    def as_dict(self) -> dict[str, Any]:
-        """The body of the response."""
-        kind = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}.get(
-            self.status, "invalid_request_error" if self.status < 500 else "server_error"
-        )
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
-
+from .errors import ApiError, wrong
+from .messages import Turn, turn_of, turns_of_items
 
 # How fields begin that would take the gene off, weaken it, or answer in the model's place. Every
 # unknown field is refused; who sends one of these learns that no spelling of it would help.
@@ -50,7 +34,7 @@ _POLICY = re.compile(rf"(?:{'|'.join(POLICY)})s?(?:_|$)")
 IGNORED = frozenset([
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
     "prompt_cache_retention", "parallel_tool_calls", "cache_prompt", "timings_per_token",
-    "return_progress",
+    "return_progress", "reasoning", "reasoning_effort", "verbosity", "include", "max_tool_calls",
 ])  # fmt: skip
 # Allowed with a value that asks for nothing, which clients send unasked.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -67,39 +51,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "background": (False,),
+    "truncation": ("auto", "disabled"),
+    "previous_response_id": (),
+    "conversation": (),
 }
+_STORED = ("previous_response_id", "conversation")
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
-
-
-class TextPart(_Strict):
-    """A part of a message; text is the only kind."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """A message; null in the other fields is what clients send back with an answer."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    tool_call_id: str | None = None  # not shown to the model
-    name: None = None
-    refusal: None = None
-    annotations: Annotated[list[None], Field(max_length=0)] | None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-
-    @property
-    def text(self) -> str:
-        """The content as one string."""
-        if isinstance(self.content, str):
-            return self.content
-        return "\n".join(part.text for part in self.content)
 
 
 class StreamOptions(_Strict):
@@ -109,32 +70,55 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
+def _listed(value: Any) -> Any:
+    """One string as a list, so that an error names the part at fault and not a kind of value."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return value
+    raise ValueError("should be a string or a list")
+
+
+def _some(number: int) -> int:
+    if number == 0:
+        raise ValueError("should be 1 or more, or -1 for the server's default")
+    return number
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Limit = Annotated[int, Field(ge=-1), AfterValidator(_some)]
 
 
 class _Request(_Strict):
+    source: ClassVar[str]  # the field that the prompt is made of
+
     model: str | None = Field(None, max_length=512)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=1 << 31)
+    max_tokens: Limit | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1 << 30)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] = []
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
 
     @property
     def wanted_tokens(self) -> int | None:
         """Tokens of answer that the client asked for, if it did."""
-        return self.max_tokens
+        return None if self.max_tokens == -1 else self.max_tokens
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return tuple(self.stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream shall end with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling(self, temperature: float) -> Sampling:
         """The sampler's settings, with the operator's temperature where none is named."""
@@ -147,48 +131,119 @@ class _Request(_Strict):
 class ChatRequest(_Request):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 31)
+    source: ClassVar[str] = "messages"
+
+    messages: list[Any] = Field(min_length=1)
+    max_completion_tokens: Limit | None = None
 
     @property
     def wanted_tokens(self) -> int | None:
         """The newer name goes before the older."""
-        return self.max_completion_tokens or self.max_tokens
+        if self.max_completion_tokens is None:
+            return super().wanted_tokens
+        return None if self.max_completion_tokens == -1 else self.max_completion_tokens
 
-    def as_messages(self, limit: int) -> list[dict[str, str]]:
+    def turns(self, limit: int) -> list[Turn]:
         """Messages for the template.
 
         Raises:
-            ApiError: too many, or the last one is the assistant's.
+            ApiError: too many, one is none, or the last one is the assistant's.
         """
-        if len(self.messages) > limit:
-            raise ApiError(
-                400,
-                f"{len(self.messages)} messages are more than the {limit} that are allowed",
-                param="messages",
-            )
-        if self.messages[-1].role == "assistant":
-            raise ApiError(
-                400,
-                "the last message is the assistant's: an answer that the client begins would "
-                "pass over the gene, and is refused by the server's policy",
-                param="messages",
-                code="policy",
-            )
-        return [{"role": message.role, "content": message.text} for message in self.messages]
+        _require_few(self.messages, limit, self.source)
+        found = [turn_of(value, f"messages.{n}") for n, value in enumerate(self.messages)]
+        return _require_no_prefill(found, self.source)
+
+
+class TextFormat(_Strict):
+    """The format of a response's text; plain is the only one."""
+
+    type: Literal["text"]
+
+
+class TextSettings(_Strict):
+    """How a response's text shall be."""
+
+    format: TextFormat | None = None
+    verbosity: str | None = None  # without effect
+
+
+class ResponseRequest(_Request):
+    """POST /v1/responses."""
+
+    source: ClassVar[str] = "input"
+
+    input: Annotated[list[Any], Field(min_length=1), BeforeValidator(_listed)]
+    instructions: str | None = None
+    max_output_tokens: Limit | None = None
+    text: TextSettings | None = None
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """As `max_tokens` of a chat."""
+        if self.max_output_tokens is None:
+            return super().wanted_tokens
+        return None if self.max_output_tokens == -1 else self.max_output_tokens
+
+    def turns(self, limit: int) -> list[Turn]:
+        """Messages for the template; the instructions go first.
+
+        Raises:
+            ApiError: as of a chat.
+        """
+        _require_few(self.input, limit, self.source)
+        items = [{"role": "user", "content": i} if isinstance(i, str) else i for i in self.input]
+        turns = _require_no_prefill(turns_of_items(items), self.source)
+        if not self.instructions:
+            return turns
+        words = [self.instructions]
+        if turns[0]["role"] == "system":  # many templates take one system message alone
+            words.append(turns.pop(0)["content"])
+        return [{"role": "system", "content": "\n\n".join(words)}, *turns]
+
+    def repeated(self, temperature: float) -> dict[str, Any]:
+        """What the answer repeats of the request; `temperature` is the operator's."""
+        return {
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "temperature": temperature if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+        }
+
+
+def _require_few(values: list[Any], limit: int, where: str) -> None:
+    if len(values) > limit:
+        text = f"{len(values)} messages are more than the {limit} that are allowed"
+        raise ApiError(400, text, param=where)
+
+
+def _require_no_prefill(turns: list[Turn], where: str) -> list[Turn]:
+    if not turns:
+        raise wrong(where, "holds no message")
+    if turns[-1]["role"] == "assistant":
+        raise ApiError(
+            400,
+            "the last message is the assistant's: an answer that the client begins would "
+            "pass over the gene, and is refused by the server's policy",
+            param=where,
+            code="policy",
+        )
+    return turns
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions: raw text, one prompt."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    source: ClassVar[str] = "prompt"
+
+    prompt: Annotated[list[str], Field(min_length=1, max_length=1), BeforeValidator(_listed)]
 
     @property
     def text(self) -> str:
         """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return self.prompt[0]
 
 
+AnyRequest = ChatRequest | CompletionRequest | ResponseRequest
 RequestT = TypeVar("RequestT", bound=_Request)
 
 
@@ -213,7 +268,7 @@ def _passed_over(kind: type[_Request], name: str, value: Any) -> bool:
     if name in kind.model_fields:
         return False
     neutral = any(type(value) is type(ok) and value == ok for ok in NEUTRAL.get(name, ()))
-    if neutral or name in IGNORED or (value is None and name in NEUTRAL):
+    if neutral or name in IGNORED:
         return True
     shown = name[:64]
     if _POLICY.match(name):
@@ -223,6 +278,9 @@ def _passed_over(kind: type[_Request], name: str, value: Any) -> bool:
             param=shown,
             code="policy",
         )
+    if name in _STORED:
+        text = f"'{shown}': this server keeps no answers; send the earlier turns in 'input'"
+        raise ApiError(400, text, param=shown, code="unsupported_value")
     if name in NEUTRAL:
         raise ApiError(
             400,
@@ -231,6 +289,15 @@ def _passed_over(kind: type[_Request], name: str, value: Any) -> bool:
             code="unsupported_value",
         )
     return False  # unknown, and refused with the rest of the check
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the fields that are null: clients write so what they leave out."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _decode(body: bytes) -> Any:
@@ -248,7 +315,7 @@ def _decode(body: bytes) -> Any:
         value = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
         if "\\u" in text:  # escapes can spell half a character, which no encoding has
             json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return _without_nulls(value)
     except UnicodeError:
         raise ApiError(400, "the body is not valid UTF-8", code="invalid_json") from None
     except RecursionError:
@@ -263,4 +330,4 @@ def _explained(error: ValidationError) -> ApiError:
     where = ".".join(path)[:200]
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"unknown field '{where}'", param=where, code="unknown_field")
-    return ApiError(400, f"{where}: {first['msg']}", param=where or None, code="invalid_value")
+    return wrong(where, first["msg"].removeprefix("Value error, "))
