@@ -100,7 +100,12 @@ def from_record(record: Mapping[str, Any], name: str) -> Prompt:
         raise ValueError("'history' has another role than system, user and assistant")
     words = {key: str(record.get(key) or "") for key in ("category", "trap", "form")}
     language = str(record.get("language") or "en")
-    return Prompt(str(record.get("id") or name), text, **words, language=language, history=turns)
+    return Prompt(own_id(record.get("id"), name), text, **words, language=language, history=turns)
+
+
+def own_id(value: object, name: str) -> str:
+    """The id that a row gives, 0 among them; `name` where it gives none."""
+    return ("" if value is None else str(value).strip()) or name
 
 
 @lru_cache

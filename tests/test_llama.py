@@ -139,6 +139,49 @@ def test_bad_calls_are_refused(llama, model, tiny):
         SafeLlama(model, lora_path="x.gguf")
 
 
+def test_a_path_or_an_adapter_stands_for_its_handle(llama, model, tmp_path, monkeypatch):
+    """Whatever `attach` takes, `detach` and `set_scale` take, too."""
+    path = tmp_path / "gene.gguf"
+    random_adapter(model).save(path)
+    base = logits(llama)
+    handle = llama.attach(str(path))
+    llama.set_scale(path, 0.0)
+    assert handle.scale == 0.0
+    np.testing.assert_array_equal(logits(llama), base)
+    monkeypatch.chdir(tmp_path)
+    llama.set_scale("gene.gguf", 1.0)
+    assert not np.array_equal(logits(llama), base)
+    llama.set_adapters_on(llama.ctx, {str(path): 0.0})
+    np.testing.assert_array_equal(logits(llama), base)
+    llama.detach("./gene.gguf")
+    assert llama.adapters == ()
+    inside = random_adapter(model, seed=2)
+    llama.attach(inside)
+    llama.set_scale(inside, 0.5)
+    assert llama.adapters[0].scale == 0.5
+    llama.detach(inside)
+    np.testing.assert_array_equal(logits(llama), base)
+
+
+def test_what_is_not_attached_or_ambiguous_is_named(llama, model, tmp_path):
+    path, other = tmp_path / "gene.gguf", tmp_path / "other.gguf"
+    random_adapter(model).save(path)
+    first, second = llama.attach(path), llama.attach(path)
+    for call in (llama.detach, lambda it: llama.set_scale(it, 0.5)):
+        with pytest.raises(SettingError, match=r"gene\.gguf: is attached 2 times"):
+            call(path)
+        with pytest.raises(SettingError, match=r"other\.gguf: is not attached"):
+            call(other)
+        with pytest.raises(SettingError, match="in memory: is not attached"):
+            call(random_adapter(model))
+        for nothing in (None, 0, [path]):
+            with pytest.raises(SettingError, match="is no adapter"):
+                call(nothing)
+    llama.detach(first)
+    llama.detach(path)  # the one that is left
+    assert second.pointer is None and llama.adapters == ()
+
+
 def test_without_clearing_the_cache_leaks(llama, model, tmp_path):
     """Shows the fault that the next tests guard against, so that they can fail."""
     random_adapter(model).save(tmp_path / "gene.gguf")

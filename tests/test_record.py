@@ -14,6 +14,7 @@ from safegene_edge.errors import FileFormatError
 from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.evaluate import evaluate
 from safegene_edge.evals.report import compare, findings, record
+from safegene_edge.evals.report.json import aligned_labels
 from safegene_edge.evals.report.schema import problems, read_report, report_schema
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import sha256
@@ -350,6 +351,22 @@ def test_examples_show_changes_first():
     shown = findings.examples(report["suites"][1], most=15)
     assert [len(set(example.labels)) for example in shown[:13]] == [2] * 13
     assert len(shown) == 15
+
+
+def test_two_prompts_of_one_id_in_an_older_report_stay_two():
+    report = reports.with_answers(reports.large(), "x")
+    suite = report["suites"][0]
+    for columns in (suite["prompts"], *suite["answers"].values()):
+        columns[1]["id"] = columns[0]["id"]
+    assert len(findings.examples(suite, most=999)) == len(suite["prompts"])
+    found = compare.compare(report, copy.deepcopy(report))
+    rows = {(row.suite, row.column): row for row in found.rows}
+    assert rows["harmful", "after"].paired is None
+    assert "two prompts of a report have one id" in rows["harmful", "after"].reason
+    assert rows["harmless", "after"].paired is not None
+    labels = aligned_labels(report)["harmful", suite["version"]]
+    assert labels[suite["prompts"][0]["id"]] is None
+    assert labels[suite["prompts"][2]["id"]] == suite["prompts"][2]["before"] is not None
 
 
 def test_shortened():

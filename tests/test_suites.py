@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import unicodedata
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 
 from safegene_edge.errors import FileFormatError, SafeGeneError, SettingError
 from safegene_edge.evals.asking.suites import Suite, load_suite
+from safegene_edge.evals.evaluate import evaluate
 from safegene_edge.evals.settings import DEFAULT_SUITES
 from safegene_edge.prompts import FORMS, Prompt
 
@@ -268,6 +270,36 @@ def test_jsonl_of_a_benchmark_keeps_its_labels(tmp_path: Path) -> None:
     assert [prompt.text for prompt in harmless.prompts] == ["soft"]
 
 
+def test_the_id_nought_is_an_id(tmp_path: Path) -> None:
+    """Counted from 0, ids would else run into the row numbers that stand in for missing ones."""
+    rows = "".join(json.dumps({"prompt": f"q{i}", "id": i}) + "\n" for i in range(3))
+    (suite,) = load_suite(write(tmp_path, "a.jsonl", rows))
+    assert [prompt.id for prompt in suite.prompts] == ["0", "1", "2"]
+    goals = "".join(
+        json.dumps({"index": i, "goal": f"q{i}", "behavior": "b", "category": "c"}) + "\n"
+        for i in range(3)
+    )
+    (suite,) = load_suite(write(tmp_path, "b.jsonl", goals))
+    assert [prompt.id for prompt in suite.prompts] == ["0", "1", "2"]
+
+
+def test_one_id_in_both_kinds_is_two_prompts(tmp_path: Path) -> None:
+    """Twins share an id in some files; the kinds become suites of their own."""
+    rows = [{"prompt": kind, "kind": kind, "id": "a"} for kind in ("harmful", "harmless")]
+    found = load_suite(write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))))
+    assert [(s.kind, [p.id for p in s.prompts]) for s in found] == [
+        ("harmful", ["a"]),
+        ("harmless", ["a"]),
+    ]
+
+
+def test_a_suite_made_in_python_with_one_id_twice_is_refused() -> None:
+    suite = Suite("mine", "harmful", (Prompt("a", "x"), Prompt("b", "y"), Prompt("a", "z")))
+    assert suite.repeated_id() == "a" and built_in("harmful").repeated_id() is None
+    with pytest.raises(SettingError, match="'mine' have the id 'a'"):
+        evaluate("never-read.gguf", suites=[suite])
+
+
 def test_text_with_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
@@ -292,6 +324,23 @@ def test_text_with_byte_order_mark_and_crlf(tmp_path: Path) -> None:
         ("a.csv", b"prompt,type,label\nx,t,maybe\n", r"row 2: label is 'maybe'"),
         ("a.csv", b"prompt,type,label\nx\n", r"row 2: label is None"),
         ("a.csv", b"", r"has no known columns"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "id": 1}\n{"prompt": "y"}\n{"prompt": "z", "id": "1"}\n',
+            r"a\.jsonl, row 3: has the id '1', which row 1 has too",
+        ),
+        ("a.jsonl", b'{"prompt": "x", "id": 2}\n{"prompt": "y"}\n', r"row 2: has the id '2'"),
+        ("a.csv", b"id,prompt,kind\nq,x,harmful\nq,y,harmful\n", r"row 3: has the id 'q'"),
+        (
+            "a.csv",
+            b"BehaviorID,Behavior,FunctionalCategory\nb,x,standard\nb,y,standard\n",
+            r"row 3: has the id 'b', which row 2",
+        ),
+        ("a.csv", b"Index,Goal,Behavior,Category\n4,x,b,c\n4,y,b,c\n", r"row 3: has the id '4'"),
+        ("a.csv", b"prompt,kind,Prompt\nx,harmful,y\n", r"row 1: has 'prompt' twice"),
+        ("a.csv", b"goal,goal\nx,y\n", r"row 1: has 'goal' twice"),
+        ("a.jsonl", b'{"prompt": "x", "prompt": "y"}\n', r"row 1: has 'prompt' twice"),
+        ("a.jsonl", b'{"prompt": "x", "Prompt": "y"}\n', r"row 1: has 'prompt' twice"),
         ("a.txt", b"\n\n", r"holds no prompts"),
         ("a.parquet", b"PAR1", r"no suite of this name"),
     ],

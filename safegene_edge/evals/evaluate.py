@@ -389,6 +389,9 @@ def _load_all(suites: Iterable[str | Path | Suite]) -> list[Suite]:
         for suite in [item] if isinstance(item, Suite) else load_suite(item):
             if suite.name in found:
                 raise SettingError(f"the suite '{suite.name}' is given twice", "Rename one file")
+            if (name := suite.repeated_id()) is not None:
+                cause = f"two prompts of the suite '{suite.name}' have the id '{name}'"
+                raise SettingError(cause, "Give each an id of its own")
             found[suite.name] = suite
     if not found:
         raise SettingError("no suite to evaluate", f"Give {' or '.join(BUILT_IN)}, or a file")

@@ -31,7 +31,7 @@ from .controls import ControlTexts
 from .devices import physical_cores
 from .log import reason
 from .shared import AttachedAdapter as AttachedAdapter
-from .shared import SharedLlama
+from .shared import SharedLlama, find_attached
 
 DEFAULT_CONTEXT = 2048
 _STEP = 256  # llama.cpp makes a context of whole steps, and llama-cpp-python does not know it
@@ -175,19 +175,21 @@ class SafeLlama(SharedLlama):
             self._apply()
         return handle
 
-    def detach(self, handle: AttachedAdapter) -> None:
+    def detach(self, adapter: AttachedAdapter | AdapterLike) -> None:
         """Take an adapter off; the model then answers as if it had never been there.
 
+        Args:
+            adapter: what `attach` returned, or what it was given: a path or an `Adapter`.
+
         Raises:
-            SettingError: it is not attached; or a batcher (a server's, too) or a running
-                engine answers with it. Close that first. Or it is called by what an answer
-                calls.
+            SettingError: it is not attached, or is more than once from that path; or a batcher
+                (a server's, too) or a running engine answers with it. Close that first. Or it
+                is called by what an answer calls.
         """
         with self._change():
-            self._detach(handle)
+            self._detach(find_attached(self._attached, adapter))
 
     def _detach(self, handle: AttachedAdapter) -> None:
-        self._require_attached(handle)
         for owner in list(self._owners):
             owner.release(handle)
         self._attached.remove(handle)
@@ -195,13 +197,16 @@ class SafeLlama(SharedLlama):
         llama_cpp.llama_adapter_lora_free(handle.pointer)
         handle.pointer = None
 
-    def set_scale(self, handle: AttachedAdapter, scale: float) -> None:
-        """Change an adapter's scale; 0 gives the model without it, bit for bit.
+    def set_scale(self, adapter: AttachedAdapter | AdapterLike, scale: float) -> None:
+        """Change the scale of an adapter, given as to `detach`; 0 is the model without it, exactly.
 
         A batcher keeps the scales that it began with.
+
+        Raises:
+            SettingError: as `detach`; or the scale is not finite.
         """
         with self._change():
-            self._require_attached(handle)
+            handle = find_attached(self._attached, adapter)
             _require_finite(scale)
             handle.scale = scale
             self._apply()
@@ -219,9 +224,8 @@ class SafeLlama(SharedLlama):
             The adapters that the context now holds.
         """
         with self._in_use(), self._of_own(context), self._guard:
-            chosen = {a: a.scale for a in self._attached} if scales is None else dict(scales)
-            for handle in chosen:
-                self._require_attached(handle)
+            given = {a: a.scale for a in self._attached} if scales is None else scales
+            chosen = {find_attached(self._attached, key): value for key, value in given.items()}
             pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(
                 *(handle.pointer for handle in chosen)
             )
@@ -288,10 +292,6 @@ class SafeLlama(SharedLlama):
             states = getattr(self.cache, "cache_state", None) or getattr(self.cache, "cache", None)
             if states is not None:  # a LlamaRAMCache or LlamaDiskCache: states of the old weights
                 states.clear()
-
-    def _require_attached(self, handle: AttachedAdapter) -> None:
-        if handle not in self._attached:
-            raise SettingError(f"{handle.name}: is not attached to this model")
 
     def _let_go(self) -> None:
         self._attached.clear()  # llama.cpp frees a model's adapters with the model

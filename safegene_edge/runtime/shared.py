@@ -7,9 +7,10 @@ it. A call on a closed model raises.
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, Protocol
 import llama_cpp
 
 from ..errors import LlamaCppError, SettingError
-from ..gene import Adapter
+from ..gene import Adapter, AdapterLike
+from ..hub import resolve
 
 
 @dataclass(eq=False)
@@ -31,6 +33,33 @@ class AttachedAdapter:
     source: Path | None = None
     """The file it was read from."""
     pointer: Any = field(default=None, repr=False)
+
+
+def find_attached(
+    attached: Iterable[AttachedAdapter], adapter: AttachedAdapter | AdapterLike
+) -> AttachedAdapter:
+    """The handle of an attached adapter.
+
+    Args:
+        adapter: the handle, or what `attach` was given: the file's path, or the `Adapter`.
+
+    Raises:
+        SettingError: it is not attached, or a path or `Adapter` is attached more than once.
+    """
+    if isinstance(adapter, AttachedAdapter):
+        found, name = [one for one in attached if one is adapter], adapter.name
+    elif isinstance(adapter, Adapter):
+        found, name = [one for one in attached if one.content is adapter], "the adapter in memory"
+    elif isinstance(adapter, (str, os.PathLike)):
+        path, name = os.path.realpath(resolve(adapter)), str(adapter)
+        found = [one for one in attached if one.source and os.path.realpath(one.source) == path]
+    else:
+        raise SettingError(f"{adapter!r} is no adapter", "Give what attach returned, or the path")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SettingError(f"{name}: is attached {len(found)} times", "Give what attach returned")
+    raise SettingError(f"{name}: is not attached to this model")
 
 
 class ContextOwner(Protocol):

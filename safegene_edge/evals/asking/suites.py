@@ -16,13 +16,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...errors import FileFormatError, SettingError
-from ...prompts import Prompt, from_record
+from ...prompts import Prompt, from_record, own_id
 from ..settings import BUILT_IN
 
 Kind: TypeAlias = Literal["harmful", "harmless"]
@@ -44,6 +44,15 @@ class Suite:
         content: list[Any] = [self.kind]
         content += [list(p.messages) if p.history else p.text for p in self.prompts]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+    def repeated_id(self) -> str | None:
+        """An id that two prompts have, which a report would take for one; None if there is none."""
+        seen: set[str] = set()
+        for prompt in self.prompts:
+            if prompt.id in seen:
+                return prompt.id
+            seen.add(prompt.id)
+        return None
 
     def sample(self, limit: int | None) -> Suite:
         """At most `limit` prompts, evenly spread so that every category keeps its share."""
@@ -89,7 +98,8 @@ def load_suite(name_or_path: str | Path) -> list[Suite]:
 # -- rows: (kind, version, prompt) from each format ---------------------------
 
 _Row: TypeAlias = tuple[Kind, str, Prompt]
-_Reader: TypeAlias = Callable[[str, bytes], Iterator[_Row]]
+_Rows: TypeAlias = Iterator[tuple[int, _Row]]  # each with its number in the file
+_Reader: TypeAlias = Callable[[str, bytes], _Rows]
 
 
 def _read(path: Path) -> bytes:
@@ -111,11 +121,15 @@ def _bad(source: str, row: int, why: str, remedy: str = "") -> FileFormatError:
     return FileFormatError(f"{source}, row {row}: {why}", remedy)
 
 
-def _suites(source: str, rows: Iterator[_Row], name: str | None = None) -> list[Suite]:
+def _suites(source: str, rows: _Rows, name: str | None = None) -> list[Suite]:
     """Group rows by kind; a file of one kind keeps the plain name."""
     found: dict[Kind, list[Prompt]] = {}
     versions: dict[Kind, str] = {}
-    for kind, version, prompt in rows:
+    named: dict[tuple[Kind, str], int] = {}
+    for row, (kind, version, prompt) in rows:
+        if (first := named.setdefault((kind, prompt.id), row)) != row:
+            why = f"has the id '{prompt.id}', which row {first} has too"
+            raise _bad(source, row, why, "Give each row an id of its own, or no row one")
         found.setdefault(kind, []).append(prompt)
         versions[kind] = version
     if not found:
@@ -127,14 +141,14 @@ def _suites(source: str, rows: Iterator[_Row], name: str | None = None) -> list[
     ]
 
 
-def _jsonl(source: str, data: bytes) -> Iterator[_Row]:
+def _jsonl(source: str, data: bytes) -> _Rows:
     default: dict[str, Any] = {}
     version = ""
     # not splitlines(): JSON text may hold U+2028 and the like unescaped
     for row, line in enumerate(_text(source, data).split("\n"), 1):
         if not line.strip():
             continue
-        record = _lower(_json_object(source, row, line))
+        record = _lower(source, row, _json_object(source, row, line))
         if row == 1 and "suite" in record and "prompt" not in record:
             default = {"kind": _kind(source, row, record["kind"])} if "kind" in record else {}
             version = str(record.get("version", ""))
@@ -144,12 +158,12 @@ def _jsonl(source: str, data: bytes) -> Iterator[_Row]:
         parsed = parse(source, row, record)
         if parsed is not None:
             kind, _, prompt = parsed
-            yield kind, version, prompt
+            yield row, (kind, version, prompt)
 
 
 def _json_object(source: str, row: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=partial(_once, source, row))
     except (json.JSONDecodeError, RecursionError) as fault:
         raise _bad(source, row, "is not JSON", "JSONL holds one object a line") from fault
     if not isinstance(record, dict):
@@ -170,23 +184,24 @@ def _prompt(source: str, row: int, record: Mapping[str, Any], column: str = "pro
         raise _bad(source, row, str(fault).replace("'prompt'", f"'{column}'")) from fault
 
 
-def _plain(source: str, data: bytes) -> Iterator[_Row]:
+def _plain(source: str, data: bytes) -> _Rows:
     for row, line in enumerate(_text(source, data).split("\n"), 1):
         if line.strip():
-            yield "harmful", "", Prompt(str(row), line.strip())
+            yield row, ("harmful", "", Prompt(str(row), line.strip()))
 
 
-def _csv(source: str, data: bytes) -> Iterator[_Row]:
+def _csv(source: str, data: bytes) -> _Rows:
     reader = csv.DictReader(io.StringIO(_text(source, data), newline=""), strict=True)
     try:
-        parse = _parser(_lower(dict.fromkeys(reader.fieldnames or ())), _CSV_FORMATS)
+        names = _lower(source, 1, _once(source, 1, [(n, None) for n in reader.fieldnames or ()]))
+        parse = _parser(names, _CSV_FORMATS)
         if parse is None:
             known = "; ".join(", ".join(sorted(needed)) for needed, _ in _CSV_FORMATS)
             raise _bad(source, 1, "has no known columns", f"Known sets of columns: {known}")
         for row, record in enumerate(reader, 2):
-            parsed = parse(source, row, _lower(record))
+            parsed = parse(source, row, _lower(source, row, record))
             if parsed is not None:
-                yield parsed
+                yield row, parsed
     except csv.Error as fault:
         raise _bad(source, reader.line_num, f"is not CSV: {fault}") from fault
 
@@ -198,9 +213,19 @@ _Parser: TypeAlias = Callable[[str, int, _Record], _Row | None]
 _Formats: TypeAlias = tuple[tuple[set[str], _Parser], ...]
 
 
-def _lower(record: Mapping[Any, Any]) -> dict[str, Any]:
+def _once(source: str, row: int, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dictionary, in which none of them would be lost."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name and name in found:
+            raise _bad(source, row, f"has '{name}' twice", "Keep one of them")
+        found[name] = value
+    return found
+
+
+def _lower(source: str, row: int, record: Mapping[Any, Any]) -> dict[str, Any]:
     """Lower-case names; the csv module keeps surplus cells under None."""
-    return {str(name or "").strip().lower(): value for name, value in record.items()}
+    return _once(source, row, ((str(k or "").strip().lower(), v) for k, v in record.items()))
 
 
 def _parser(columns: Iterable[str], formats: _Formats) -> _Parser | None:
@@ -238,7 +263,7 @@ def _advbench(source: str, row: int, record: _Record) -> _Row | None:
 
 def _jailbreakbench(source: str, row: int, record: _Record) -> _Row | None:
     prompt = _prompt(source, row, record, "goal")
-    prompt = replace(prompt, id=str(record.get("index") or prompt.id))
+    prompt = replace(prompt, id=own_id(record.get("index"), prompt.id))
     return _borderline_if_harmless(_kind_by_name(source, "harmful"), prompt)
 
 
@@ -247,7 +272,7 @@ def _harmbench(source: str, row: int, record: _Record) -> _Row | None:
     if record["functionalcategory"] != "standard":
         return None
     prompt = _prompt(source, row, record, "behavior")
-    name = str(record.get("behaviorid") or prompt.id)
+    name = own_id(record.get("behaviorid"), prompt.id)
     return "harmful", "", replace(prompt, id=name, category=record.get("semanticcategory") or "")
 
 

@@ -158,6 +158,8 @@ def _paired(a: Json, b: Json, column: str, labels: findings.Labels) -> tuple[Pai
         {prompt["id"]: prompt.get(column) for prompt in suite.get("prompts") or ()}
         for suite in (a, b)
     )
+    if any(len(side) < len(s.get("prompts") or ()) for side, s in ((before, a), (after, b))):
+        return None, "two prompts of a report have one id"
     if not before or before.keys() != after.keys():
         return None, "the reports do not hold the same prompts' labels"
     judged = [name for name in before if before[name] is not None and after[name] is not None]

@@ -6,6 +6,7 @@ parts that a report may lack.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -360,11 +361,14 @@ def label(answer: Json) -> str:
 def examples(suite: Json, most: int = 12) -> list[PromptAnswers]:
     """The suite's answers, first those whose label the gene changed."""
     columns: Json = suite.get("answers") or {}
-    by_id: dict[str, dict[str, Json]] = {}
+    by_id: dict[tuple[str, int], dict[str, Json]] = {}
     for column in COLUMNS:
+        seen: Counter[str] = Counter()  # older reports may hold two prompts of one id
         for answer in columns.get(column) or ():
-            by_id.setdefault(str(answer["id"]), {})[column] = answer
-    found = [PromptAnswers(name, answers) for name, answers in by_id.items()]
+            name = str(answer["id"])
+            by_id.setdefault((name, seen[name]), {})[column] = answer
+            seen[name] += 1
+    found = [PromptAnswers(name, answers) for (name, _), answers in by_id.items()]
     return sorted(found, key=lambda example: len(set(example.labels)) < 2)[:most]
 
 

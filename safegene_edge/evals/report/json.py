@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal, TypeAlias
 
@@ -178,8 +179,12 @@ def paired_json(
 def aligned_labels(facts: Mapping[str, Any]) -> AlignedLabels:
     """The "before" labels of a report on the aligned model, for the recovered share."""
     return {
-        (suite["name"], suite.get("version", "")): {
-            str(prompt["id"]): prompt["before"] for prompt in suite.get("prompts", ())
-        }
+        (suite["name"], suite.get("version", "")): _labels_by_id(suite.get("prompts", ()))
         for suite in facts["suites"]
     }
+
+
+def _labels_by_id(prompts: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """Labels by prompt id; none of an id that an older report gives to two prompts."""
+    counts = Counter(str(prompt["id"]) for prompt in prompts)
+    return {i: p["before"] if counts[i] == 1 else None for p in prompts for i in [str(p["id"])]}
