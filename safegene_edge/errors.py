@@ -56,6 +56,10 @@ class LlamaCppError(SafeGeneError):
     """llama.cpp refused or failed."""
 
 
+class ProcessLostError(SafeGeneError):
+    """A process that did a part of the work was killed, or crashed."""
+
+
 class NoEffectError(SafeGeneError):
     """An adapter was attached and changed nothing."""
 

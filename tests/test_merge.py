@@ -198,6 +198,50 @@ def test_an_error_in_a_worker_is_the_callers(quantised, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_workers_take_the_package_from_where_their_caller_has_it(quantised, tmp_path, monkeypatch):
+    """A folder of the package's name in the current folder is neither imported nor run."""
+    gene = adapter_for(quantised(), tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "safegene_edge").mkdir(parents=True)
+    trap = "import pathlib; pathlib.Path('executed').touch()"
+    for name in ("safegene_edge/__init__.py", "pickle.py", "numpy.py", "signal.py"):
+        (elsewhere / name).write_text(trap)
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(workers, "_WORTH", 0)
+    settings = MergeSettings(threads=2)
+    assert merge(quantised(), [gene], tmp_path / "a.gguf", settings=settings).tensors
+    for name in ("pickle.py", "numpy.py", "signal.py"):
+        (elsewhere / name).unlink()
+    monkeypatch.setattr(sys, "path", [str(elsewhere), *sys.path])  # as `python -m` before 3.11
+    assert merge(quantised(), [gene], tmp_path / "b.gguf", settings=settings).tensors
+    assert not (elsewhere / "executed").exists()
+
+
+def test_what_a_library_prints_in_a_worker_is_no_answer(quantised, tmp_path, monkeypatch, capfd):
+    """A line before or amid the work made the merge wait for ever."""
+    gene = adapter_for(quantised(), tmp_path)
+    noisy = tmp_path / "noisy"
+    noisy.mkdir()
+    (noisy / "sitecustomize.py").write_text("import os\nos.write(1, b'a notice\\nhalf a line')\n")
+    monkeypatch.setenv("PYTHONPATH", str(noisy))
+    monkeypatch.setattr(workers, "_WORTH", 0)
+    merge(quantised(), [gene], tmp_path / "out.gguf", settings=MergeSettings(threads=2))
+    said = capfd.readouterr()
+    assert not said.out and "a notice\nhalf a line\n" in said.err
+
+
+def test_any_error_of_a_worker_reaches_the_caller_as_itself(quantised, tmp_path, monkeypatch):
+    gene = adapter_for(quantised(), tmp_path)
+    plan = Plan.of(quantised(), [gene])
+    jobs = plan.jobs([p for p in plan.draft(0, 1).places if p.info.name in plan.updates])
+    jobs[0] = replace(jobs[0], importance=np.ones(3, np.float32))
+    monkeypatch.setattr(workers, "_WORTH", 0)
+    with pytest.raises(ValueError, match=r"shape|broadcast|operands") as caught:
+        workers.run_jobs(jobs, None, 2, None)
+    assert "workers.py" in str(caught.value.__cause__)  # the worker's traceback
+
+
 # -- what is reported -----------------------------------------------------
 
 

@@ -1,18 +1,15 @@
 """The work of a merge: tensor by tensor, in processes of their own where there is much of it.
 
 Threads would wait for each other: the search for codes is many short calls of numpy, each of
-which takes Python's lock. The workers are plain subprocesses that are sent their jobs, so that
-the caller's own program is neither forked nor imported anew.
+which takes Python's lock.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -21,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..aliases import Bytes, Floats, Progress
+from ..child import Child, can_start
 from ..errors import SafeGeneError
 from ..gguf_file.kernels import TensorType
 from ..gguf_file.rewrite import Place
@@ -129,7 +127,7 @@ def run_jobs(
     """
     total = sum(job.place.info.n_elements for job in jobs)
     count = min(threads or cpus(), len(jobs))
-    if count < 2 or total < _WORTH or getattr(sys, "frozen", False):
+    if count < 2 or total < _WORTH or not can_start():
         done = _here(jobs, output)
     else:
         done = _with_workers(_shared_out(jobs, count), output)
@@ -166,6 +164,8 @@ def _shared_out(jobs: Sequence[Job], count: int) -> list[list[Job]]:
 
 # -- workers --------------------------------------------------------------
 
+_ALONE = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
 
 def _with_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[TensorReport]:
     """Reports as they come, of a worker for each pile.
@@ -173,73 +173,27 @@ def _with_workers(piles: Sequence[list[Job]], output: Path | None) -> Iterator[T
     This process takes none: its BLAS has started with a thread for every processor, and each
     waits for the next product in a loop that keeps a worker off its processor.
     """
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    environment["PYTHONSAFEPATH"] = "1"  # a checkout in the current folder is not the package
-    command = [sys.executable, "-m", __name__]
-    queue: SimpleQueue[TensorReport | Exception | None] = SimpleQueue()
-    workers = []
-    try:
+    queue: SimpleQueue[TensorReport | BaseException | None] = SimpleQueue()
+    with ExitStack() as stack:
         for pile in piles:
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-            )
-            workers.append(worker)
-            listening = threading.Thread(target=_listen, args=(worker, pile, output, queue))
-            listening.daemon = True
-            listening.start()
-        running = len(workers)
+            worker = stack.enter_context(Child(_here, pile, output, environment=_ALONE))
+            threading.Thread(target=_listen, args=(worker, queue), daemon=True).start()
+        running = len(piles)
         while running:
             said = queue.get()
             if said is None:
                 running -= 1
-            elif isinstance(said, Exception):
+            elif isinstance(said, BaseException):
                 raise said
             else:
                 yield said
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
 
 
-def _listen(
-    worker: subprocess.Popen[bytes],
-    pile: list[Job],
-    output: Path | None,
-    queue: SimpleQueue[TensorReport | Exception | None],
-) -> None:
-    """Send a worker its jobs, and pass on what it says; its input stays open while we live."""
+def _listen(worker: Child, queue: SimpleQueue[TensorReport | BaseException | None]) -> None:
+    """Pass on what a worker answers, and in any case its end, which is waited for."""
     try:
-        assert worker.stdin and worker.stdout
-        pickle.dump((pile, output), worker.stdin)
-        worker.stdin.flush()
-        for _ in pile:
-            queue.put(pickle.load(worker.stdout))
+        for report in worker.answers():
+            queue.put(report)
         queue.put(None)
-    except (OSError, EOFError, pickle.UnpicklingError):
-        queue.put(SafeGeneError("a worker of the merge was killed", "Is there enough memory?"))
-
-
-def main() -> None:
-    """A worker: jobs come on stdin, reports and errors go to stdout."""
-    jobs, output = pickle.load(sys.stdin.buffer)
-    said = sys.stdout.buffer
-
-    def leave_with_the_parent() -> None:
-        sys.stdin.buffer.read(1)  # comes back when the parent is gone
-        os._exit(1)
-
-    threading.Thread(target=leave_with_the_parent, daemon=True).start()
-    try:
-        for report in _here(jobs, output):
-            pickle.dump(report, said)
-            said.flush()
-    except (SafeGeneError, OSError) as error:
-        pickle.dump(error, said)
-    said.flush()
-    os._exit(0)  # the thread above still holds stdin, which a tidy exit would wait for
-
-
-if __name__ == "__main__":
-    main()
+    except BaseException as error:
+        queue.put(error)
