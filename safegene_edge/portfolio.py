@@ -1,24 +1,27 @@
 """One gene for many fine-tunes: recalibrate and evaluate each, one table at the end.
 
-Every model's results lie in a folder of its own; what was done with the same files and
-settings is not done again. A model that fails, even by crashing llama.cpp, stops no other.
+Every model's results lie in a folder of its own. What was done with the same files, prompts,
+settings and versions, and is still there as it was written, is not done again.
+A model that fails, even by crashing llama.cpp, stops no other.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Executor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .errors import OutputError, SafeGeneError, SettingError
+from .child import Child, can_start
+from .errors import OutputError, ProcessLostError, SafeGeneError, SettingError
+from .evals.asking.suites import load_suite
 from .evals.report import findings
 from .evals.report.findings import Json
+from .evals.settings import BUILT_IN
 from .evals.statistics import Count
 from .files import PathLike, sha256, write_text
 from .gene import SafetyGene
@@ -26,6 +29,9 @@ from .hub import resolve
 from .portfolio_settings import PortfolioSettings as PortfolioSettings
 
 _DONE = "result.json"
+_FITTED, _EXPRESSION = "fitted.gguf", "expression.json"
+_REPORT, _PAGE = "report.json", "report.html"
+_WRITTEN = (_FITTED, _EXPRESSION, _REPORT, _PAGE)
 _NONE = Count(0, 0), Count(0, 0)
 
 
@@ -89,7 +95,7 @@ def portfolio(
 
     Raises:
         SettingError: no model, or two of one name.
-        FileFormatError: the gene or an adapter cannot be read.
+        FileFormatError: the gene, an adapter or a suite cannot be read.
         OutputError: the folder cannot be made.
     """
     settings = settings or PortfolioSettings()
@@ -101,10 +107,11 @@ def portfolio(
             "Give GGUF files with names that differ",
         )
     gene = resolve(gene).absolute()
-    adapters = tuple(resolve(path).absolute() for path in settings.adapters)
-    settings = replace(settings, adapters=tuple(map(str, adapters)))
-    for path in (gene, *adapters):
+    settings = _with_whole_paths(settings)
+    for path in (gene, *settings.adapters):
         SafetyGene.load(path)
+    for suite in settings.suites:
+        load_suite(suite)
     home = Path(folder).absolute()
     try:
         for name in names:
@@ -112,14 +119,33 @@ def portfolio(
     except OSError as error:
         raise OutputError(f"{folder}: {error.strerror}", "Name a folder to write to") from error
     if executor is not None:
-        return _gathered(executor, express_one, paths, gene, home, settings, on_row)
-    with ThreadPoolExecutor(1) as threads:
-        return _gathered(threads, _apart, paths, gene, home, settings, on_row)
+        return _gathered(executor, paths, gene, home, settings, on_row)
+    rows = []
+    for path in paths:
+        rows.append(_row(path, partial(_apart, path, gene, home / path.stem, settings)))
+        if on_row is not None:
+            on_row(rows[-1])
+    return rows
+
+
+def _with_whole_paths(settings: PortfolioSettings) -> PortfolioSettings:
+    """Paths that hold in any current folder: another process may have another one."""
+    suites = [s if s in BUILT_IN else str(Path(s).absolute()) for s in settings.suites]
+    adapters = [str(resolve(path).absolute()) for path in settings.adapters]
+    examples = settings.examples and str(resolve(settings.examples).absolute())
+    return replace(settings, suites=tuple(suites), adapters=tuple(adapters), examples=examples)
+
+
+def _row(model: Path, work: Callable[[], PortfolioRow]) -> PortfolioRow:
+    """What the work gives; its error as a row, since a process may be lost in any way."""
+    try:
+        return work()
+    except Exception as error:
+        return PortfolioRow(str(model), error=f"{model}: {type(error).__name__}: {error}")
 
 
 def _gathered(
     executor: Executor,
-    work: Callable[[Path, Path, Path, PortfolioSettings], PortfolioRow],
     paths: Sequence[Path],
     gene: Path,
     home: Path,
@@ -127,18 +153,13 @@ def _gathered(
     on_row: Callable[[PortfolioRow], None] | None,
 ) -> list[PortfolioRow]:
     futures = {
-        executor.submit(work, path, gene, home / path.stem, settings): path for path in paths
+        executor.submit(express_one, path, gene, home / path.stem, settings): path for path in paths
     }
     rows: dict[Path, PortfolioRow] = {}
     try:
         for future in as_completed(futures):
             path = futures[future]
-            try:
-                rows[path] = future.result()
-            except Exception as error:  # a worker may be lost in any way
-                rows[path] = PortfolioRow(
-                    str(path), error=f"{path}: {type(error).__name__}: {error}"
-                )
+            rows[path] = _row(path, future.result)
             if on_row is not None:
                 on_row(rows[path])
     except BaseException:  # interrupted: what has not begun shall not begin
@@ -150,43 +171,70 @@ def _gathered(
 
 def _apart(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> PortfolioRow:
     """`express_one` in a process of its own, so that a crash takes nothing with it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    if not can_start():
+        return express_one(model, gene, folder, settings)
+    with Child(express_one, model, gene, folder, settings) as child:
         try:
-            return pool.submit(express_one, model, gene, folder, settings).result()
-        except BrokenProcessPool:
-            return PortfolioRow(
-                str(model), error=f"{model}: llama.cpp crashed, or was killed, on it"
-            )
+            row: PortfolioRow = next(child.answers())
+            return row
+        except ProcessLostError as lost:
+            error = f"{model}: llama.cpp crashed, or was killed, on it ({lost})"
+            return PortfolioRow(str(model), error=error)
 
 
 def express_one(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> PortfolioRow:
     """Recalibrate and evaluate one model into its folder; errors of the user become a row's."""
     try:
-        key = {
-            "model": sha256(model),
-            "gene": sha256(gene),
-            "settings": json.loads(json.dumps(asdict(settings))),
-            "examples": sha256(settings.examples) if settings.examples else "",
-            "adapters": [sha256(path) for path in settings.adapters],
-        }
-        done = folder / _DONE
-        if done.exists() and (kept := _kept(done, key)) is not None:
-            return kept
+        key = _key(model, gene, settings)
+        if (kept := _kept(folder, key)) is not None:
+            return replace(kept, model=str(model))
+        for name in (_DONE, *_WRITTEN):  # nothing of another run stays beside this one's
+            (folder / name).unlink(missing_ok=True)
         row = _expressed(model, gene, folder, settings)
-        facts = {"key": key, "row": row.to_json()}
-        write_text(done, json.dumps(facts, indent=2) + "\n")
+        facts = {"key": key, "files": _hashes(folder), "row": row.to_json()}
+        write_text(folder / _DONE, json.dumps(facts, indent=2) + "\n")
         return row
     except SafeGeneError as error:
         return PortfolioRow(str(model), error=str(error))
+    except OSError as error:
+        return PortfolioRow(str(model), error=f"{folder}: {error.strerror or error}")
 
 
-def _kept(path: Path, key: dict[str, Any]) -> PortfolioRow | None:
-    """The row of an earlier run with the same files and settings, if it is one."""
+def _key(model: Path, gene: Path, settings: PortfolioSettings) -> dict[str, Any]:
+    """All that a row depends on, by content: paths may change, and files under the same path."""
+    from .evals.asking.journal import fingerprint
+    from .evals.evaluate import versions
+    from .evals.judge import judge_sha256
+    from .recalibrate import PARTS, Examples
+
+    suites = [suite for name in settings.suites for suite in load_suite(name)]
+    file = settings.examples
+    plain = replace(settings, suites=(), examples=None, adapters=())
+    return {
+        "model": sha256(model),
+        "gene": sha256(gene),
+        "adapters": [sha256(path) for path in settings.adapters],
+        "suites": [fingerprint(asdict(suite)) for suite in suites],
+        "examples": sha256(file) if file else [Examples.shipped(part).digest for part in PARTS],
+        "settings": json.loads(json.dumps(asdict(plain))),
+        "judge": judge_sha256(),
+        "versions": versions(),
+    }
+
+
+def _kept(folder: Path, key: dict[str, Any]) -> PortfolioRow | None:
+    """The row of an earlier run that depends on the same, if all that it wrote is still there."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return PortfolioRow.from_json(facts["row"]) if facts["key"] == key else None
-    except (ValueError, KeyError, TypeError):
+        facts = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+        same = facts["key"] == key and facts["files"] == _hashes(folder)
+        return PortfolioRow.from_json(facts["row"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """What a run has written, by name."""
+    return {name: sha256(folder / name) for name in _WRITTEN if (folder / name).is_file()}
 
 
 def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSettings) -> PortfolioRow:
@@ -203,8 +251,8 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
         model, loaded, examples, validation=others, adapters=settings.adapters,
         settings=settings.recalibration,
     )  # fmt: skip
-    found.expression.save(folder / "expression.json")
-    fitted = None if found.nothing_lost else folder / "fitted.gguf"
+    found.expression.save(folder / _EXPRESSION)
+    fitted = None if found.nothing_lost else folder / _FITTED
     if fitted is not None:
         loaded.express(found.expression).save(fitted, [model, gene, *settings.adapters])
     with Journal(folder / "answers.jsonl") as journal:  # a stopped run goes on from it
@@ -212,8 +260,8 @@ def _expressed(model: Path, gene: Path, folder: Path, settings: PortfolioSetting
             model, fitted, adapters=settings.adapters, suites=settings.suites,
             settings=EvalSettings(limit=settings.limit), journal=journal,
         )  # fmt: skip
-        write_text(folder / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
-        write_text(folder / "report.html", report.to_html())
+        write_text(folder / _REPORT, json.dumps(report.to_json(), indent=2) + "\n")
+        write_text(folder / _PAGE, report.to_html())
         journal.delete()
     return PortfolioRow(
         str(model),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -90,6 +93,123 @@ def test_what_is_done_is_not_done_again_unless_a_file_changed(shelf, tmp_path):
     assert portfolio(models, gene, tmp_path / "out", settings=settings) != first
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a model was really recalibrated, in this process."""
+    module = import_module("safegene_edge.recalibrate")
+    found, calls = module.recalibrate, []
+
+    def watched(*args, **more):
+        calls.append(args[0])
+        return found(*args, **more)
+
+    monkeypatch.setattr(module, "recalibrate", watched)
+    return calls
+
+
+def test_a_row_is_kept_by_content_and_not_by_name(shelf, tmp_path, monkeypatch, counted):
+    """Edited suites, other versions and another judge give another row; other paths do not."""
+    models, gene, settings = shelf
+    folder = tmp_path / "one"
+    folder.mkdir()
+
+    def done(settings=settings, model=models[0]):
+        before = len(counted)
+        row = express_one(model, gene, folder, settings)
+        assert not row.error and row.model == str(model)
+        return len(counted) > before
+
+    assert done() and not done()
+    suite = Path(settings.suites[0])
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in (suite, Path(settings.examples), models[0]):
+        shutil.copy(path, moved)
+    same = replace(
+        settings, suites=(str(moved / suite.name),), examples=str(moved / "examples.jsonl")
+    )
+    assert not done(same, moved / models[0].name)
+    rows = [json.loads(line) for line in suite.read_text().splitlines()]
+    suite.write_text("".join(json.dumps({**row, "category": "new"}) + "\n" for row in rows))
+    assert done() and not done()
+    suite.write_text(suite.read_text().replace("bee", "cow"))
+    assert done() and not done()
+    judging = import_module("safegene_edge.evals.judge")
+    monkeypatch.setattr(judging, "judge_sha256", lambda: "f" * 64)
+    assert done() and not done()
+    evaluating = import_module("safegene_edge.evals.evaluate")
+    monkeypatch.setattr(evaluating, "__version__", "9.9.9")
+    assert done() and not done()
+
+
+@pytest.mark.parametrize("name", ["fitted.gguf", "expression.json", "report.json", "report.html"])
+@pytest.mark.parametrize("how", ["deleted", "cut"])
+def test_a_row_whose_files_are_gone_is_made_again(shelf, tmp_path, counted, name, how):
+    models, gene, settings = shelf
+    folder = tmp_path / "one"
+    folder.mkdir()
+    first = express_one(models[0], gene, folder, settings)
+    whole = (folder / name).read_bytes()
+    (folder / name).unlink() if how == "deleted" else (folder / name).write_bytes(whole[:99])
+    again = express_one(models[0], gene, folder, settings)
+    assert len(counted) == 2 and replace(again, seconds=first.seconds) == first
+    assert (folder / name).stat().st_size > 99
+    if name.startswith(("fitted", "expression")):
+        assert (folder / name).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "{}", '{"key": 1, "files": {}, "row": 2}', "\xff", '{"row": []}']
+)
+def test_a_result_that_is_none_is_made_again(shelf, tmp_path, counted, text):
+    models, gene, settings = shelf
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "result.json").write_text(text, encoding="latin-1")
+    assert not express_one(models[0], gene, tmp_path / "one", settings).error
+    assert len(counted) == 1
+
+
+def test_no_adapter_of_an_earlier_run_stays_where_none_is_fitted(shelf, tmp_path):
+    models, gene, settings = shelf
+    folder = tmp_path / "out"
+    folder.mkdir()
+    express_one(models[0], gene, folder, settings)
+    assert (folder / "fitted.gguf").exists()
+    replace(SafetyGene.load(gene), aligned_loss=0.999).save(gene)
+    careful = replace(settings, recalibration=replace(settings.recalibration, anyway=False))
+    assert not express_one(models[0], gene, folder, careful).error
+    assert not (folder / "fitted.gguf").exists()
+
+
+def test_a_script_without_a_guard_runs_once(shelf, tmp_path):
+    """No `if __name__ == "__main__"`: the children shall not run the caller's script."""
+    models, gene, settings = shelf
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pickle, sys\n"
+        "open('runs', 'a').write('x')\n"
+        "from safegene_edge import portfolio\n"
+        "models, gene, settings = pickle.load(open('given', 'rb'))\n"
+        "rows = portfolio(models, gene, 'out', settings=settings)\n"
+        "assert [row.error for row in rows] == ['', ''], rows\n"
+    )
+    (tmp_path / "given").write_bytes(pickle.dumps((models, gene, settings)))
+    ran = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_a_bad_suite_is_refused_before_any_work(shelf, tmp_path):
+    models, gene, settings = shelf
+    with pytest.raises(FileFormatError, match=r"none\.jsonl"):
+        portfolio(
+            models, gene, tmp_path / "out", settings=replace(settings, suites=("none.jsonl",))
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_are_on_in_every_step_and_part_of_what_was_done(shelf, tmp_path, monkeypatch):
     models, gene, settings = shelf
     task = tmp_path / "task.gguf"
@@ -150,7 +270,7 @@ def test_a_crash_takes_nothing_with_it(shelf, tmp_path, monkeypatch):
     models, gene, settings = shelf
     monkeypatch.setattr(import_module("safegene_edge.portfolio"), "express_one", _crash)
     rows = portfolio(models, gene, tmp_path / "out", settings=settings)
-    assert all("crashed" in row.error for row in rows)
+    assert all("crashed" in row.error and "SIGABRT" in row.error for row in rows)
 
 
 def _crash(*_: object) -> None:

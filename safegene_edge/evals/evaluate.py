@@ -108,7 +108,7 @@ def evaluate(
             attacks=asked[1],
             attack_twins=asked[2],
             costs=found,
-            versions=_versions(),
+            versions=versions(),
             times=clock.times(threads=llama.n_threads, **timed),
             aligned=aligned or {},
         )
@@ -427,7 +427,7 @@ def _local(
     journal: Journal,
     stack: ExitStack,
 ) -> LocalModel:
-    base = (source.sha256, settings.n_parallel, settings.n_ctx, _versions())
+    base = (source.sha256, settings.n_parallel, settings.n_ctx, versions())
     identities = {
         column: fingerprint(base, sorted((h.content.sha256, scale) for h, scale in scales.items()))
         for column, scales in columns.items()
@@ -474,7 +474,8 @@ def _template_hash(llama: SafeLlama) -> str:
     return hashlib.sha256(template.encode()).hexdigest() if template else ""
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what answers and verdicts depend on."""
     return {
         "safegene_edge": __version__,
         "llama_cpp_python": metadata.version("llama-cpp-python"),
