@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError, UnsupportedError
-from ..files import PathLike, require_file
+from ..files import PathLike, read_text
 from . import safetensors_file
 from .keys import module_of, of_senses, plain, within_peft
 
@@ -306,7 +306,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     if not path.exists():
         raise FileFormatError(f"{path}: no such file", "Give the folder that PEFT wrote")
     try:
-        text = require_file(path).read_text(encoding="utf-8")
+        text = read_text(path)
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: not JSON ({error})", "Save the adapter again") from error

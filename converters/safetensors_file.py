@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError
-from ..files import PathLike, require_file
+from ..files import PathLike, reading, require_file
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -60,12 +60,13 @@ def read(path: PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         FileFormatError: missing, empty, truncated, or a header that contradicts the file.
     """
     path = require_file(path)
-    size = path.stat().st_size
-    header, start = _header(path, size)
+    with reading(path):
+        header, start = _header(path, path.stat().st_size)
     metadata = header.pop("__metadata__", None) or {}  # MLX writes null
     if not isinstance(metadata, dict):
         raise _broken(path, "its metadata is not a table")
-    content = np.memmap(path, dtype=np.uint8, mode="r")[start:]
+    with reading(path):
+        content = np.memmap(path, dtype=np.uint8, mode="r")[start:]
     tensors = {name: _tensor(path, name, record, content) for name, record in header.items()}
     return tensors, {str(key): str(value) for key, value in metadata.items()}
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from .errors import FileFormatError, OutputError
 from .hub import resolve
 
 PathLike: TypeAlias = str | os.PathLike[str]
+
+_SUFFIX = ".tmp"
+_NAME_BYTES = 80  # of the output's name in that of its temporary file
 
 
 def cache_folder() -> Path:
@@ -42,20 +46,40 @@ def require_file(path: PathLike) -> Path:
     become local ones.
     """
     path = resolve(path)
-    if path.is_dir():
-        raise FileFormatError(f"{path}: is a folder", _folder_remedy(path))
-    if not path.is_file():
-        raise FileFormatError(f"{path}: no such file", "Check the path")
-    if not os.access(path, os.R_OK):
-        raise FileFormatError(f"{path}: cannot be read", "Check its permissions")
-    if path.stat().st_size == 0:
-        raise FileFormatError(f"{path}: the file is empty", "Download or write it again")
+    with reading(path):
+        if path.is_dir():
+            raise FileFormatError(f"{path}: is a folder", _folder_remedy(path))
+        if not path.is_file():
+            raise FileFormatError(f"{path}: no such file", "Check the path")
+        if not os.access(path, os.R_OK):
+            raise FileFormatError(f"{path}: cannot be read", "Check its permissions")
+        if path.stat().st_size == 0:
+            raise FileFormatError(f"{path}: the file is empty", "Download or write it again")
     return path
+
+
+@contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """An error of the system in the block is this input's, though an output is being written."""
+    try:
+        yield
+    except OSError as error:
+        raise FileFormatError(
+            f"{path}: cannot be read ({error.strerror or error})", "Check the path and the disk"
+        ) from error
+
+
+def read_text(path: PathLike, encoding: str = "utf-8") -> str:
+    """A file's text; UnicodeDecodeError, which is a ValueError, where it is none."""
+    path = require_file(path)
+    with reading(path):
+        return path.read_text(encoding=encoding)
 
 
 def sha256(path: PathLike) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(require_file(path), "rb") as handle:
+    path = require_file(path)
+    with reading(path), open(path, "rb") as handle:
         return (
             hashlib.file_digest(handle, "sha256").hexdigest()
             if hasattr(hashlib, "file_digest")
@@ -83,14 +107,56 @@ def _folder_remedy(folder: Path) -> str:
 def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
     """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
     path = Path(path)
-    for source in inputs if path.exists() else ():
-        local = resolve(source)
-        if local.exists() and path.samefile(local):
-            raise OutputError(f"{path}: is also an input", "Name another output")
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder", "Name an output file")
-    _require_parent(path)
+    there = _is_there(path)
+    with writing(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder", "Name an output file")
+        if path.exists() and not path.is_file():  # a device or a pipe, which would be replaced
+            raise OutputError(f"{path}: is no regular file", "Name an output file")
+        for source in inputs if there else ():
+            local = resolve(source)
+            if local.exists() and path.exists() and path.samefile(local):
+                raise OutputError(f"{path}: is also an input", "Name another output")
+        _require_parent(path)
     return path
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something has this name; OutputError where nothing could have it."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # too long, or with a NUL
+        raise _unwritable(path, error) from error
+    return True
+
+
+@contextmanager
+def writing(path: PathLike) -> Iterator[None]:
+    """An error of the system in the block is this output's, but for one that names an input."""
+    try:
+        yield
+    except OSError as error:
+        if _names_another(error, Path(path)):
+            cause = f"{error.filename}: {error.strerror or error}"
+            raise FileFormatError(cause, "Check the path and the disk") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: PathLike, error: Exception) -> OutputError:
+    cause = getattr(error, "strerror", None) or str(error)
+    return OutputError(f"{path}: cannot be written ({cause})", "Check its name and the disk")
+
+
+def _names_another(error: OSError, path: Path) -> bool:
+    """Whether the error is of a file that is neither the output nor a temporary one of it."""
+    if not isinstance(error.filename, str) or not error.filename:
+        return False
+    named = Path(error.filename)
+    parts = (named, *named.parents)
+    temporary = any(part.name.startswith(".") and part.suffix == _SUFFIX for part in parts)
+    return not temporary and path not in parts and named not in path.parents
 
 
 @contextmanager
@@ -100,17 +166,24 @@ def atomic_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Iterator[P
     A reader sees the old file or the whole new one. When the block raises, nothing is left.
     """
     path = check_output(path, inputs)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
-        yield temporary
-        _settle(temporary, [temporary], 0o666)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        with writing(path):
+            # Not mkstemp's mode 0600, which would surprise whoever shares the file. The system
+            # takes the user's mask off: to ask for the mask, all threads would lose it.
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+            yield temporary
+            _flush([temporary])
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside the path that nothing has; short, since the path's may be as long as can be."""
+    begin = os.fsencode(path.name)[:_NAME_BYTES].decode("utf-8", "ignore")
+    return path.with_name(f".{begin}.{secrets.token_hex(6)}{_SUFFIX}")
 
 
 def _require_parent(path: Path) -> None:
@@ -121,17 +194,11 @@ def _require_parent(path: Path) -> None:
         raise OutputError(f"{path}: the folder {folder} is not writable", "Choose another")
 
 
-def _settle(made: Path, files: Iterable[Path], mode: int) -> None:
-    """Write files through to the disk, and give what was made the mode that the user's mask allows.
-
-    mkstemp's 0600 would surprise whoever shares the file.
-    """
+def _flush(files: Iterable[Path]) -> None:
+    """Write files through to the disk."""
     for file in files:
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
-    umask = os.umask(0)
-    os.umask(umask)
-    made.chmod(mode & ~umask)
 
 
 def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> None:
@@ -143,12 +210,14 @@ def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> No
 def check_folder(folder: PathLike) -> Path:
     """Raise OutputError where `folder` cannot be made, or holds something."""
     folder = Path(folder)
-    if folder.is_dir():
-        if any(folder.iterdir()):
-            raise OutputError(f"{folder}: the folder is not empty", "Name a new folder")
-    elif folder.exists() or folder.is_symlink():
-        raise OutputError(f"{folder}: is not a folder", "Name a new folder")
-    _require_parent(folder)
+    there = _is_there(folder)
+    with writing(folder):
+        if folder.is_dir():
+            if any(folder.iterdir()):
+                raise OutputError(f"{folder}: the folder is not empty", "Name a new folder")
+        elif there:
+            raise OutputError(f"{folder}: is not a folder", "Name a new folder")
+        _require_parent(folder)
     return folder
 
 
@@ -156,14 +225,42 @@ def check_folder(folder: PathLike) -> Path:
 def atomic_folder(folder: PathLike) -> Iterator[Path]:
     """A temporary folder beside `folder`, renamed to it when the block succeeds."""
     folder = check_folder(folder)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    temporary = _temporary(folder)
     try:
-        yield temporary
-        _settle(temporary, temporary.iterdir(), 0o777)
-        if folder.exists():
-            folder.rmdir()  # empty, as checked; not every system renames over an empty folder
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        with writing(folder):
+            temporary.mkdir()
+            yield temporary
+            _flush(temporary.iterdir())
+            if folder.exists():
+                folder.rmdir()  # empty, as checked; not every system renames over an empty folder
+            os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files that goes with the block.
+
+    Raises:
+        OutputError: none can be made.
+    """
+    try:
+        made = tempfile.TemporaryDirectory(prefix="safegene-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _no_scratch(error) from error
+    with made as folder:
+        yield Path(folder)
+
+
+def scratch_file() -> IO[bytes]:
+    """A file without a name that goes when it is closed; OutputError where none can be made."""
+    try:
+        return tempfile.TemporaryFile(buffering=0)
+    except OSError as error:
+        raise _no_scratch(error) from error
+
+
+def _no_scratch(error: OSError) -> OutputError:
+    cause = f"no temporary file can be made ({error.strerror or error})"
+    return OutputError(cause, "Name a folder with free space in TMPDIR")

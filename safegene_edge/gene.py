@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import FileFormatError, MismatchError, SettingError, UnsupportedError
-from .files import PathLike, require_file, write_text
+from .files import PathLike, read_text, write_text
 from .gguf_file import ArrayValue, GGUFFile, Value, write_gguf
 from .gguf_file.values import FLOAT32
 
@@ -366,7 +366,7 @@ class Expression:
     def load(cls, path: PathLike) -> Expression:
         """Read what `save` wrote; FileFormatError for anything else."""
         try:
-            facts = json.loads(require_file(path).read_text(encoding="utf-8"))
+            facts = json.loads(read_text(path))
             values = {int(layer): float(v) for layer, v in facts["coefficients"].items()}
             return cls(values, str(facts.get("gene", "")), str(facts.get("target", "")))
         except SettingError as error:

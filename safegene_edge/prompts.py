@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from .errors import FileFormatError
-from .files import PathLike, require_file
+from .files import PathLike, read_text
 
 FORMS = (
     "question",  # direct, of 8 to 20 words
@@ -135,7 +135,7 @@ def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
         FileFormatError: the file is missing or not UTF-8, holds none, or a line is no prompt.
     """
     try:
-        lines = require_file(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path, "utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Give a text or JSONL file") from error
     found = []

@@ -21,7 +21,7 @@ from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
 from .evals.settings import DEFAULT_SUITES, EvalSettings
-from .files import PathLike, atomic_folder, check_output, sha256, write_text
+from .files import PathLike, atomic_folder, check_output, sha256, write_text, writing
 from .gene import SafetyGene
 from .learn.base import Model, files_of
 from .learn.run import learn
@@ -198,10 +198,11 @@ class _Work:
 
     def _leave(self) -> None:
         """Remove the folder, its note last: a run that is stopped here is still known as one."""
-        for path in self.folder.iterdir():
-            if path != self.note:
-                path.unlink()
-        shutil.rmtree(self.folder)
+        with writing(self.folder):
+            for path in self.folder.iterdir():
+                if path != self.note:
+                    path.unlink()
+            shutil.rmtree(self.folder)
 
     def _gene(
         self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings

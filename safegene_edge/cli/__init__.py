@@ -70,6 +70,10 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe went away, as `head` does
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # of the disk, where no one knew which file was at fault
+        _fail(str(error), 2)
+    except MemoryError:
+        _fail("there is not enough memory", 2)
 
 
 def _fail(message: str, code: int) -> None:

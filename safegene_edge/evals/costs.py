@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..errors import FileFormatError
-from ..files import PathLike, require_file, sha256
+from ..files import PathLike, read_text, sha256
 from .asking.chat import Chat
 from .report.results import Cost
 from .statistics import Paired, power_note, wilson
@@ -146,7 +146,7 @@ def _windows(
 ) -> list[tuple[list[int], list[int]]]:
     """What is seen and what is counted, for each window."""
     try:
-        text = require_file(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except UnicodeDecodeError as fault:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Save it as UTF-8") from fault
     tokens = list(local.llama.tokenize(text.encode(), add_bos=False, special=False))[:max_tokens]
@@ -214,7 +214,7 @@ def load_task(path: PathLike) -> Task:
     """
     items = []
     try:
-        lines = require_file(path).read_text(encoding="utf-8").split("\n")
+        lines = read_text(path).split("\n")
     except UnicodeDecodeError as fault:
         raise FileFormatError(f"{path}: is not UTF-8", "Save the file as UTF-8") from fault
     for row, line in enumerate(lines, 1):

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError
-from ..files import PathLike, require_file, sha256
+from ..files import PathLike, reading, require_file, sha256
 from ..hub import resolve
 from .values import ARRAY, BOOL, FORMATS, STRING, UINT32, Scalar
 
@@ -151,9 +151,10 @@ class GGUFFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes, mapped from disk and read-only."""
         info = self._info(name)
-        return np.memmap(
-            info.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.n_bytes,)
-        )
+        with reading(info.path):
+            return np.memmap(
+                info.path, dtype=np.uint8, mode="r", offset=info.offset, shape=(info.n_bytes,)
+            )
 
     def floats(self, name: str) -> npt.NDArray[np.float32]:
         """A tensor as float32 of `shape`, dequantised with gguf-py where needed."""
@@ -362,5 +363,9 @@ class _Cursor:
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     """The file mapped read-only, with the operating system's errors in our words."""
     require_file(path)
-    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        reading(path),
+        open(path, "rb") as handle,
+        mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
         yield data

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FileFormatError
+from ..files import reading
 from .kernels import TensorType
 from .reader import MAGIC, GGUFFile, TensorInfo
 from .values import Value, pack_string, pack_value
@@ -56,7 +58,7 @@ def draft(
     """
     first = parts[0]
     alignment = first.alignment
-    with open(first.path, "rb") as source:
+    with reading(first.path), open(first.path, "rb") as source:
         data = source.read(max((end for _, end in first.spans.values()), default=24))
     kept = [data[a:b] for key, (a, b) in first.spans.items() if key not in added and not drop(key)]
     pairs = kept + [pack_string(key) + pack_value(value) for key, value in added.items()]
@@ -86,7 +88,7 @@ def begin(path: Path, n_bytes: int) -> int:
     Raises:
         OSError: the disk is too small; nothing is written yet.
     """
-    handle = os.open(path, os.O_RDWR)
+    handle = open_binary(path, os.O_RDWR)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, n_bytes)
@@ -98,35 +100,87 @@ def begin(path: Path, n_bytes: int) -> int:
     return handle
 
 
+def open_binary(path: Path, flags: int) -> int:
+    """os.open; Windows would else turn every byte 10 into two."""
+    return os.open(path, flags | getattr(os, "O_BINARY", 0))
+
+
+_seeking = threading.Lock()  # a descriptor has one position, whichever thread moves it
+
+
+def read_at(handle: int, n_bytes: int, offset: int) -> bytes:
+    """So many bytes from a place in a file; Windows has no os.pread.
+
+    Raises:
+        OSError: they cannot be read, or the file ends before.
+    """
+    parts: list[bytes] = []
+    while n_bytes:
+        if hasattr(os, "pread"):
+            part = os.pread(handle, n_bytes, offset)
+        else:
+            with _seeking:
+                os.lseek(handle, offset, os.SEEK_SET)
+                part = os.read(handle, n_bytes)
+        if not part:
+            raise OSError("it became shorter while it was read")
+        parts.append(part)
+        n_bytes, offset = n_bytes - len(part), offset + len(part)
+    return b"".join(parts)
+
+
+def write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """All bytes to a place in a file; Windows has no os.pwrite."""
+    left = memoryview(data).cast("B")
+    while left:
+        if hasattr(os, "pwrite"):
+            done = os.pwrite(handle, left, offset)
+        else:
+            with _seeking:
+                os.lseek(handle, offset, os.SEEK_SET)
+                done = os.write(handle, left)
+        left, offset = left[done:], offset + done
+
+
 def copy(places: Iterable[Place], handle: int) -> None:
-    """Copy tensors byte for byte; the kernel does it where it can."""
+    """Copy tensors byte for byte; the kernel does it where it can.
+
+    Raises:
+        FileFormatError: a source cannot be read. OSError: the target cannot be written.
+    """
     sources: dict[Path, int] = {}
     try:
         for place in places:
             path = place.info.path
             if path not in sources:
-                sources[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            _copy_range(sources[path], place.info.offset, handle, place.offset, place.n_bytes)
+                with reading(path):
+                    sources[path] = open_binary(path, os.O_RDONLY)
+            _copy_range(path, sources[path], place, handle)
     finally:
         for source in sources.values():
             os.close(source)
 
 
-def _copy_range(source: int, at: int, target: int, to: int, left: int) -> None:
+def _copy_range(path: Path, source: int, place: Place, target: int) -> None:
+    at, to, left = place.info.offset, place.offset, place.n_bytes
     in_kernel = hasattr(os, "copy_file_range")
     while left:
-        step = min(left, _COPY)
-        if in_kernel:
-            try:
-                done = os.copy_file_range(source, target, step, at, to)
-            except OSError:  # across file systems on an old kernel, or a file system without it
-                in_kernel = False
-                continue
-        else:
-            done = os.pwrite(target, os.pread(source, min(step, 1 << 20), at), to)
-        if not done:
-            raise OSError("the input became shorter while it was copied")
+        done = _copied_in_kernel(source, at, target, to, min(left, _COPY)) if in_kernel else 0
+        if not done:  # tell which of the two files is at fault
+            in_kernel = False
+            done = min(left, 1 << 20)
+            with reading(path):
+                data = read_at(source, done, at)
+            write_at(target, data, to)
         if hasattr(os, "posix_fadvise"):  # starts the writing, which the fsync would wait for
             with suppress(OSError):  # a hint, which not every file system takes
                 os.posix_fadvise(target, to, done, os.POSIX_FADV_DONTNEED)
         at, to, left = at + done, to + done, left - done
+
+
+def _copied_in_kernel(source: int, at: int, target: int, to: int, n_bytes: int) -> int:
+    """Bytes copied; 0 where the kernel cannot: across file systems, an error, the source's end."""
+    try:
+        return os.copy_file_range(source, target, n_bytes, at, to)
+    except OSError:
+        return 0

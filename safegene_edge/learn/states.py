@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..aliases import Floats
 from ..errors import OutputError
+from ..files import scratch_file
 from ..runtime.batch import common_prefix
 from ..runtime.engine import Scales
 from ..runtime.llama import SafeLlama
@@ -35,7 +36,7 @@ class Goals:
     """
 
     def __init__(self, layers: Sequence[int], rows: int, width: int) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._file = scratch_file()
         try:
             left = 4 * len(layers) * rows * (width + 1)
             while left > 0:  # a hole that cannot be filled would be fatal later

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..aliases import Floats
 from ..errors import FileFormatError
-from ..files import PathLike, require_file
+from ..files import PathLike, reading, require_file
 from ..gguf_file import MAGIC, GGUFFile
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
@@ -20,7 +20,7 @@ def read_imatrix(path: PathLike) -> dict[str, Floats]:
     Raises:
         FileFormatError: neither form, or a count, length or value that makes no sense.
     """
-    with open(require_file(path), "rb") as handle:
+    with reading(path), open(require_file(path), "rb") as handle:
         data = handle.read()
     with np.errstate(all="ignore"):  # what is or becomes infinite or NaN is refused
         found = _from_gguf(path) if data[:4] == MAGIC else _from_binary(path, data)

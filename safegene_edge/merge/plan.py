@@ -22,11 +22,11 @@ import numpy as np
 from ..aliases import Floats, Progress
 from ..compat import SHARD, open_model, other_parts, require_fit
 from ..errors import NoEffectError, OutputError
-from ..files import PathLike, atomic_output, check_output, sha256
+from ..files import PathLike, atomic_output, check_output, sha256, writing
 from ..gene import Expression
 from ..gguf_file import GGUFFile, Value
 from ..gguf_file.kernels import TensorType
-from ..gguf_file.rewrite import Draft, Place, begin, copy, draft
+from ..gguf_file.rewrite import Draft, Place, begin, copy, draft, write_at
 from .codes import layouts
 from .imatrix import read_imatrix
 from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
@@ -215,7 +215,8 @@ class Plan:
         for path in paths:
             check_output(path, self.inputs)
         needed = sum(self.draft(n, len(paths)).n_bytes for n in range(len(paths)))
-        free = shutil.disk_usage(output.parent).free
+        with writing(output):
+            free = shutil.disk_usage(output.parent).free
         if needed > free:
             raise OutputError(
                 f"{output}: needs {needed:,} bytes, {free:,} are free", "Choose another disk"
@@ -258,7 +259,7 @@ class Plan:
                 copying = threads.submit(copy, others, handle)
                 found = run_jobs(self.jobs(touched), path, self.settings.threads, progress)
                 copying.result()
-            os.pwrite(handle, self.signed(hashes()).draft(number, count).header, 0)
+            write_at(handle, self.signed(hashes()).draft(number, count).header, 0)
             return found
         finally:
             os.close(handle)

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from ..aliases import Bytes, Floats, Progress
 from ..child import Child, can_start
 from ..errors import SafeGeneError
+from ..files import reading
 from ..gguf_file.kernels import TensorType
-from ..gguf_file.rewrite import Place
+from ..gguf_file.rewrite import Place, open_binary, read_at, write_at
 from . import rounding
 from .rounding import Update
 
@@ -82,16 +83,21 @@ class Job:
         widths = [kind.width(columns) for kind in kinds]
         block = max(64, min(_ROWS, _BYTES // widths[0]))
         sums, changed = np.zeros(4), 0
-        with open(info.path, "rb", buffering=0) as source:
+        with reading(info.path):
+            source = open_binary(info.path, os.O_RDONLY)
+        try:
             for start in range(0, rows, block):
                 count = min(block, rows - start)
-                data = os.pread(source.fileno(), count * widths[0], info.offset + start * widths[0])
+                with reading(info.path):
+                    data = read_at(source, count * widths[0], info.offset + start * widths[0])
                 raw = np.frombuffer(data, np.uint8).reshape(count, widths[0])
                 new, found = self._merged(raw, start)
                 sums += found
                 changed += int((raw != new).sum()) if kinds[0] == kinds[1] else 0
                 if handle is not None:
-                    os.pwrite(handle, new.data, self.place.offset + start * widths[1])
+                    write_at(handle, new.data, self.place.offset + start * widths[1])
+        finally:
+            os.close(source)
         update, error, effect, lost = map(float, sums)
         return TensorReport(
             info.name, info.shape, kinds[0].name, kinds[1].name, self.place.n_bytes, update**0.5,
@@ -142,7 +148,7 @@ def run_jobs(
 
 
 def _here(jobs: Sequence[Job], output: Path | None) -> Iterator[TensorReport]:
-    handle = None if output is None else os.open(output, os.O_RDWR)
+    handle = None if output is None else open_binary(output, os.O_RDWR)
     try:
         for job in jobs:
             yield job.run(handle)

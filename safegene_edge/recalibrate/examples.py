@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FileFormatError, SettingError
-from ..files import PathLike, require_file
+from ..files import PathLike, read_text
 from ..prompts import Prompt, from_record, rows
 
 PARTS = ("fit", "validation")
@@ -61,7 +61,7 @@ class Examples:
             SettingError: a kind is missing, or a prompt comes twice.
         """
         try:
-            lines = require_file(path).read_text(encoding="utf-8").split("\n")
+            lines = read_text(path).split("\n")
         except UnicodeDecodeError as error:
             raise FileFormatError(f"{path}: is not UTF-8 text", "Give a JSONL file") from error
         found: dict[str, dict[str, list[Prompt]]] = {

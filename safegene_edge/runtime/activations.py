@@ -20,6 +20,7 @@ import numpy as np
 
 from ..aliases import Floats
 from ..errors import LlamaCppError, OutputError
+from ..files import scratch_file
 from .engine import Engine
 from .graph import is_matrix, library, node_at, values
 from .llama import SafeLlama
@@ -150,7 +151,7 @@ def inputs_of(
     """
     tokens = ANSWER + 1  # an answer's last token is not read
     cells = sum(len(prompt) + tokens for prompt in prompts)
-    with tempfile.TemporaryFile(buffering=0) as file:
+    with scratch_file() as file:
         watch = _Watch(tensors, file)
         # All at once: one that took another's slot over would not read what both begin with.
         with Engine(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ..errors import (
     SafeGeneError,
     SettingError,
 )
-from ..files import PathLike
+from ..files import PathLike, scratch_folder
 from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
@@ -237,8 +236,8 @@ class SafeLlama(SharedLlama):
 
     def _load(self, adapter: AdapterLike, name: str) -> Any:
         if isinstance(adapter, Adapter):
-            with tempfile.TemporaryDirectory(prefix="safegene-") as folder:
-                path = Path(folder) / "adapter.gguf"
+            with scratch_folder() as folder:
+                path = folder / "adapter.gguf"
                 adapter.save(path)
                 return self._load(path, name)
         with reason() as why:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FileFormatError, OutputError
-from ...files import PathLike, cache_folder
+from ...files import PathLike, cache_folder, reading, writing
 
 _HEADER = {"safegene_edge_journal": 1}
 _HEADER_LINE = json.dumps(_HEADER).encode() + b"\n"
@@ -56,17 +56,16 @@ class Journal:
             self._open(self.path)
 
     def _open(self, path: Path) -> None:
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
             descriptor = os.open(path, flags, 0o600)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
         try:
             whole = self._read(path)
-            os.truncate(descriptor, whole)  # the torn line of a run that was killed
-            if not whole:
-                os.write(descriptor, _HEADER_LINE)
+            with writing(path):
+                os.truncate(descriptor, whole)  # the torn line of a run that was killed
+                if not whole:
+                    os.write(descriptor, _HEADER_LINE)
         except BaseException:
             os.close(descriptor)
             raise
@@ -74,7 +73,8 @@ class Journal:
 
     def _read(self, path: Path) -> int:
         """Take in the whole lines; returns how many bytes they have."""
-        data = path.read_bytes()
+        with reading(path):
+            data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         if not whole and _HEADER_LINE.startswith(data):
             return 0

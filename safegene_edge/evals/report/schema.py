@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...errors import FileFormatError
-from ...files import PathLike, require_file
+from ...files import PathLike, read_text
 
 Schema: TypeAlias = Mapping[str, Any]
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -45,9 +45,7 @@ def read_report(path: PathLike) -> dict[str, Any]:
         FileFormatError: names the file and the place in it that is wrong.
     """
     try:
-        report = json.loads(
-            require_file(path).read_text(encoding="utf-8"), parse_constant=_no_constant
-        )
+        report = json.loads(read_text(path), parse_constant=_no_constant)
     except (ValueError, RecursionError) as fault:
         raise FileFormatError(
             f"{path}: is not JSON ({fault})", "Give a file that `eval --json` wrote"
