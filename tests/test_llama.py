@@ -237,6 +237,79 @@ def test_a_cache_of_states_is_emptied_too(llama, model):
     assert answer(llama) == expected
 
 
+def continued(llama, tokens):
+    """Logits after tokens that follow what the context holds."""
+    llama.eval(tokens)
+    pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+    return np.array(np.ctypeslib.as_array(pointer, shape=(llama.n_vocab(),)))
+
+
+def test_a_state_is_loaded_under_its_own_adapters_alone(llama, model):
+    """It holds their keys and values: without them the text would go on as if they were on."""
+    tokens = llama.tokenize(PROMPT.encode())
+    gene = random_adapter(model)
+    handle = llama.attach(gene)
+    llama.eval(tokens[:-1])
+    state = pickle.loads(pickle.dumps(llama.save_state()))  # as a cache on the disk keeps it
+    expected = continued(llama, tokens[-1:])
+    llama.set_scale(handle, 0.5)
+    with pytest.raises(SettingError, match="other adapters"):
+        llama.load_state(state)
+    llama.set_scale(handle, 0.0)
+    base = logits(llama)
+    with pytest.raises(SettingError, match="other adapters"):
+        llama.load_state(state)
+    np.testing.assert_array_equal(logits(llama), base)
+    llama.detach(handle)
+    with pytest.raises(SettingError, match="other adapters"):
+        llama.load_state(state)
+    llama.attach(gene)  # another handle, the same weights
+    llama.load_state(state)
+    np.testing.assert_array_equal(continued(llama, tokens[-1:]), expected)
+    with SafeLlama(model, [gene], n_ctx=256) as other:
+        other.load_state(state)
+        np.testing.assert_array_equal(continued(other, tokens[-1:]), expected)
+
+
+def test_a_state_without_adapters_is_not_loaded_under_one(llama, model):
+    tokens = llama.tokenize(PROMPT.encode())
+    llama.eval(tokens)
+    state = llama.save_state()
+    llama.load_state(state)
+    handle = llama.attach(random_adapter(model), scale=0.0)  # off, it is the model without it
+    llama.load_state(state)
+    llama.set_scale(handle, 1.0)
+    with pytest.raises(SettingError, match="other adapters"):
+        llama.load_state(state)
+    plain = llama_cpp.Llama(str(model), n_ctx=256, verbose=False)
+    plain.eval(tokens)
+    with pytest.raises(SettingError, match="other adapters"):
+        llama.load_state(plain.save_state())
+    plain.close()
+
+
+def test_a_cache_that_outlives_a_change_of_adapters_is_a_miss(llama, model):
+    """A cache in a folder may be older than this process, and a user may set an old one again."""
+    cache = llama_cpp.LlamaRAMCache()
+    llama.set_cache(cache)
+    answer(llama)
+    llama.set_cache(None)
+    llama.attach(random_adapter(model))
+    expected = answer(llama)
+    llama.clear()
+    llama.set_cache(cache)
+    assert answer(llama) == expected
+
+
+def test_a_state_of_another_model_is_refused(llama, tiny):
+    with SafeLlama(tiny("qwen2").gguf_path, n_ctx=256) as other:
+        other.eval(other.tokenize(PROMPT.encode()))
+        state = other.save_state()
+    with pytest.raises(LlamaCppError, match="does not fit"):
+        llama.load_state(state)
+    assert llama.n_tokens == 0 and np.isfinite(logits(llama)).all()
+
+
 def test_pickling_keeps_the_adapters(llama, model):
     llama.attach(random_adapter(model), 0.7)
     again = pickle.loads(pickle.dumps(llama))

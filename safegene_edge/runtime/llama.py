@@ -30,11 +30,12 @@ from .controls import ControlTexts
 from .devices import physical_cores
 from .log import reason
 from .shared import AttachedAdapter as AttachedAdapter
-from .shared import SharedLlama, find_attached
+from .shared import OtherAdaptersError, SharedLlama, find_attached
 
 DEFAULT_CONTEXT = 2048
 _STEP = 256  # llama.cpp makes a context of whole steps, and llama-cpp-python does not know it
 _TEMPLATE = "tokenizer.chat_template"
+Weights = frozenset[tuple[str, float]]  # adapters by content, with their scales but 0
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
 
@@ -87,6 +88,7 @@ class SafeLlama(SharedLlama):
     ) -> None:
         self._attached: list[AttachedAdapter] = []
         self._formatter: ChatTemplate | None = None
+        self._on: Weights = frozenset()
         self._share()
         refused = sorted(key for key in options if key.startswith("lora_"))
         if refused:
@@ -232,6 +234,8 @@ class SafeLlama(SharedLlama):
             with reason() as why:
                 if llama_cpp.llama_set_adapters_lora(context, pointers, len(chosen), values):
                     raise LlamaCppError(why.after("llama.cpp refused to set the adapters"))
+            if context == self.ctx:
+                self._on = frozenset((h.content.sha256, s) for h, s in chosen.items() if s)
         return frozenset(chosen)
 
     def _load(self, adapter: AdapterLike, name: str) -> Any:
@@ -291,6 +295,35 @@ class SafeLlama(SharedLlama):
             states = getattr(self.cache, "cache_state", None) or getattr(self.cache, "cache", None)
             if states is not None:  # a LlamaRAMCache or LlamaDiskCache: states of the old weights
                 states.clear()
+
+    # -- states -----------------------------------------------------------
+
+    def save_state(self) -> Any:
+        """As `llama_cpp.Llama.save_state`; the state knows the adapters that it was made with."""
+        with self._own_context():
+            state = self._save_state()
+            state.adapters = self._on
+            return state
+
+    def load_state(self, state: Any) -> None:
+        """As `llama_cpp.Llama.load_state`.
+
+        Raises:
+            SettingError: it was saved under other adapters or scales, whose keys and values it
+                would go on with. A state of a plain `llama_cpp.Llama` is one without adapters.
+            LlamaCppError: it is of another model or context; nothing is kept of either text.
+        """
+        with self._own_context():
+            if getattr(state, "adapters", frozenset()) != self._on:
+                raise OtherAdaptersError(
+                    "the state was saved under other adapters, or at other scales",
+                    "Set those, or read the text again",
+                )
+            try:
+                self._load_state(state)
+            except (RuntimeError, ValueError) as error:
+                self.clear()
+                raise LlamaCppError(f"the state does not fit this model ({error})") from error
 
     def _let_go(self) -> None:
         self._attached.clear()  # llama.cpp frees a model's adapters with the model

@@ -62,6 +62,10 @@ def find_attached(
     raise SettingError(f"{name}: is not attached to this model")
 
 
+class OtherAdaptersError(SettingError, KeyError):
+    """A state was saved under other adapters. To llama-cpp-python's caches a KeyError is a miss."""
+
+
 class ContextOwner(Protocol):
     """What has a context of its own on a `SafeLlama`'s model: an `Engine`."""
 
@@ -177,8 +181,8 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
     eval = _alone(llama_cpp.Llama.eval)
     sample = _alone(llama_cpp.Llama.sample, spoils_streams=False)
     embed = _alone(llama_cpp.Llama.embed)
-    save_state = _alone(llama_cpp.Llama.save_state, spoils_streams=False)
-    load_state = _alone(llama_cpp.Llama.load_state)
+    _save_state = _alone(llama_cpp.Llama.save_state, spoils_streams=False)
+    _load_state = _alone(llama_cpp.Llama.load_state)
 
     @functools.wraps(llama_cpp.Llama.generate)
     def generate(self, *args: Any, **options: Any) -> Any:
