@@ -60,7 +60,7 @@ class _Traits(ctypes.Structure):
     """ggml/include/ggml.h, `struct ggml_type_traits`."""
 
     _fields_ = (
-        ("type_name", ctypes.c_char_p),
+        ("type_name", ctypes.c_void_p),
         ("blck_size", ctypes.c_int64),
         ("blck_size_interleave", ctypes.c_int64),
         ("type_size", ctypes.c_size_t),
@@ -68,6 +68,10 @@ class _Traits(ctypes.Structure):
         ("to_float", ctypes.c_void_p),
         ("from_float_ref", ctypes.c_void_p),
     )
+
+
+# What ggml's own functions say of some types is held against the number and the struct.
+_KNOWN = {0: "f32", 1: "f16", 2: "q4_0", 8: "q8_0", 12: "q4_k", 14: "q6_k", 30: "bf16"}
 
 
 @lru_cache
@@ -80,14 +84,57 @@ def _library() -> Any:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise LlamaCppError(f"{path}: {error}", "Reinstall llama-cpp-python") from error
+    try:
+        _declare(library)
+    except AttributeError as error:
+        raise _another_ggml(path, str(error)) from error
+    for number, name in _KNOWN.items():
+        named = (library.ggml_type_name(number) or b"unknown").decode("ascii", "replace")
+        if named.lower() != name:
+            raise _another_ggml(path, f"its type {number} is {named}, not {name}")
+        _require_layout(library, path, number)
+    return library
+
+
+def _declare(library: Any) -> None:
     library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_type_name.restype = ctypes.c_char_p
+    library.ggml_blck_size.restype = ctypes.c_int64
+    library.ggml_type_size.restype = ctypes.c_size_t
+    library.ggml_is_quantized.restype = ctypes.c_bool
     library.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64,
         ctypes.c_int64, ctypes.c_void_p,
     ]  # fmt: skip
-    return library
+
+
+def _require_layout(library: Any, path: Path, ggml_type: int) -> None:
+    """Hold the struct against ggml's functions: from another one a wrong pointer would be called.
+
+    The name is compared as an address, since a wrong one must not be followed.
+    """
+    traits = library.ggml_get_type_traits(ggml_type)
+    name = ctypes.cast(library.ggml_type_name, ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int))
+    said = (
+        name(ggml_type),
+        library.ggml_blck_size(ggml_type),
+        library.ggml_type_size(ggml_type),
+        library.ggml_is_quantized(ggml_type),
+    )
+    if not traits:
+        raise _another_ggml(path, f"it has no traits of the type {ggml_type}")
+    held = traits.contents
+    if said != (held.type_name, held.blck_size, held.type_size, held.is_quantized):
+        raise _another_ggml(path, "its ggml_type_traits have another layout")
+
+
+def _another_ggml(path: Path, why: str) -> LlamaCppError:
+    return LlamaCppError(
+        f"{path}: is another ggml than this version knows ({why})",
+        "Run pip install --force-reinstall safegene-edge: it brings the right llama-cpp-python",
+    )
 
 
 @lru_cache

@@ -27,12 +27,13 @@ from ..gene import Expression
 from ..gguf_file import GGUFFile, Value
 from ..gguf_file.kernels import TensorType
 from ..gguf_file.rewrite import Draft, Place, begin, copy, draft, write_at
+from ..runtime.devices import logical_cores
 from .codes import layouts
 from .imatrix import read_imatrix
 from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
 from .rounding import Update
 from .settings import RUN_UP_TO, MergeSettings
-from .workers import WORKER_MEMORY, Job, TensorReport, cpus, run_jobs
+from .workers import WORKER_MEMORY, Job, TensorReport, run_jobs
 
 ENOUGH = 0.8  # of the update must survive, or a warning says so
 PROMOTED = {"Q8_0": "F16", "F16": "F32", "BF16": "F32"}  # every smaller type becomes Q8_0
@@ -286,7 +287,7 @@ class Plan:
             part = replace(place.info, shape=(rows, columns), n_bytes=rows * width)
             run_jobs(self.jobs([replace(place, info=part)]), None, 1, None)
             sampled += rows * columns
-        threads = self.settings.threads or cpus()
+        threads = self.settings.threads or logical_cores()
         work = (time.perf_counter() - started) * elements / sampled / threads
         copied = sum(part.n_bytes for part in self.parts) / _COPIED
         halves = sum(u.a.nbytes + u.b.nbytes + u.seen.nbytes for u in self.updates.values())

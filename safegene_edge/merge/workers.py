@@ -23,6 +23,7 @@ from ..errors import SafeGeneError
 from ..files import reading
 from ..gguf_file.kernels import TensorType
 from ..gguf_file.rewrite import Place, open_binary, read_at, write_at
+from ..runtime.devices import logical_cores
 from . import rounding
 from .rounding import Update
 
@@ -116,11 +117,6 @@ class Job:
             ) from None
 
 
-def cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run_jobs(
     jobs: Sequence[Job], output: Path | None, threads: int | None, progress: Progress | None
 ) -> list[TensorReport]:
@@ -132,7 +128,7 @@ def run_jobs(
         progress: called with the weights done and their number.
     """
     total = sum(job.place.info.n_elements for job in jobs)
-    count = min(threads or cpus(), len(jobs))
+    count = min(threads or logical_cores(), len(jobs))
     if count < 2 or total < _WORTH or not can_start():
         done = _here(jobs, output)
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 _EXTRAS = {
@@ -19,21 +20,69 @@ _EXTRAS = {
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, hyper-threads counted once.
+    """Cores that this process may use, hyper-threads counted once: what llama.cpp gets threads for.
 
     llama.cpp gains nothing from the second thread of a core: matrix products share its
-    vector units. On Apple silicon the efficiency cores are left out for the same reason.
+    vector units. On Apple silicon the efficiency cores are left out for the same reason. More
+    threads than a container's quota pays for would wait for each other while it is used up.
     """
     if platform.system() == "Darwin":
-        return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or _logical()
-    cores = _linux_cores()
-    return cores or max(1, _logical() // (2 if platform.system() == "Windows" else 1))
+        return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or logical_cores()
+    halved = logical_cores() // (2 if platform.system() == "Windows" else 1)
+    return max(1, min(_linux_cores() or halved, logical_cores()))
 
 
-def _logical() -> int:
+def logical_cores() -> int:
+    """Processors that this process may use: by its affinity, and by its container's quota."""
     if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = cpu_quota()
+    return max(1, count if quota is None else min(count, math.ceil(quota)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Processors' worth of time that the control groups of this process allow; None: no limit.
+
+    The least along the path counts, in version 2 (cpu.max) and version 1 (cpu.cfs_quota_us).
+
+    Args:
+        root: where /proc and /sys lie.
+    """
+    groups = _read(root / "proc/self/cgroup").splitlines()
+    found: list[float] = []
+    for line in groups or ["0::/"]:
+        number, controllers, path = ([*line.split(":", 2), "", ""])[:3]
+        if number == "0":
+            homes = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+        elif "cpu" in controllers.split(","):
+            homes = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
+        else:
+            continue
+        own = PurePosixPath(path.lstrip("/"))
+        # In a container the path is often the host's, and only the top is there.
+        found += [q for home in homes for place in {own, *own.parents}
+                  if (q := _quota(root / home / place)) is not None]  # fmt: skip
+    return min(found, default=None)
+
+
+def _quota(folder: Path) -> float | None:
+    words = _read(folder / "cpu.max").split()
+    if len(words) != 2:
+        words = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+    try:
+        quota, period = map(int, words)
+    except ValueError:  # "max", or no such files
+        return None
+    return quota / period if quota > 0 and period > 0 else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _linux_cores() -> int:
@@ -99,7 +148,7 @@ def diagnose() -> Diagnosis:
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         python=platform.python_version(),
         physical_cores=physical_cores(),
-        logical_cores=_logical(),
+        logical_cores=logical_cores(),
         memory_gib=round(memory_bytes() / 2**30, 1),
         safegene_edge=__version__,
         llama_cpp_python=llama_cpp.__version__,
