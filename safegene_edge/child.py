@@ -18,7 +18,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from .errors import ProcessLostError, SafeGeneError
 
@@ -89,7 +89,7 @@ class Child:
         except (EOFError, pickle.UnpicklingError):
             raise self._lost() from None
 
-    def _skip_noise(self, answers: BinaryIO) -> None:
+    def _skip_noise(self, answers: IO[bytes]) -> None:
         """Pass on what was printed before the child had a channel of its own."""
         for line in iter(answers.readline, b""):
             if line == _READY:

@@ -108,8 +108,9 @@ def portfolio(
         )
     gene = resolve(gene).absolute()
     settings = _with_whole_paths(settings)
-    for path in (gene, *settings.adapters):
-        SafetyGene.load(path)
+    SafetyGene.load(gene)
+    for adapter in settings.adapters:
+        SafetyGene.load(adapter)
     for suite in settings.suites:
         load_suite(suite)
     home = Path(folder).absolute()
