@@ -14,7 +14,7 @@ TYPES = rm -rf build/types && mkdir -p build/types/safegene_edge && \
 	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml && \
 	$(CURDIR)/$(BIN)/lint-imports --no-logo $(CURDIR)/pyproject.toml
 
-.PHONY: demo test lint types docs bench gene clean
+.PHONY: demo test fuzz lint types docs bench gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ test: $(VENV)/dev
 	$(BIN)/python -m ruff format --check .
 	$(TYPES)
 	$(BIN)/python -m pytest
+
+# 20,000 mutations of each file, about ten minutes; another seed each time, named where one fails.
+fuzz: $(VENV)/dev
+	SAFEGENE_FUZZ=20000 SAFEGENE_FUZZ_SEED=$${SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/test_fuzz.py
 
 lint: $(VENV)/dev
 	$(BIN)/python -m ruff check --fix .

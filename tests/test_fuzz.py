@@ -87,5 +87,5 @@ def test_a_damaged_file_loads_or_is_refused(name, files, tmp_path):
             assert str(broken) in str(error), what
             assert str(error).isprintable(), what
         except Exception as error:
-            raise AssertionError(f"{name}, {what}: {error!r}") from error
+            raise AssertionError(f"{name}, seed {SEED}, {what}: {error!r}") from error
     assert 0 < refused < COUNT  # else nothing was damaged, or nothing read
