@@ -22,9 +22,9 @@ import numpy.typing as npt
 from ..aliases import Floats
 from ..compat import open_model
 from ..gene import Pair
-from ..runtime.engine import Scales
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER, Lane, States, run
+from ..runtime.schedule import Scales
 from .settings import LearnSettings
 from .solve import reduced_rank
 from .states import THIN, Captured, Ints, Sample, rms, spread

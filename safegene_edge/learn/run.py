@@ -23,9 +23,10 @@ from ..recalibrate.aligned import measured
 from ..recalibrate.refusal_margin import refusal_openers
 from ..runtime.chat import require_chat
 from ..runtime.devices import physical_cores
-from ..runtime.engine import Engine, Scales
+from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER
+from ..runtime.schedule import Scales
 from .base import Model, files_of
 from .fit import Fit, Fitted, Target
 from .samples import LOOK, choose, header_of, rendered

@@ -15,9 +15,9 @@ from ..aliases import Floats
 from ..errors import OutputError
 from ..files import scratch_file
 from ..runtime.batch import common_prefix
-from ..runtime.engine import Scales
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import Lane, States, answer
+from ..runtime.schedule import Scales
 
 _ROWS = 2048  # of a lane: what it computes with grows with their square
 _SEQUENCES = 128  # of a lane

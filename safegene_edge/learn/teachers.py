@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ..errors import NoEffectError, SettingError
 from ..prompts import Prompt
 from ..runtime.chat import require_chat
-from ..runtime.engine import Engine, Scales
+from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
+from ..runtime.schedule import Scales
 from .samples import LOOK, refused, rendered
 from .states import Captured, Sample
 

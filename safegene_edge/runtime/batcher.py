@@ -21,8 +21,9 @@ import llama_cpp
 
 from ..errors import LlamaCppError, SafeGeneError, SettingError
 from .batch import common, trim
-from .engine import Engine, Scales
+from .engine import Engine
 from .sampling import Pieces, Sampling, TextStream, free_chain
+from .schedule import Scales
 
 _LOG = logging.getLogger(__name__)
 AskFinish = Literal["stop", "length", "timeout", "error"]

@@ -25,10 +25,10 @@ import numpy as np
 from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Ints, batch_struct, common_prefix
-from .engine import Scales, context_params
 from .graph import is_matrix, library, name_of, node_at, put, values
 from .llama import SafeLlama
 from .log import reason
+from .schedule import Scales, context_params
 
 WRITER = "attn_output"  # the tensor whose product is added to the residual stream
 _BELOW = "l_out-{}"

@@ -15,8 +15,9 @@ from ..errors import SettingError
 from ..files import PathLike, sha256
 from ..runtime.batcher import Batcher
 from ..runtime.chat import require_chat
-from ..runtime.engine import Engine, Scales
+from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
+from ..runtime.schedule import Scales
 from .answers import Relay
 from .app import Served, make_app
 from .http import protocol

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...errors import SettingError
 from ...recalibrate.refusal_margin import OPENERS, prefix_free
-from ...runtime.engine import Scales
+from ...runtime.schedule import Scales
 from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
