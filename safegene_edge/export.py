@@ -1,19 +1,23 @@
 """Files for tools that know nothing of genes: Ollama, llama-server, LM Studio.
 
 None of them has a strength a layer, and Ollama has no scale at all: what they get is one
-adapter with everything folded in, or, for LM Studio, a merged model.
+adapter with everything folded in, or a merged model. LM Studio always gets a merged one, and so
+must Ollama from 0.34.1 on, which refuses adapters. Names are held against the programs' own
+rules, as their sources have them (Ollama's parser and types/model, `lms import`, llama.cpp's
+arguments).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compat import open_model, require_fit
+from .compat import SHARD, open_model, other_parts, require_fit
 from .errors import OutputError, SettingError
 from .files import PathLike, write_text
 from .merge import MergeReport, MergeSettings, merge
@@ -22,6 +26,8 @@ from .merge.inputs import Folded, Given, combined, fold
 TOOLS = ("ollama", "llama-server", "lm-studio")
 _ADAPTER = "adapter.gguf"
 _PUBLISHER = "safegene"
+_NAME_LENGTH = 75  # and "-safe": Ollama takes 80
+_REFUSED = "Ollama refuses adapters from version 0.34.1 on: give --merged (merged=True) for it"
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,14 @@ class Export:
 
     Attributes:
         files: the written files; commands: to run, a line each.
-        merged: LM Studio's merge, else None.
+        merged: what the merge did, where there was one.
+        warnings: one line each.
     """
 
     files: tuple[Path, ...]
     commands: tuple[str, ...]
     merged: MergeReport | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def export(
@@ -44,6 +52,7 @@ def export(
     adapters: Iterable[Given],
     folder: PathLike,
     *,
+    merged: bool = False,
     settings: MergeSettings | None = None,
 ) -> Export:
     """Write what a tool needs to run the model with the adapters.
@@ -52,10 +61,11 @@ def export(
         tool: one of `TOOLS`.
         adapters: as for `merge`; several become one.
         folder: made if need be; files of the same names are replaced.
-        settings: of LM Studio's merge, as for `merge`.
+        merged: write a merged model in place of an adapter; LM Studio always gets one.
+        settings: of the merge, as for `merge`.
 
     Raises:
-        SettingError: an unknown tool.
+        SettingError: an unknown tool, or a name or a split model that the tool cannot take.
         OutputError: the folder or a file in it cannot be written.
         FileFormatError, MismatchError: as for `merge`.
     """
@@ -63,12 +73,28 @@ def export(
         raise SettingError(f"unknown tool '{tool}'", f"Give one of {', '.join(TOOLS)}")
     home = Path(folder)
     source = open_model(model).path.absolute()
-    if tool == "lm-studio":
-        return _lm_studio(source, adapters, home, settings)
+    if merged or tool == "lm-studio":
+        return _merged(tool, source, adapters, home, settings)
     folded, opened = fold(adapters), open_model(source)
     for one in folded:
         require_fit(one.content, opened, one.name)
+    if tool == "ollama" and other_parts(opened):
+        raise SettingError(
+            f"{source}: Ollama takes no adapter with a split model", "Give --merged (merged=True)"
+        )
     return _ollama(source, folded, home) if tool == "ollama" else _server(source, folded, home)
+
+
+def safe_name(model: Path) -> str:
+    """A name for the new model that every tool takes: of the model's, what all of them allow.
+
+    Ollama's are ASCII letters, digits, `_`, `-` and `.`, 80 at most, the first no `-` or `.`.
+    LM Studio's folders neither begin nor end with a full stop.
+    """
+    split = SHARD.fullmatch(model.name)
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", split[1] if split else model.stem)
+    stem = re.sub(r"\.{2,}", ".", stem).strip("-._")[:_NAME_LENGTH].rstrip("-._")
+    return f"{stem or 'model'}-safe"
 
 
 @contextmanager
@@ -97,18 +123,21 @@ def _save(folded: Sequence[Folded], model: Path, output: Path) -> None:
 def _ollama(model: Path, folded: Sequence[Folded], home: Path) -> Export:
     """A Modelfile: FROM takes a path, ADAPTER one relative to the Modelfile; the template is
     the GGUF's own, which Ollama reads itself."""
-    for path in (model, home.absolute()):
-        if any(char in str(path) for char in '"\n\r'):
-            raise SettingError(f"{path}: Ollama cannot read a path with quotes or line breaks")
+    if '"' in str(model) or not str(model).isprintable():
+        raise SettingError(
+            f"{model}: Ollama cannot read a path with quotes, line breaks or unprintable letters",
+            "Move the model, or give --merged (merged=True)",
+        )
     file, adapter = home / "Modelfile", home / _ADAPTER
-    name = f"{model.stem.lower()}-safe"
     with _made(home):
         _save(folded, model, adapter)
         write_text(file, f'FROM "{model}"\nADAPTER "./{adapter.name}"\n', [model])
-    return Export(
-        (file, adapter),
-        (f"ollama create {shlex.quote(name)} -f {_shell(file)}", f"ollama run {shlex.quote(name)}"),
-    )
+    return Export((file, adapter), _create(file, model), warnings=(_REFUSED,))
+
+
+def _create(file: Path, model: Path) -> tuple[str, ...]:
+    name = safe_name(model).lower()
+    return f"ollama create {name} -f {_shell(file)}", f"ollama run {name}"
 
 
 def _server(model: Path, folded: Sequence[Folded], home: Path) -> Export:
@@ -131,22 +160,34 @@ def _server(model: Path, folded: Sequence[Folded], home: Path) -> Export:
     )
 
 
-def _lm_studio(
-    model: Path, adapters: Iterable[Given], home: Path, settings: MergeSettings | None
+def _merged(
+    tool: str,
+    model: Path,
+    adapters: Iterable[Given],
+    home: Path,
+    settings: MergeSettings | None,
 ) -> Export:
-    """LM Studio loads no adapters: a merged model, in the folders that it expects."""
-    name = f"{model.stem}-safe"
-    target = home / _PUBLISHER / name / f"{name}.gguf"
+    """A merged model: for LM Studio in the folders that it expects, else with what it needs."""
+    name = safe_name(model)
+    target = home / f"{name}.gguf"
+    if tool == "lm-studio":
+        target = home / _PUBLISHER / name / target.name
     with _made(target.parent):
         report = merge(model, adapters, target, settings=settings)
-    return Export(
-        (target,),
-        (
-            f"lms import {_shell(target)}",
-            f"# or: cp -r {_shell(home / _PUBLISHER)} ~/.lmstudio/models/",
-        ),
-        report,
+        if tool == "ollama":
+            file = home / "Modelfile"
+            write_text(file, f'FROM "./{target.name}"\n', [model, target])
+            return Export((file, target), _create(file, model), report, report.warnings)
+    commands: tuple[str, ...] = (
+        f"llama-server -m {_shell(target)}",
+        f"llama-cli -m {_shell(target)}",
     )
+    if tool == "lm-studio":  # which would move the file, or ask for its place
+        commands = (
+            f"lms import --copy --user-repo {_PUBLISHER}/{name} {_shell(target)}",
+            f"# or: cp -r {_shell(home / _PUBLISHER)} ~/.lmstudio/models/",
+        )
+    return Export((target,), commands, report, report.warnings)
 
 
 def _shell(path: Path) -> str:

@@ -270,7 +270,7 @@ class _Work:
             return steps
         listed = " ".join(map(str, (self.target, *self.adapters, self.output)))
         folder = self.output.with_suffix(".ollama")
-        return (*steps, f"safegene-edge export ollama {listed} -o {folder}")
+        return (*steps, f"safegene-edge export ollama {listed} --merged -o {folder}")
 
 
 def _is(note: Path, key: str) -> bool:

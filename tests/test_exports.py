@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -14,12 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapters import random_adapter
-from test_merge import logits
+from adapters import adapter_for, random_adapter
+from test_merge import logits, split
 
 from safegene_edge.errors import OutputError, SafeGeneError, SettingError
-from safegene_edge.export import TOOLS, export
+from safegene_edge.export import TOOLS, export, safe_name
 from safegene_edge.gene import Adapter, Expression, SafetyGene
+from safegene_edge.merge import MergeSettings
+
+__all__ = ["split"]  # a fixture
 
 
 @pytest.fixture
@@ -64,6 +69,110 @@ def test_lm_studio_gets_a_merged_model_where_it_looks_for_one(model, tmp_path):
     assert len(file.relative_to(tmp_path / "out").parts) == 3
     assert made.merged is not None and made.merged.survived > 0.99
     assert np.abs(logits(file) - logits(model, [gene])).max() < 1e-3
+
+
+def commands_of(modelfile):
+    """Commands and values by the rules of Ollama's parser: letters that cannot be printed are
+    dropped, and quotes come off where the value has them at both ends."""
+    found = []
+    for line in modelfile.read_text().splitlines():
+        command, _, value = "".join(c for c in line if c.isprintable()).strip().partition(" ")
+        assert command in ("FROM", "ADAPTER")
+        if value.startswith('"'):
+            assert value.endswith('"') and len(value) > 1 and '"' not in value[1:-1]
+            value = value[1:-1]
+        found.append((command, value))
+    return found
+
+
+def test_ollama_gets_a_merged_model(model, tmp_path):
+    """Ollama refuses ADAPTER from 0.34.1 on ("LoRA adapters are no longer supported")."""
+    gene = gene_for(model, tmp_path)
+    made = export("ollama", model, [gene], tmp_path / "out", merged=True)
+    file, merged = made.files
+    assert commands_of(file) == [("FROM", f"./{merged.name}")]
+    assert merged.parent == file.parent == tmp_path / "out"
+    assert made.merged is not None and made.merged.survived > 0.99 and not made.warnings
+    assert np.abs(logits(merged) - logits(model, [gene])).max() < 1e-3
+    assert {path.name for path in file.parent.iterdir()} == {"Modelfile", merged.name}
+    with_adapter = export("ollama", model, [gene], tmp_path / "old")
+    assert "0.34.1" in with_adapter.warnings[0] and "--merged" in with_adapter.warnings[0]
+
+
+def test_llama_server_gets_a_merged_model_too(model, tmp_path):
+    gene = gene_for(model, tmp_path)
+    made = export("llama-server", model, [gene], tmp_path / "out", merged=True)
+    (merged,) = made.files
+    assert shlex.split(made.commands[0]) == ["llama-server", "-m", str(merged)]
+    assert np.abs(logits(merged) - logits(model, [gene])).max() < 1e-3
+
+
+NAMES = {
+    "My Model (1).Q4_K_M": "My-Model-1-.Q4_K_M-safe",
+    "smollm2": "smollm2-safe",
+    ".hidden..model.": "hidden.model-safe",
+    "-_-": "model-safe",
+    "模型": "model-safe",
+    "a:b\\c": "a-b-c-safe",
+    "x" * 120: "x" * 75 + "-safe",
+    f"{'x' * 74}.y": "x" * 74 + "-safe",
+    "big-00001-of-00003": "big-safe",
+}
+
+
+@pytest.mark.parametrize("stem", NAMES)
+def test_the_new_models_name_is_one_that_every_tool_takes(stem):
+    name = safe_name(Path(f"{stem}.gguf"))
+    assert name == NAMES[stem]
+    # Ollama's types/model: 1 to 80 bytes, a letter, digit or _ first, then also - and .
+    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name)
+    # lms import: no full stop at either end, none of /<>:"\|?*, 100 letters at most
+    assert name.strip(" .") == name and not re.search(r'[/<>:"\\|?*]', name) and len(name) <= 100
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_model_of_any_name_is_exported(tool, model, tmp_path):
+    named = tmp_path / "Modèle à moi (1) 'x'.Q8_0.gguf"
+    shutil.copy(model, named)
+    gene = gene_for(model, tmp_path)
+    for merged in (False, True):
+        folder = tmp_path / f"{tool} {merged}"
+        made = export(tool, named, [gene], folder, merged=merged)
+        words = shlex.split(made.commands[0])
+        if tool == "ollama":
+            assert words[2] == "mod-le-moi-1-x-.q8_0-safe"
+            for command, value in commands_of(folder / "Modelfile"):
+                assert (folder / value).exists(), command
+        if tool == "lm-studio":
+            user, _, repository = words[words.index("--user-repo") + 1].partition("/")
+            kept = made.files[0].relative_to(folder)
+            assert kept.parts[:2] == (user, repository) and "--copy" in words
+        assert Path(words[-1] if tool != "llama-server" else words[2]).exists()
+
+
+@pytest.mark.parametrize("letter", ['"', "\n", "\u00a0", "\u200b", "\t"])
+def test_ollama_cannot_read_every_path_but_every_model_can_be_merged(letter, model, tmp_path):
+    """Its parser drops what is not printable, and knows no escape for a quote."""
+    named = tmp_path / f"a{letter}b.gguf"
+    shutil.copy(model, named)
+    gene = gene_for(model, tmp_path)
+    with pytest.raises(SettingError, match="Ollama cannot read"):
+        export("ollama", named, [gene], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export("ollama", named, [gene], tmp_path / "out", merged=True)
+    assert commands_of(tmp_path / "out" / "Modelfile") == [("FROM", "./a-b-safe.gguf")]
+
+
+def test_ollama_gets_a_split_model_merged_alone(quantised, split, tmp_path):
+    """It takes split models from 0.35.0 on, and adapters before 0.34.1."""
+    gene = adapter_for(quantised("Q8_0"), tmp_path)
+    with pytest.raises(SettingError, match="--merged"):
+        export("ollama", split[0], [gene], tmp_path / "out")
+    made = export(
+        "ollama", split[0], [gene], tmp_path / "out", merged=True,
+        settings=MergeSettings(run=False),
+    )  # fmt: skip
+    assert [path.name for path in made.files] == ["Modelfile", "split-safe.gguf"]
 
 
 def test_an_unknown_tool_is_refused(model, tmp_path):

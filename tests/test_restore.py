@@ -222,6 +222,6 @@ def test_the_command_ends_with_one_screen(model: Path, tmp_path: Path, calls: li
         "next:",
         f"  safegene-edge chat {model} --gene {out}",
         f"  safegene-edge serve {model} --gene {out}",
-        f"  safegene-edge export ollama {model} {out} -o {tmp_path / 'safe.ollama'}",
+        f"  safegene-edge export ollama {model} {out} --merged -o {tmp_path / 'safe.ollama'}",
     ]
     assert not (tmp_path / "safe.gene.gguf").exists()

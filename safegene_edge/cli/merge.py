@@ -83,6 +83,8 @@ def merge(
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
 @click.option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")
+@click.option("--merged", is_flag=True, help="A merged model in place of an adapter: Ollama "
+              "needs it from version 0.34.1 on, and LM Studio always gets one.")  # fmt: skip
 @setting(MergeSettings, "imatrix", metavar="FILE")
 @click.option("--json", "as_json", is_flag=True, help="Print files and commands as JSON.")
 def export(
@@ -90,19 +92,20 @@ def export(
     model: str,
     adapters: tuple[str, ...],
     output: str,
+    merged: bool,
     imatrix: str | None,
     as_json: bool,
 ) -> None:
     """Write what a TOOL needs to run MODEL.gguf with adapters: ollama, llama-server, lm-studio.
 
-    Files go to DIR; the commands that use them are printed. LM Studio loads no adapters: it
-    gets a merged model.
+    Files go to DIR; the commands that use them are printed. LM Studio loads no adapters, nor
+    does Ollama from version 0.34.1 on: give --merged for it.
     """
     from ..export import export as run
 
     given = [parse_adapter(text) for text in adapters]
-    made = run(tool, model, given, output, settings=MergeSettings(imatrix))
-    for warning in made.merged.warnings if made.merged else ():
+    made = run(tool, model, given, output, merged=merged, settings=MergeSettings(imatrix))
+    for warning in made.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
         facts = {"files": [str(file) for file in made.files], "commands": list(made.commands)}
