@@ -92,7 +92,8 @@ UNREADABLE = {
     "an unknown test": ("{{ messages is frobnicate }}", "No test named"),
     "Ollama's": ("{{ if .System }}{{ .System }}{{ end }}{{ .Prompt }}", "line 1: "),
     "not closed": ("{% for m in messages %}{{ m.content }}", "Unexpected end of template"),
-    "nested too deeply": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+    "nested too deeply": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "more than 100"),
+    "blocks too deep": ("{% if messages %}" * 999 + "{%- endif %}" * 999, "more than 100"),
 }
 
 
