@@ -186,6 +186,23 @@ def test_a_race_comes_first_where_there_are_enough_examples():
     assert len(found) <= 3  # the race has told the others where to begin
 
 
+def test_where_the_race_was_too_hopeful_the_search_goes_on_below():
+    """Of every fourth example none is over-refused; of all, one in four, from 2.5 on."""
+    looked = []
+
+    def look(strength: float, step: int) -> Reading:
+        looked.append((strength, step))
+        over = np.full(48, -9.0)
+        over[1::4] += 18 * (strength > 2.5)
+        harmful = np.full(48, -3.0) + strength
+        return Reading(harmful, over, np.full(48, 1e-3), np.zeros(0)).every(step)
+
+    bounds = replace(FREE, over_refusal=0.2)
+    found = search(look, look(0.0, 1), bounds, 0.05, 4)
+    assert choose(found, bounds, 0.05) <= 2.5
+    assert any(bounds.broken(reading) for reading in found.values())  # or it would show nothing
+
+
 @pytest.mark.parametrize("bend", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("kl", [0.001, 0.1, 5.0])
 def test_a_search_stays_within_what_progress_is_told(kl, bend):

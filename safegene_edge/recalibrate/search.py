@@ -83,8 +83,18 @@ def search(
     strength = foretold(raced, rough, weight, limits)
     while len(found) <= passes and not _seen(found, strength):
         found[strength] = look(strength, 1)
-        strength = foretold(found, bounds, weight, limits)
+        strength = foretold(found, bounds, weight, _below(found, bounds, limits))
     return found
+
+
+def _below(
+    found: Mapping[float, Reading], bounds: Bounds, limits: tuple[float, float]
+) -> tuple[float, float]:
+    """The limits, below every strength that breaks a bound by more than counts as the same."""
+    low, high = limits
+    broken = [known for known, reading in found.items() if known and bounds.broken(reading)]
+    high = min([high, *(known * (1 - 1.1 * _NEAR) for known in broken)])
+    return (low if low < high else 0.0), high
 
 
 def _rough(bounds: Bounds, count: int) -> Bounds:
