@@ -187,20 +187,21 @@ def test_a_race_comes_first_where_there_are_enough_examples():
 
 
 def test_where_the_race_was_too_hopeful_the_search_goes_on_below():
-    """Of every fourth example none is over-refused; of all, one in four, from 2.5 on."""
-    looked = []
+    """Every fourth example is never over-refused; of all, one in four is, from 11 on.
+
+    The best that is foretold lies so near to what was read that it counts as read.
+    """
 
     def look(strength: float, step: int) -> Reading:
-        looked.append((strength, step))
         over = np.full(48, -9.0)
-        over[1::4] += 18 * (strength > 2.5)
-        harmful = np.full(48, -3.0) + strength
+        over[1::4] = 10 * (strength - 11)
+        harmful = np.full(48, -3.0) + strength / 4
         return Reading(harmful, over, np.full(48, 1e-3), np.zeros(0)).every(step)
 
     bounds = replace(FREE, over_refusal=0.2)
     found = search(look, look(0.0, 1), bounds, 0.05, 4)
-    assert choose(found, bounds, 0.05) <= 2.5
     assert any(bounds.broken(reading) for reading in found.values())  # or it would show nothing
+    assert 5 < choose(found, bounds, 0.05) < 11.1
 
 
 @pytest.mark.parametrize("bend", [0.0, 0.05, 0.5])
