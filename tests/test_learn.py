@@ -121,11 +121,13 @@ def stack() -> Iterator[ExitStack]:
 def target_of(degraded: Model, aligned: Model, taught: int, own: int = 0) -> Target:
     """So many prompts whose answers are the aligned model's, and so many others."""
     prompts = sequences(taught + own)
-    harmful, harmless = prompts[:taught], prompts[taught:] or prompts[:2]
-    theirs, mine = aligned.captured(harmful), degraded.captured(harmless, text=True)
-    samples = [theirs.sample(n, prompt, taught=True) for n, prompt in enumerate(harmful)]
-    if own:
-        samples += [mine.sample(n, prompt, taught=False) for n, prompt in enumerate(harmless)]
+    harmful, harmless = prompts[:taught], prompts[taught:]
+    theirs, mine = aligned.captured(harmful), degraded.captured(harmless + harmful, text=True)
+    samples = [
+        theirs.sample(n, prompt, taught=True, start=mine.header_goals(len(harmless) + n))
+        for n, prompt in enumerate(harmful)
+    ]
+    samples += [mine.sample(n, prompt, taught=False) for n, prompt in enumerate(harmless)]
     return Target(degraded.llama, degraded.scales, mine, theirs, samples)
 
 
@@ -163,21 +165,29 @@ def test_answers_and_states_are_those_of_a_plain_pass(
         assert np.abs(kept - rows).max() < 1e-2 * np.abs(rows).max()
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_change_of_the_fitted_tensors_is_undone(
-    arch: str, tiny: Callable[..., Any], stack: ExitStack
-) -> None:
-    """D = A + a low-rank change: at full rank, without a ridge, D's states become A's."""
+def undone(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack, overshoot: float
+) -> tuple[Any, Any, Any, Any]:
+    """States along a target's samples, of A, of D = A + a change, and of D with a gene; header."""
     path = tiny(arch, num_hidden_layers=5).gguf_path
     change = writer_change(path, 0.3)
     aligned, degraded = Model(stack, path), Model(stack, path, change)
     target = target_of(degraded, aligned, 60)
-    settings = LearnSettings(ridge=1e-9, text_weight=1e-10).for_teacher(itself=False)
-    found = Fit([target], settings, 64, lanes=2).run(LAYERS)
+    settings = LearnSettings(ridge=1e-9, text_weight=1e-10, overshoot=overshoot)
+    found = Fit([target], settings.for_teacher(itself=False), 64, lanes=2).run(LAYERS)
     wanted, before = (states_along(model, target.samples) for model in (aligned, degraded))
     gene = degraded.llama.attach(SafetyGene(change.architecture, 0.0, found.pairs))
     degraded.scales = {**degraded.scales, gene: 1.0}
-    after = states_along(degraded, target.samples)
+    header = np.concatenate([sample.offsets < 0 for sample in target.samples])
+    return wanted, before, states_along(degraded, target.samples), header
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_change_of_the_fitted_tensors_is_undone(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack
+) -> None:
+    """At full rank, without a ridge and an overshoot, D's states become A's."""
+    wanted, before, after, _ = undone(arch, tiny, stack, 1.0)
     for layer, goal in wanted.items():
         distance = [
             float(np.linalg.norm(one[layer] - goal) / np.linalg.norm(goal))
@@ -185,6 +195,19 @@ def test_a_change_of_the_fitted_tensors_is_undone(
         ]
         assert distance[0] > 1e-2
         assert distance[1] < 1e-3, f"layer {layer}: {distance}"
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])  # without a norm behind attn_output, and with
+def test_the_header_goes_beyond_the_teacher_where_asked(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack
+) -> None:
+    """By no exact amount: the answers' rows, which one map serves as well, shall not."""
+    for overshoot, least, most in ((1.0, 0.99, 1.01), (3.0, 1.1, 3.0)):
+        wanted, before, after, header = undone(arch, tiny, stack, overshoot)
+        for layer, there in wanted.items():
+            way = (there - before[layer])[header]
+            gone = float(((after[layer] - before[layer])[header] * way).sum() / (way * way).sum())
+            assert least < gone < most, f"layer {layer}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

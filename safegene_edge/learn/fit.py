@@ -2,8 +2,9 @@
 
 In a layer, x is what `attn_output` reads and h the residual stream with the attention added. On the
 decision rows of harmful prompts (the assistant's header and the first tokens of a refusal) h shall
-be the teacher's, on all others what the target itself had there: y = wanted - h. `solve` gives the
-update; h + B A x goes back into the pass, and the next layer sees it.
+be the teacher's, on all others what the target itself had there: y = wanted - h. In the header it
+shall go beyond: wanted = h_D + overshoot (h_A - h_D). `solve` gives the update; h + B A x goes back
+into the pass, and the next layer sees it.
 
 Where a norm lies between `attn_output` and the stream (Gemma), h = u + g * o / rms(o), with o what
 `attn_output` gives and g the norm's weights. Wanted is then o* = (wanted - u) / g * rms(o'), with
@@ -56,6 +57,7 @@ class _Rows:
     goals: Ints
     taught: npt.NDArray[np.bool_]
     weights: Floats
+    own: Ints  # where the target's own states are kept, of rows that shall go beyond; or -1
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,7 @@ class Fit:
         gain = self._norms.get(layer) if lanes[0].output is not None else None
         inputs, wanted = [], []
         for states, (target, rows) in zip(lanes, self._of, strict=True):
-            goal = np.empty((len(rows.rows), states.stream.shape[1] + 1), np.float32)
-            for taught, source in ((True, target.taught), (False, target.own)):
-                chosen = rows.taught == taught
-                goal[chosen] = source.goals.get(layer, rows.goals[chosen])
+            goal = _goal(layer, target, rows, self.settings.overshoot)
             x, y = _regression(states, rows.rows, goal, gain)
             inputs.append(x)
             wanted.append(y)
@@ -129,12 +128,26 @@ class Fit:
         return [_changed(states, pair, gain) for states in lanes]
 
 
+def _goal(layer: int, target: Target, rows: _Rows, overshoot: float) -> Floats:
+    """The wanted rows of a lane, as `Goals` keeps them."""
+    width = int(target.llama.n_embd()) + 1
+    goal = np.empty((len(rows.rows), width), np.float32)
+    for taught, source in ((True, target.taught), (False, target.own)):
+        chosen = rows.taught == taught
+        goal[chosen] = source.goals.get(layer, rows.goals[chosen])
+    beyond = rows.own >= 0
+    own = target.own.goals.get(layer, rows.own[beyond])
+    goal[beyond, :-1] += (overshoot - 1) * (goal[beyond, :-1] - own[:, :-1])
+    return goal
+
+
 def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnSettings) -> _Rows:
     assert settings.harmless_weight is not None
     shared = min(lane.prefix, own.prefix)
     rows, goals = [np.arange(shared)], [own.prefix_goals[:shared]]
     taught = [np.zeros(shared, bool)]
     weights = [np.full(shared, settings.text_weight * _PREFIX)]
+    kept = [np.full(shared, -1)]
     for place, sample in enumerate(samples):
         positions = len(sample.prompt) + sample.offsets
         rows.append(np.array([lane.row(place, int(position)) for position in positions], int))
@@ -143,10 +156,18 @@ def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnS
         weight = np.full(len(positions), 1.0 if sample.taught else settings.harmless_weight)
         weight[: sample.text] = settings.text_weight * THIN
         weights.append(weight)
+        kept.append(_kept(sample))
     return _Rows(
         np.concatenate(rows), np.concatenate(goals), np.concatenate(taught),
-        np.concatenate(weights, dtype=np.float32),
+        np.concatenate(weights, dtype=np.float32), np.concatenate(kept),
     )  # fmt: skip
+
+
+def _kept(sample: Sample) -> Ints:
+    """Where the target's own states of a sample's header are kept; -1 of other rows."""
+    place = np.arange(len(sample.offsets))
+    header = (place >= sample.text) & (sample.offsets < 0) & (sample.start >= 0)
+    return np.where(header, sample.start + place - sample.text, -1)
 
 
 def _regression(

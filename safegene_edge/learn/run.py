@@ -189,8 +189,9 @@ class _Learning:
         if self.teacher_files is not None:
             self._require_lost(model, taught)
         asked = rendered(model.llama, self.chosen.harmless)
-        own = self._captured("asking the degraded model", model, asked, layers, text=True)
-        samples = taught.samples(model.llama)
+        harmful = rendered(model.llama, taught.prompts)
+        own = self._captured("asking the degraded model", model, asked + harmful, layers, text=True)
+        samples = taught.samples(harmful, own, len(asked))
         samples += [own.sample(n, prompt, taught=False) for n, prompt in enumerate(asked)]
         return Target(model.llama, model.scales, own, taught.captured, samples)
 

@@ -21,6 +21,9 @@ class LearnSettings:
         harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1. By
             default 1.5, or 2 where a model teaches itself.
         text_weight: What a token of the prompts' own text counts.
+        overshoot: How far the header's states of harmful prompts shall go from the target's to
+            the teacher's: 1 is there, 2 as far again beyond. Refusals begin there; on prompts
+            unlike those that were learnt from a gene reaches only part of the way.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most; never more than 1 % of the model's.
@@ -33,13 +36,14 @@ class LearnSettings:
     borderline: float | None = None
     harmless_weight: float | None = None
     text_weight: float = 1.0
+    overshoot: float = 2.0
     prompts: int = 128
-    tokens: int = 5
+    tokens: int = 8
     budget: int = 600_000
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ridge", "harmless_weight", "text_weight"):
+        for name in ("ridge", "harmless_weight", "text_weight", "overshoot"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and isfinite(value)):
                 raise SettingError(f"{name} is {value}", "Give a positive number")

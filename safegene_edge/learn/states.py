@@ -84,6 +84,7 @@ class Sample:
         offsets: the rows that count, from the prompt's end: negative in the prompt.
         goals: where each one's goal is kept.
         text: how many of the first are text before the assistant's header.
+        start: where the target's own states of the header are kept; -1 where they are not.
     """
 
     prompt: tuple[int, ...]
@@ -92,6 +93,7 @@ class Sample:
     offsets: Ints
     goals: Ints
     text: int
+    start: int = -1
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -120,13 +122,19 @@ class Captured:
     _texts: list[Ints]
     _tokens: int
 
-    def sample(self, number: int, prompt: Sequence[int], *, taught: bool) -> Sample:
+    def header_goals(self, number: int) -> int:
+        """Where the rows of a prompt's header begin."""
+        return self._starts[number] + len(self._texts[number])
+
+    def sample(
+        self, number: int, prompt: Sequence[int], *, taught: bool, start: int = -1
+    ) -> Sample:
         """What is learnt from one answer, by a target that reads `prompt`."""
         text, said = self._texts[number], self.answers[number][: self._tokens]
         behind = np.arange(-self.header, len(said))
         offsets = np.concatenate([text - len(self.prompts[number]), behind])
         goals = self._starts[number] + np.arange(len(offsets))
-        return Sample(tuple(prompt), tuple(said), taught, offsets, goals, len(text))
+        return Sample(tuple(prompt), tuple(said), taught, offsets, goals, len(text), start)
 
 
 def capture(

@@ -72,12 +72,16 @@ class Taught:
         of = tuple(prompts[number] for number in kept)
         return cls(captured, kept, of, said, system, len(prompts))
 
-    def samples(self, target: SafeLlama) -> list[Sample]:
-        """What a target reads, and where the teacher's states are kept."""
-        asked = rendered(target, self.prompts)
+    def samples(self, asked: Sequence[list[int]], own: Captured, first: int) -> list[Sample]:
+        """What a target reads, and where the teacher's states are kept.
+
+        Args:
+            asked: the prompts as the target reads them; it was asked them from the prompt
+                `first` of `own` on.
+        """
         return [
-            self.captured.sample(number, prompt, taught=True)
-            for number, prompt in zip(self.kept, asked, strict=True)
+            self.captured.sample(number, prompt, taught=True, start=own.header_goals(first + place))
+            for place, (number, prompt) in enumerate(zip(self.kept, asked, strict=True))
         ]
 
 
