@@ -197,17 +197,19 @@ def test_a_change_of_the_fitted_tensors_is_undone(
         assert distance[1] < 1e-3, f"layer {layer}: {distance}"
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2"])  # without a norm behind attn_output, and with
+@pytest.mark.parametrize(
+    "arch", ["llama", "qwen3"]
+)  # a norm behind attn_output, as Gemma's, bounds it
 def test_the_header_goes_beyond_the_teacher_where_asked(
     arch: str, tiny: Callable[..., Any], stack: ExitStack
 ) -> None:
     """By no exact amount: the answers' rows, which one map serves as well, shall not."""
-    for overshoot, least, most in ((1.0, 0.99, 1.01), (3.0, 1.1, 3.0)):
+    for overshoot, least, most in ((1.0, 0.99, 1.01), (3.0, 1.5, 3.0)):
         wanted, before, after, header = undone(arch, tiny, stack, overshoot)
         for layer, there in wanted.items():
             way = (there - before[layer])[header]
             gone = float(((after[layer] - before[layer])[header] * way).sum() / (way * way).sum())
-            assert least < gone < most, f"layer {layer}"
+            assert least < gone < most, f"layer {layer}: {gone}"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
