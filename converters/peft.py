@@ -26,6 +26,7 @@ from ..errors import FileFormatError, UnsupportedError
 from ..files import PathLike, read_text
 from . import safetensors_file
 from .keys import module_of, of_senses, plain, within_peft
+from .patterns import Patterns
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -87,16 +88,16 @@ class PeftConfig:
     r: int
     alpha: float
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Patterns[int]
+    alpha_pattern: Patterns[float]
 
     def rank(self, module: str) -> int:
         """The rank that PEFT gives a module (its name without "base_model.model.")."""
-        return int(_first_match(self.rank_pattern, module, self.r))
+        return self.rank_pattern.get(module, self.r)
 
     def scale(self, module: str) -> float:
         """The factor that PEFT puts before B A of a module."""
-        alpha, rank = _first_match(self.alpha_pattern, module, self.alpha), self.rank(module)
+        alpha, rank = self.alpha_pattern.get(module, self.alpha), self.rank(module)
         return float(alpha / math.sqrt(rank) if self.rslora else alpha / rank)
 
 
@@ -231,8 +232,8 @@ def parse_config(values: Mapping[str, Any], text: str, path: PathLike) -> PeftCo
         r=rank("r", values.get("r", 8)),
         alpha=alpha("lora_alpha", values.get("lora_alpha", 8)),
         rslora=rslora,
-        rank_pattern=_pattern(values, "rank_pattern", rank, fail),
-        alpha_pattern=_pattern(values, "alpha_pattern", alpha, fail),
+        rank_pattern=_pattern(values, "rank_pattern", rank, path, fail),
+        alpha_pattern=_pattern(values, "alpha_pattern", alpha, path, fail),
     )
 
 
@@ -240,29 +241,14 @@ def _pattern(
     values: Mapping[str, Any],
     name: str,
     parse: Callable[[str, Any], Any],
+    path: PathLike,
     fail: Callable[[str, Any, str], FileFormatError],
-) -> dict[str, Any]:
+) -> Patterns[Any]:
     pattern = values.get(name) or {}
     if not isinstance(pattern, dict):
         raise fail(name, pattern, "a table of module names")
-    for key in pattern:
-        try:
-            _matcher(key)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise fail(name, key, f"a regular expression ({error})") from error
-    return {key: parse(f"{name}[{key}]", value) for key, value in pattern.items()}
-
-
-def _first_match(pattern: Mapping[str, float], module: str, default: float) -> float:
-    for key, value in pattern.items():
-        if _matcher(key).match(module):
-            return value
-    return default
-
-
-def _matcher(key: str) -> re.Pattern[str]:
-    """A pattern's key as PEFT matches it."""
-    return re.compile(rf"(.*\.)?({key})$")
+    parsed = {key: parse(f"{name}[{key}]", value) for key, value in pattern.items()}
+    return Patterns(parsed, f"{path}: '{name}'")
 
 
 def setting_refusals(values: Mapping[str, Any]) -> list[Refusal]:

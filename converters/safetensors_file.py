@@ -73,10 +73,11 @@ def read(path: PathLike) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def write(path: PathLike, tensors: dict[str, Array], metadata: dict[str, str]) -> None:
     """Write float32, float16 and bfloat16 arrays; the caller makes it atomic."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     ready = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(ready, str(path), metadata=metadata)
+    # Not save_file, whose error for a full disk is one of its own and no OSError.
+    Path(path).write_bytes(save(ready, metadata=metadata))
 
 
 def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:

@@ -209,6 +209,9 @@ def test_scales_of_one_with_mixed_ranks_need_no_folding(
         {"proj": 5, "^model.layers.1.self_attn.q_proj": 3},
         {"q_proj|k_proj": 3},
         {"attn.q_proj": 3},
+        {r"(model\.)?layers\.(0|1|1[0-9]|2[0-3])\.self_attn\.(q|k|v)_proj": 3},
+        {r".*layers\.\d+\..*q_proj": 3},
+        {r"^(?!.*mlp).*proj": 3, r"(?:self_)?attn\.[qk]_proj": 5},
     ],
 )
 def test_the_pattern_that_wins_is_the_one_that_peft_picks(pattern: dict[str, int]) -> None:

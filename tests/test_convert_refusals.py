@@ -16,7 +16,7 @@ import tiny as tiny_models
 from adapters import copy_of, stored_tensors
 
 from safegene_edge.converters import convert
-from safegene_edge.converters.peft import collapse_layers
+from safegene_edge.converters.peft import collapse_layers, parse_config
 from safegene_edge.errors import (
     FileFormatError,
     MismatchError,
@@ -152,7 +152,22 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "a pattern's count": (_config(rank_pattern={"q{99999999999}": 2}), "regular expression"),
     "a deep pattern": (_config(rank_pattern={"(" * 9999 + ")" * 9999: 2}), "regular expression"),
     "a pattern's key": (_config(alpha_pattern={"q_proj(": 2}), "regular expression"),
+    "repeats in repeats": (_config(rank_pattern={r"([a-z_.0-9]+)+!": 4}), "too many ways"),
+    "choices in repeats": (_config(rank_pattern={r"(\w|\w\.|[._])*!": 4}), "too many ways"),
+    "repeats in a row": (_config(alpha_pattern={".*.*.*.*.*!": 4}), "too many ways"),
+    "choices in a row": (_config(alpha_pattern={r"(\w|\w\.?)?" * 40 + "!": 4}), "too many ways"),
 }  # fmt: skip
+
+
+def test_keys_that_take_long_together_are_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    from safegene_edge.converters import patterns
+
+    keys = {".*.*.*!" + "!" * number: 4 for number in range(300)}
+    config = parse_config({"rank_pattern": keys}, "", tmp_path / "config")
+    assert config.rank("model.layers.1.self_attn.q_proj") == 8
+    monkeypatch.setattr(patterns, "_SECONDS", 0.05)
+    with pytest.raises(FileFormatError, match=r"config: 'rank_pattern'.*too long to match"):
+        parse_config({"rank_pattern": keys}, "", tmp_path / "config").rank("layers." * 28)
 
 
 def _refuse(
