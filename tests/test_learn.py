@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -243,6 +246,23 @@ def test_a_layer_without_the_node_is_named(
         run([lane, Lane(model.llama, sequences(3), {})], LAYERS, lambda *_: None)
     with pytest.raises(LlamaCppError, match=r"in layer 1 no node"):
         model.captured(sequences(3))
+
+
+def test_ctrl_c_waits_for_the_lanes(tiny: Callable[..., Any], stack: ExitStack) -> None:
+    """CPython 3.11 takes a thread for ended where its join was interrupted."""
+    model = Model(stack, tiny("llama", num_hidden_layers=5).gguf_path)
+    seen: list[int] = []
+
+    def interrupts(layer: int, _: list[Any]) -> None:
+        if not seen:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        seen.append(layer)
+
+    with pytest.raises(KeyboardInterrupt):
+        run([Lane(model.llama, sequences(3), {})], LAYERS, interrupts)
+    assert seen
+    model.llama.close()  # else: "a gene is being learnt from the model"
 
 
 def test_an_error_of_the_visitor_ends_all_lanes(tiny: Callable[..., Any], stack: ExitStack) -> None:

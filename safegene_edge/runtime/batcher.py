@@ -122,6 +122,7 @@ class Batcher:
         self._seconds = 1.0  # a running mean of what an answer takes
         self._closed = False
         self._wake = threading.Condition()
+        self._ended = threading.Event()  # Thread.join, interrupted, takes it for ended (3.11)
         self._thread = threading.Thread(target=self._work, name="batcher", daemon=True)
         with self._wake:  # who closes the engine now waits for the thread, and ends it
             engine.reserve(self, adapters)
@@ -180,7 +181,7 @@ class Batcher:
             self._closed = True
             self._wake.notify()
         if not self.in_own_thread:
-            self._thread.join()
+            self._ended.wait()
 
     @property
     def in_own_thread(self) -> bool:
@@ -221,6 +222,7 @@ class Batcher:
             self._hand_over(events)
         finally:
             self.engine.unreserve()
+            self._ended.set()
 
     def _hand_over(self, events: StepEvents) -> None:
         if not events:

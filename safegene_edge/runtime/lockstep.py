@@ -186,16 +186,19 @@ class _Run(Generic[T]):
 
     def go(self) -> T:
         """Run to the end; returns what `result` says."""
-        threads = [threading.Thread(target=self._lane, args=(n,)) for n in range(len(self.lanes))]
+        # Not Thread.join: interrupted, it takes the thread for one that has ended (CPython 3.11).
+        ended = [threading.Event() for _ in self.lanes]
+        started = 0
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            for number, event in enumerate(ended):
+                threading.Thread(target=self._lane_to_end, args=(number, event)).start()
+                started += 1
+            for event in ended:
+                event.wait()
         except BaseException as error:  # Ctrl-C
             self.fail(error)
-            for thread in threads:
-                thread.join()
+            for event in ended[:started]:
+                event.wait()
         if self.error is not None:
             raise self.error
         return self.result()
@@ -215,6 +218,12 @@ class _Run(Generic[T]):
     def decode(self, number: int, context: Any) -> None:
         """What one lane does."""
         raise NotImplementedError
+
+    def _lane_to_end(self, number: int, ended: threading.Event) -> None:
+        try:
+            self._lane(number)
+        finally:
+            ended.set()
 
     def _lane(self, number: int) -> None:
         lane = self.lanes[number]
