@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from functools import partial
 
+import llama_cpp
 import numpy as np
 import pytest
-from adapters import random_adapter
+from adapters import adapter_for, random_adapter
 from click.testing import CliRunner
 
 from safegene_edge import merge
@@ -20,6 +23,7 @@ from safegene_edge.runtime import activations as inputs
 from safegene_edge.runtime.activations import ANSWER, directions, directions_of, inputs_of
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
+from safegene_edge.runtime.log import reason
 from safegene_edge.runtime.requantise import requantise
 
 PROMPTS = [[1, 5, 9, 12, 4], [1, 5, 9, 12, 3, 2, 8, 30]]
@@ -168,3 +172,34 @@ def test_a_model_of_floats_is_not_run(tiny, tmp_path):
     found = [name for name, update in updates.items() if not update.alone]
     kinds = {n: i.type_name for n, i in open_model(tmp_path / "q.gguf").tensors.items()}
     assert found and all(kinds[name] == "Q8_0" for name in found)
+
+
+def test_what_goes_wrong_in_llama_cpps_callback_ends_the_merge(quantised, tmp_path, monkeypatch):
+    """Python prints an error of a callback and goes on: the merge was then another one."""
+    gene, output = adapter_for(quantised(), tmp_path), tmp_path / "out.gguf"
+    real = inputs._Watch._copy
+    for fault in (KeyboardInterrupt, MemoryError):
+        calls = []
+
+        def copied(self, name, source, fault=fault, calls=calls):
+            calls.append(name)
+            if len(calls) == 5 and fault is KeyboardInterrupt:
+                os.kill(os.getpid(), signal.SIGINT)
+            elif len(calls) == 5:
+                raise fault
+            return real(self, name, source)
+
+        with monkeypatch.context() as patched, pytest.raises(fault):
+            patched.setattr(inputs._Watch, "_copy", copied)
+            merge(quantised(), [gene], output, settings=MergeSettings(run=True))
+        assert [path.name for path in tmp_path.iterdir()] == ["gene.gguf"]
+
+
+def test_ctrl_c_waits_until_llama_cpp_is_back():
+    """While it loads a model, its log is all that Python runs: there every Ctrl-C was lost."""
+    interrupts = llama_cpp.llama_log_callback(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    done = []
+    with pytest.raises(KeyboardInterrupt), reason():
+        interrupts(2, b"", None)
+        done.append("loaded")
+    assert done

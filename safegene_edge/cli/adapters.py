@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..gguf_file import GGUFFile
 
 _MODEL = "MODEL.gguf"
+_TEMPLATE = "tokenizer.chat_template"
 
 
 @click.command()
@@ -94,9 +95,22 @@ def _model_facts(file: GGUFFile) -> dict[str, Any]:
         "bytes": file.n_bytes,
         "tensor_types": dict(types.most_common()),
         "context_length": file.whole(f"{architecture}.context_length", 0),
-        "chat_template": "tokenizer.chat_template" in file.metadata,
+        "chat_template": _TEMPLATE in file.metadata,
+        "template_warnings": _template_warnings(file),
         "tied_output": "output.weight" not in file.tensors,
     }
+
+
+def _template_warnings(file: GGUFFile) -> list[str]:
+    """Suspicious parts of all chat templates; a model may have several, by name."""
+    from ..template_scan import suspicious
+
+    found = []
+    for key, text in file.metadata.items():
+        name = key.removeprefix(_TEMPLATE)
+        if name != key and isinstance(text, str):
+            found += [f"{name[1:]}: {line}" if name else line for line in suspicious(text)]
+    return found
 
 
 def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
@@ -148,6 +162,8 @@ def _shown(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {item}" for key, item in value.items())
+    if value == []:
+        return "none"
     if isinstance(value, list):
         shown = ", ".join(map(str, value[:8]))
         return f"{shown}, … ({len(value)})" if len(value) > 8 else shown

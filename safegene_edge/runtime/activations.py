@@ -40,7 +40,7 @@ class _Watch:
         self.wanted = frozenset(tensors)
         self.seen: dict[str, list[tuple[int, int, int]]] = {}  # place in the file, tokens, in
         self.shares: dict[str, str] = {}
-        self.error: OSError | None = None
+        self.error: Exception | None = None
         self._file = file
         self.fault = ""
         self._weight = np.float32(1)
@@ -54,6 +54,13 @@ class _Watch:
         self._weight = np.float32(count**0.5)
 
     def _called(self, address: Any, ask: bool, _: Any) -> bool:
+        try:
+            return self._seen(address, ask)
+        except Exception as error:  # which llama.cpp, our caller, would not pass on
+            self.error = self.error or error
+            return not ask
+
+    def _seen(self, address: Any, ask: bool) -> bool:
         node = node_at(address)
         if not self._checked and library().ggml_get_name(address) != node.name:
             return not ask  # nothing is seen, which is an error in the end
@@ -78,11 +85,8 @@ class _Watch:
         inputs = values(tensor)
         inputs *= self._weight
         place, left = self._file.seek(0, os.SEEK_END), inputs.reshape(-1).view(np.uint8).data
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:  # which llama.cpp, our caller, would not pass on
-            self.error = error
+        while left:
+            left = left[self._file.write(left) :]
         self.seen.setdefault(name, []).append((place, *inputs.shape))
 
     def read(self, name: str) -> Floats:
@@ -159,11 +163,13 @@ def inputs_of(
             watch=watch,
         ) as engine:  # fmt: skip
             engine.generate(prompts, max_tokens=tokens)
-        if watch.error is not None:
+        if isinstance(watch.error, OSError):
             raise OutputError(
                 f"{tempfile.gettempdir()}: cannot hold what the model reads ({watch.error})",
                 "Name a folder with free space in TMPDIR",
             )
+        if watch.error is not None:
+            raise watch.error
         for name in sorted(watch.wanted):
             if watch.shares.get(name) not in watch.seen or name == watch.fault:
                 raise LlamaCppError(f"the inputs of '{name}' cannot be watched")

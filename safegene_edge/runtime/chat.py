@@ -8,7 +8,6 @@ such. `chat_handler` puts the same rendering under llama-cpp-python's `create_ch
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,6 +19,7 @@ from llama_cpp.llama_chat_format import (
 )
 
 from ..errors import SettingError
+from ..template_scan import DEEPEST, nesting
 from .controls import ControlTexts
 from .tool_turns import forms, shown
 
@@ -27,11 +27,6 @@ from .tool_turns import forms, shown
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-
-_DEEPEST = 100  # brackets and blocks within each other; jinja's parser calls itself for each
-_NESTED = re.compile(
-    r"(?P<open>[(\[{])|(?P<shut>[)\]}])|(?<=\{%)[-+]?\s*(?P<end>end)?(?:if|for|macro|call|filter)\b"
 )
 
 
@@ -102,8 +97,8 @@ class ChatTemplate:
 
 def template_fault(template: str) -> str:
     """Why jinja cannot compile a chat template; "" where it can."""
-    if _depth(template) > _DEEPEST:
-        return f"more than {_DEEPEST} brackets and blocks within each other"
+    if nesting(template) > DEEPEST:
+        return f"more than {DEEPEST} brackets and blocks within each other"
     try:
         Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
     except Exception as error:  # its own family, and what its parser runs into
@@ -111,15 +106,6 @@ def template_fault(template: str) -> str:
         reason = getattr(error, "message", None) or str(error) or type(error).__name__
         return f"line {line}: {reason}" if line else str(reason)
     return ""
-
-
-def _depth(template: str) -> int:
-    """How many brackets and blocks are open at once, at most."""
-    depth = deepest = 0
-    for found in _NESTED.finditer(template):
-        depth += -1 if found["shut"] or found["end"] else 1
-        deepest = max(deepest, depth)
-    return deepest
 
 
 def require_chat(llama: Any, *, system: bool = False) -> None:

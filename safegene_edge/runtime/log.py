@@ -2,13 +2,15 @@
 
 Its functions return a null pointer or a number and write the reason to their log, one callback for
 the whole process. This module's callback is set once; it hands every line on to the one before it,
-and keeps the errors of a thread that asks for them.
+and keeps the errors of a thread that asks for them. Ctrl-C waits until llama.cpp is back: in a
+callback that it calls, Python would print the interrupt and go on.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,9 +52,27 @@ def reason(*, quiet: bool = False) -> Iterator[Reason]:
     outer = getattr(_thread, "kept", None)
     _thread.kept = Reason(quiet)
     try:
-        yield _thread.kept
+        with interrupts_deferred():
+            yield _thread.kept
     finally:
         _thread.kept = outer
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C in the block comes behind it; only the main thread gets any."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *given: came.append(given))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(*came[-1])
 
 
 _installed: list[Any] = []  # callbacks that the library holds: they must never be freed

@@ -22,7 +22,7 @@ from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Batch, common, trim
 from .llama import AttachedAdapter, SafeLlama
-from .log import reason
+from .log import interrupts_deferred, reason
 
 Scales = Mapping[AttachedAdapter, float]
 _PREFIX = 0  # the sequence that holds the shared prefix; slots are 1, 2, ...
@@ -340,7 +340,8 @@ class Scheduler:
     def _decode(self, stands_for: int = 1) -> None:
         if self._watch is not None:
             self._watch.expect(stands_for)
-        code = llama_cpp.llama_decode(self._context, self._batch.struct())
+        with interrupts_deferred():
+            code = llama_cpp.llama_decode(self._context, self._batch.struct())
         if code:
             raise LlamaCppError(
                 f"llama.cpp could not decode a batch of {self._batch.size} tokens (code {code})",
