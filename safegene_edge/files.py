@@ -6,6 +6,7 @@ local ones. Every output is written under a temporary name in its own folder and
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
@@ -19,6 +20,11 @@ from typing import IO, Any, TypeAlias
 
 from .errors import FileFormatError, OutputError
 from .hub import resolve
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -199,6 +205,30 @@ def _flush(files: Iterable[Path]) -> None:
     for file in files:
         with open(file, "rb+") as handle:
             os.fsync(handle.fileno())
+
+
+def hold(path: PathLike) -> IO[bytes] | None:
+    """A file, opened for this process alone until it is closed, or the process ends.
+
+    Returns:
+        None where another process holds it. Where the system has no locks, nobody does.
+
+    Raises:
+        FileNotFoundError: it is not there, or went away meanwhile.
+    """
+    handle = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(handle.fileno()), Path(path).stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BlockingIOError:
+        handle.close()
+        return None
+    except BaseException:
+        handle.close()
+        raise
+    return handle
 
 
 def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> None:

@@ -13,15 +13,15 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .compat import open_model
-from .errors import SettingError
+from .errors import OutputError, SettingError
 from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
 from .evals.settings import DEFAULT_SUITES, EvalSettings
-from .files import PathLike, atomic_folder, check_output, sha256, write_text, writing
+from .files import PathLike, atomic_folder, check_output, hold, sha256, write_text, writing
 from .gene import SafetyGene
 from .learn.base import Model, files_of
 from .learn.run import learn
@@ -123,6 +123,7 @@ class _Work:
     limit: int | None
     settings: RecalibrationSettings
     progress: Progress
+    _held: IO[bytes] | None = None  # the note
 
     @property
     def inputs(self) -> list[PathLike]:
@@ -153,7 +154,15 @@ class _Work:
         self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
     ) -> Restored:
         """Every step, but those that a stopped run has done."""
-        self._enter(teacher, gene, learning)
+        try:
+            self._enter(teacher, gene, learning)
+            return self._steps(teacher, gene, learning)
+        finally:
+            self._let_go()
+
+    def _steps(
+        self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
+    ) -> Restored:
         found = self._gene(teacher, gene, learning)
         fitted = self._recalibrated(found)
         files = {}
@@ -184,20 +193,47 @@ class _Work:
             [sha256(path) for path in (*self.inputs, *teacher)], len(teacher), known, asked,
             self.merged, self.limit, asdict(self.settings), asdict(learning),
         )  # fmt: skip
-        if _is(self.note, key):
-            return
-        if self.note.exists():
+        while not self._entered(key):
+            pass  # what another run left was removed, or this one's was made
+
+    def _entered(self, key: str) -> bool:
+        """Whether the folder is there, of this very run, and held against other processes."""
+        try:
+            self._held = hold(self.note)
+        except (FileNotFoundError, NotADirectoryError):
+            self._make(key)
+            return False
+        if self._held is None:
+            raise SettingError(
+                f"{self.output}: another run of this command is writing it",
+                "Wait for its end, or give another -o",
+            )
+        if not _is(self.note, key):
             self._leave()
-        elif self.folder.exists():
+            return False
+        return True
+
+    def _make(self, key: str) -> None:
+        if self.folder.exists() and not self.note.exists():
             raise SettingError(
                 f"{self.folder}: is there already, and no unfinished run of this command",
                 "Move it away, or give another -o",
             )
-        with atomic_folder(self.folder) as made:
-            write_text(made / self.note.name, json.dumps({"key": key}) + "\n")
+        try:
+            with atomic_folder(self.folder) as made:
+                write_text(made / self.note.name, json.dumps({"key": key}) + "\n")
+        except OutputError:
+            if not self.note.exists():  # else another process was quicker
+                raise
+
+    def _let_go(self) -> None:
+        if self._held is not None:
+            self._held.close()
+        self._held = None
 
     def _leave(self) -> None:
         """Remove the folder, its note last: a run that is stopped here is still known as one."""
+        self._let_go()
         with writing(self.folder):
             for path in self.folder.iterdir():
                 if path != self.note:

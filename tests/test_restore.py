@@ -155,6 +155,23 @@ def test_a_run_that_is_stopped_while_it_tidies_up_is_no_strange_folder(
     assert not (tmp_path / "safe.gguf.restore").exists()
 
 
+def test_a_second_run_beside_the_first_is_refused(
+    model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They had removed each other's folder: 'Create it first', said one of them."""
+    measuring = module.evaluate
+
+    def meanwhile(*args: Any, **more: Any) -> Any:
+        with pytest.raises(SettingError, match=r"safe\.gguf: another run of this command"):
+            run(model, tmp_path)
+        return measuring(*args, **more)
+
+    monkeypatch.setattr(module, "evaluate", meanwhile)
+    run(model, tmp_path)
+    assert calls == ["learn", "recalibrate", "evaluate"]
+    assert not (tmp_path / "safe.gguf.restore").exists()
+
+
 def test_another_run_does_not_go_on_with_it(
     model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
