@@ -64,5 +64,9 @@ class NoEffectError(SafeGeneError):
     """An adapter was attached and changed nothing."""
 
 
+class SignatureError(SafeGeneError):
+    """A file is not signed by the key that was asked for."""
+
+
 class MissingExtraError(SafeGeneError):
     """An optional package is needed; the remedy is the command that installs it."""

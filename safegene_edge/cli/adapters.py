@@ -46,15 +46,21 @@ def to_peft(adapter: str, base: str, output: str) -> None:
 @click.argument("file", type=click.Path())
 @click.option("--base", metavar=_MODEL, help="Also say whether the adapter fits this model.")
 @click.option("--plot", metavar="SCORES.svg", help="A gene's selection scores as a picture.")
+@click.option("--signed-by", metavar="KEY",
+              help="A minisign public key, or its file, that must have signed FILE.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect_file(file: str, base: str | None, plot: str | None, as_json: bool) -> None:
+def inspect_file(
+    file: str, base: str | None, plot: str | None, signed_by: str | None, as_json: bool
+) -> None:
     """Show what a GGUF model or adapter holds."""
     from ..charts import scores_chart
     from ..compat import check, open_model, require_fit
     from ..files import write_text
     from ..gene import SafetyGene, is_lora
     from ..gguf_file import GGUFFile
+    from ..signing import verify
 
+    signed = None if signed_by is None else verify(file, signed_by)
     header = GGUFFile(file)
     if not is_lora(header):
         if base or plot:
@@ -67,6 +73,8 @@ def inspect_file(file: str, base: str | None, plot: str | None, as_json: bool) -
             write_text(plot, scores_chart(gene.scores, gene.layers), [file])
         if base:
             facts["misfits"] = [str(problem) for problem in check(gene, open_model(base))]
+    if signed:
+        facts["signed"] = signed.comment
     click.echo(json.dumps(facts, indent=2) if as_json else _as_lines(facts))
     if base and facts["misfits"]:
         require_fit(gene, open_model(base), file)

@@ -23,6 +23,7 @@ from .options import setting
 @setting(ServeSettings, "temperature", type=click.FloatRange(0, 2))
 @setting(ServeSettings, "api_key", envvar="SAFEGENE_API_KEY", metavar="KEY")
 @setting(ServeSettings, "cors", multiple=True, metavar="ORIGIN")
+@setting(ServeSettings, "require_signed", metavar="KEY")
 @setting(ServeSettings, "compare", is_flag=True)
 @setting(ServeSettings, "chat_only", is_flag=True)
 def serve(
@@ -39,6 +40,7 @@ def serve(
     temperature: float,
     api_key: str | None,
     cors: tuple[str, ...],
+    require_signed: str | None,
     compare: bool,
     chat_only: bool,
 ) -> None:
@@ -63,6 +65,7 @@ def serve(
         temperature=temperature,
         api_key=api_key,
         cors=cors,
+        require_signed=require_signed,
         compare=compare,
         chat_only=chat_only,
     )

@@ -11,13 +11,14 @@ from typing import Any
 
 import uvicorn
 
-from ..errors import SettingError
+from ..errors import SettingError, SignatureError
 from ..files import PathLike, sha256
 from ..runtime.batcher import Batcher
 from ..runtime.chat import require_chat
 from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
 from ..runtime.schedule import Scales
+from ..signing import verify
 from .answers import Relay
 from .app import Served, make_app
 from .http import protocol
@@ -84,6 +85,7 @@ def opened(
     """A server that does not run yet, and everything that it holds while it lives."""
     if settings.compare and gene is None:
         raise SettingError("there is nothing to compare without a gene", "Give --gene")
+    signed = _signed(gene, adapters, settings.require_signed)
     with SafeLlama(model, adapters, **{**_SMALL, **options}) as llama:
         require_chat(llama)  # or every chat would be refused
         relay = Relay()
@@ -92,6 +94,9 @@ def opened(
         if gene is not None:
             llama.attach(gene)
             fingerprint = f"gene-{sha256(gene)[:12]}"
+        for path, digest in signed.items():
+            if sha256(path) != digest:
+                raise SignatureError(f"{path}: was changed while it was loaded", "Start again")
 
         def served(name: str, fingerprint: str, scales: Scales | None) -> Served:
             slots = settings.slots
@@ -119,6 +124,17 @@ def opened(
             timeout_graceful_shutdown=int(settings.stop_seconds),
         )
         yield Server(config)
+
+
+def _signed(
+    gene: PathLike | None, adapters: Sequence[PathLike], key: str | None
+) -> dict[PathLike, str]:
+    """The hashes of the files that the key must have signed, and has."""
+    if key is None:
+        return {}
+    if gene is None:
+        raise SettingError("there is no gene that could be signed", "Give --gene")
+    return {path: verify(path, key).sha256 for path in (gene, *adapters)}
 
 
 def address(sock: socket.socket) -> str:

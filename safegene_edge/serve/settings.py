@@ -18,6 +18,8 @@ class ServeSettings:
         ctx: tokens that all requests together may hold, prompts and answers.
         api_key: clients must send it as `Authorization: Bearer KEY`, but for the page and /health.
         cors: a web origin whose pages may ask, such as http://localhost:3000.
+        require_signed: minisign's public key, or its file, that must have signed the gene and every
+            adapter.
         compare: also offer the model without the gene, under a name of its own.
         chat_only: no /v1/completions.
         max_tokens: tokens of an answer, at most and by default.
@@ -37,6 +39,7 @@ class ServeSettings:
     ctx: int = 8192
     api_key: str | None = None
     cors: tuple[str, ...] = ()
+    require_signed: str | None = None
     compare: bool = False
     chat_only: bool = False
     max_tokens: int = 1024
