@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := .[demo,dev,docs,plugins,train]
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # mypy and import-linter find modules by folder, and the converters lie outside of the package's:
@@ -14,7 +15,12 @@ TYPES = rm -rf build/types && mkdir -p build/types/safegene_edge && \
 	cd build/types && $(CURDIR)/$(BIN)/python -m mypy --config-file $(CURDIR)/pyproject.toml && \
 	$(CURDIR)/$(BIN)/lint-imports --no-logo $(CURDIR)/pyproject.toml
 
-.PHONY: demo test fuzz lint types docs bench gene clean
+# Keys and tokens by their form; hashes look random, too, so entropy says nothing here.
+SECRETS = --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString \
+	--exclude-secrets '^(right|secret)$$' \
+	--exclude-files '\.(jsonl|gguf|safetensors|gz|svg)$$|^bench/.*\.json$$'
+
+.PHONY: demo test fuzz lint types audit versions docs bench gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -32,7 +38,24 @@ fuzz: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
+	$(BIN)/typos --force-exclude
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook $(SECRETS)
 	$(TYPES)
+
+# Known weaknesses of what is installed; asks the package index.
+audit: $(VENV)/dev
+	$(PIP) pip-audit
+	$(BIN)/python -m pip_audit --local --skip-editable
+
+# The tests with the lowest and with the newest versions that pyproject.toml allows, each in an
+# environment of its own; `make versions TESTS=tests/test_gene.py` runs some of them.
+versions:
+	for which in lowest newest; do \
+		$(PYTHON) -m venv build/$$which && \
+		{ [ $$which = newest ] || build/$$which/bin/python tests/lowest.py; } > build/$$which.txt && \
+		build/$$which/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+			-c constraints.txt -c build/$$which.txt -e '.[demo,test,train]' && \
+		build/$$which/bin/python -m pytest $(TESTS) || exit 1; done
 
 types: $(VENV)/dev
 	$(TYPES)
@@ -56,7 +79,7 @@ $(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
-	$(PIP) -e '.[demo,dev,docs,plugins,train]'
+	$(PIP) -e '$(EXTRAS)'
 	touch $@
 
 clean:

@@ -17,7 +17,7 @@ _NESTED = re.compile(
 )
 _LONG = 2000  # characters of one piece of text; the longest instruction on tools has 1,500
 _CODED = re.compile(r"[A-Za-z0-9+/=\\]{120,}")
-# Names that chat templates get, from transformers and from jinja itself.
+# Names that chat templates get, from those who render them and from jinja itself.
 _GIVEN = frozenset(
     ("caller", "cycler", "dict", "joiner", "lipsum", "loop", "namespace", "raise_exception",
      "range", "strftime_now", "super")
@@ -49,7 +49,7 @@ def suspicious(template: str) -> list[str]:
     if nesting(template) > DEEPEST:
         return [f"more than {DEEPEST} brackets and blocks within each other: it was not read"]
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    # transformers marks what the assistant wrote with a block of its own.
+    # Those who train mark what the assistant wrote with a block of its own.
     plain = re.sub(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}", r"{%\1 \2if true \3%}", template)
     plain = plain.replace("endif true", "endif")
     try:
