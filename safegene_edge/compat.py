@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FileFormatError, MismatchError, UnsupportedError
-from .files import PathLike
-from .gene import INVOCATION, Adapter
+from .files import PathLike, require_file, sha256
+from .gene import INVOCATION, Adapter, SafetyGene
 from .gguf_file import GGUFFile
 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_HASHED = 2 << 30  # bytes; a larger model is not hashed for a warning
 SHOWN = 5  # problems named in an error message; `check` returns all
 
 
@@ -131,6 +132,23 @@ def require_fit(adapter: Adapter, model: GGUFFile, source: PathLike = "the adapt
         f"{source} does not fit {model.path}: {named}{more}",
         "Use an adapter made for this model's family and size",
     )
+
+
+def unfitted(gene: PathLike, model: PathLike) -> str:
+    """Why a gene's strength is not this model's; empty where it is, as far as is known.
+
+    A LoRA that is no gene has no strength to find. Files do not say of each gene for which model
+    it was fitted; and of a model above 2 GiB only whether the gene was fitted at all is looked at.
+    """
+    found = SafetyGene.load(gene)
+    if not found.family:
+        return ""
+    if not found.coefficients:
+        return f"{gene} was never fitted to {model}, so its strength there is a guess"
+    small = require_file(model).stat().st_size <= _HASHED
+    if found.target and small and sha256(model) != found.target:
+        return f"{gene} was fitted to another model than {model}"
+    return ""
 
 
 def _show(shape: tuple[int, ...]) -> str:

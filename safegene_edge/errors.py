@@ -7,6 +7,8 @@ on one line and exits with 2.
 
 from __future__ import annotations
 
+import shlex
+
 
 class SafeGeneError(Exception):
     """Something the user can act on: what went wrong, and what to do.
@@ -25,6 +27,11 @@ class SafeGeneError(Exception):
         if not self.remedy:
             return self.message
         return f"{self.message.rstrip('.')}. {self.remedy}"
+
+
+def command(*words: object) -> str:
+    """A command line of this package as a user types it, for remedies and next steps."""
+    return shlex.join(("safegene-edge", *map(str, words)))
 
 
 def _one_line(text: str) -> str:

@@ -236,6 +236,7 @@ class SafetyGene(Adapter):
         aligned_examples: those examples' digest, for they change from version to version.
         aligned_kl: KL(degraded ‖ aligned) on the harmless ones, nats a token, of the degraded
             model that is nearest to it; 0 where it was not measured.
+        target: SHA-256 of the model that the folded coefficients were found for; may be empty.
     """
 
     family: str = ""
@@ -248,6 +249,7 @@ class SafetyGene(Adapter):
     aligned_margins: tuple[float, ...] = ()
     aligned_examples: str = ""
     aligned_kl: float = 0.0
+    target: str = ""
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -277,7 +279,7 @@ class SafetyGene(Adapter):
             layer: self.coefficients.get(layer, 1.0) * expression.coefficients.get(layer, 1.0)
             for layer in folded.layers
         }
-        return replace(folded, coefficients=total)
+        return replace(folded, coefficients=total, target=expression.target or self.target)
 
     @classmethod
     def _from_file(
@@ -312,6 +314,7 @@ class SafetyGene(Adapter):
             aligned_margins=tuple(file.numbers("safegene.aligned_margins")),
             aligned_examples=file.text("safegene.aligned_examples", ""),
             aligned_kl=_not_negative(file, "safegene.aligned_kl"),
+            target=file.text("safegene.target", ""),
             **aligned,
         )
 
@@ -329,6 +332,8 @@ class SafetyGene(Adapter):
             "safegene.aligned_examples": self.aligned_examples,
             "safegene.aligned_kl": float(self.aligned_kl),
         }
+        if self.target:
+            facts["safegene.target"] = self.target
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)
             facts[f"safegene.{key}"] = [float(value) for value in values.values()]

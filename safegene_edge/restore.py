@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .compat import open_model
-from .errors import OutputError, SettingError
+from .errors import OutputError, SettingError, command
 from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
@@ -299,14 +299,18 @@ class _Work:
             SafetyGene.load(adapter).save(self.output, self.inputs)
 
     def _next(self) -> tuple[str, ...]:
-        own = "".join(f" --adapter {path}" for path in self.adapters)
-        with_gene = str(self.output) if self.merged else f"{self.target}{own} --gene {self.output}"
-        steps = (f"safegene-edge chat {with_gene}", f"safegene-edge serve {with_gene}")
+        own = [word for path in self.adapters for word in ("--adapter", path)]
+        run = [self.output] if self.merged else [self.target, *own, "--gene", self.output]
+        steps = (command("chat", *run), command("serve", *run))
         if self.merged:
             return steps
-        listed = " ".join(map(str, (self.target, *self.adapters, self.output)))
+        files = (self.target, *self.adapters, self.output)
         folder = self.output.with_suffix(".ollama")
-        return (*steps, f"safegene-edge export ollama {listed} --merged -o {folder}")
+        return (
+            *steps,
+            command("merge", *files, "-o", self.output.with_suffix(".merged.gguf")),
+            command("export", "ollama", *files, "--merged", "-o", folder),
+        )
 
 
 def _is(note: Path, key: str) -> bool:

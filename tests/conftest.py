@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import tiny as tiny_models
 from browser import chromium, visit
+from shelf import few, place, shelf
 
 from safegene_edge.runtime.llama import SafeLlama
 
-__all__ = ["chromium", "visit"]  # fixtures of the tests that need a browser
+__all__ = ["chromium", "few", "place", "shelf", "visit"]  # fixtures
 
 
 @pytest.fixture(scope="session")

@@ -83,7 +83,8 @@ def test_messages_of_many_lines(files, tmp_path):
 
 def test_facts_of_the_gene(files):
     _, err, code = piped(files, "/gene\n")
-    rows = dict(line.split(maxsplit=1) for line in err.splitlines()[1:])
+    said = err.split("\nnext:\n")[0]
+    rows = dict(line.split(maxsplit=1) for line in said.splitlines()[1:])
     assert code == 0
     assert rows["parameters"] == f"{random_adapter(files[0]).n_parameters:,}"
     assert rows["layers"].startswith("3 (0, 1, 2)")

@@ -1,17 +1,19 @@
-"""Models that are split over several files, and files that are no model."""
+"""Models that are split over several files, files that are no model, genes fitted or not."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from adapters import random_adapter
 from gguf import GGUFWriter
 
-from safegene_edge import SafeLlama
-from safegene_edge.compat import open_model
+from safegene_edge import Expression, SafeLlama
+from safegene_edge.compat import open_model, unfitted
 from safegene_edge.errors import FileFormatError
+from safegene_edge.files import sha256
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 
 
@@ -76,3 +78,19 @@ def test_a_tensor_in_two_parts_is_named(tmp_path):
         FileFormatError, match=rf"{paths[1].name}: tensor 't\.weight' is in another"
     ):
         open_model(paths[0])
+
+
+def test_a_gene_that_was_not_fitted_to_this_model_is_known(tiny, tmp_path):
+    model, other = tiny("llama").gguf_path, tiny("qwen2").gguf_path
+    gene, fitted = tmp_path / "gene.gguf", tmp_path / "fitted.gguf"
+    whole = random_adapter(model, family="tiny")
+    whole.save(gene)
+    strengths = dict.fromkeys(whole.layers, 0.5)
+    whole.express(Expression(strengths, whole.sha256, sha256(model))).save(fitted)
+    assert "never fitted" in unfitted(gene, model)
+    assert unfitted(fitted, model) == ""
+    assert "another model" in unfitted(fitted, other)
+    whole.express(Expression(strengths)).save(fitted)  # nobody says for which model
+    assert unfitted(fitted, model) == ""
+    replace(whole, family="").save(gene)  # a LoRA that is no gene
+    assert unfitted(gene, model) == ""

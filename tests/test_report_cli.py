@@ -81,7 +81,7 @@ def test_an_output_does_not_replace_its_input(large):
 
 
 def test_the_record_as_json_and_markdown(large, tmp_path):
-    printed = json.loads(run("record", large).output)
+    printed = json.loads(run("record", large).stdout)
     assert printed["result_sha256"] == reports.large()["record"]["result_sha256"]
     output = tmp_path / "record.md"
     assert run("record", large, "-o", output).exit_code == 0
@@ -102,7 +102,7 @@ def test_compare(large, tmp_path):
     text = run("compare", large, other).output
     assert "not comparable: max_tokens is 48 in the first and 24 in the second" in text
     assert "McNemar" not in text
-    found = json.loads(run("compare", large, other, "--json").output)
+    found = json.loads(run("compare", large, other, "--json").stdout)
     assert found["comparable"] is False
     assert found["suites"][1]["b"] == {"n": 185, "total": 199}
 

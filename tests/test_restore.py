@@ -235,10 +235,11 @@ def test_the_command_ends_with_one_screen(model: Path, tmp_path: Path, calls: li
     assert ran.exit_code == 0, ran.output
     lines = ran.stdout.splitlines()
     assert "harmful" in ran.stdout and "of 2 refused" in ran.stdout
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "next:",
         f"  safegene-edge chat {model} --gene {out}",
         f"  safegene-edge serve {model} --gene {out}",
+        f"  safegene-edge merge {model} {out} -o {tmp_path / 'safe.merged.gguf'}",
         f"  safegene-edge export ollama {model} {out} --merged -o {tmp_path / 'safe.ollama'}",
     ]
     assert not (tmp_path / "safe.gene.gguf").exists()

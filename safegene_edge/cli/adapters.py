@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from ..errors import command
+from .options import examples, say_next, with_adapters
 
 if TYPE_CHECKING:
     from ..gene import Adapter
@@ -15,10 +20,28 @@ _MODEL = "MODEL.gguf"
 _TEMPLATE = "tokenizer.chat_template"
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "convert peft-folder --base model.gguf -o task.gguf",
+        "convert mlx-folder --base model.gguf -o task.gguf --text-only",
+    )
+)
 @click.argument("peft_dir", type=click.Path())
-@click.option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
-@click.option("-o", "--output", required=True, metavar="ADAPTER.gguf", help="Where to write it.")
+@click.option(
+    "--base",
+    required=True,
+    metavar=_MODEL,
+    type=click.Path(),
+    help="The GGUF that the adapter is for.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="ADAPTER.gguf",
+    type=click.Path(),
+    help="Where to write it.",
+)
 @click.option("--text-only", is_flag=True, help="Leave out the tensors of a vision or audio part.")
 def convert(peft_dir: str, base: str, output: str, text_only: bool) -> None:
     """Turn a PEFT or MLX LoRA folder into a GGUF LoRA that llama.cpp loads."""
@@ -28,25 +51,60 @@ def convert(peft_dir: str, base: str, output: str, text_only: bool) -> None:
     click.echo(f"{output}: {_summary(adapter)}", err=True)
     if left := adapter.extra.get("safegene.peft.left_out"):
         click.echo(f"left out: {left} tensors of a vision or audio part", err=True)
+    say_next(
+        command("chat", base, "--adapter", output),
+        command("restore", base, "--adapter", output, "-o", beside(output, "fitted")),
+    )
 
 
-@click.command("to-peft")
+@click.command(
+    "to-peft",
+    epilog=examples(
+        "to-peft task.gguf --base model.gguf -o peft-folder",
+        "to-peft fitted.gguf --base hf:OWNER/REPO/model.gguf -o peft-folder",
+    ),
+)
 @click.argument("adapter", type=click.Path())
-@click.option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
-@click.option("-o", "--output", required=True, metavar="DIR", help="A new folder.")
+@click.option(
+    "--base",
+    required=True,
+    metavar=_MODEL,
+    type=click.Path(),
+    help="The GGUF that the adapter is for.",
+)
+@click.option(
+    "-o", "--output", required=True, metavar="DIR", type=click.Path(), help="A new folder."
+)
 def to_peft(adapter: str, base: str, output: str) -> None:
     """Turn a GGUF LoRA back into a PEFT folder."""
     from ..converters import to_peft as run
 
     run(adapter, base=base, output_dir=output)
     click.echo(f"{output}: written", err=True)
+    say_next(f"PeftModel.from_pretrained(model, {output!r})  # Python, in peft")
 
 
-@click.command("inspect")
+@click.command(
+    "inspect",
+    epilog=examples(
+        "inspect model.gguf",
+        "inspect gene.gguf --base model.gguf --plot scores.svg",
+    ),
+)
 @click.argument("file", type=click.Path())
-@click.option("--base", metavar=_MODEL, help="Also say whether the adapter fits this model.")
-@click.option("--plot", metavar="SCORES.svg", help="A gene's selection scores as a picture.")
-@click.option("--signed-by", metavar="KEY",
+@click.option(
+    "--base",
+    metavar=_MODEL,
+    type=click.Path(),
+    help="Also say whether the adapter fits this model.",
+)
+@click.option(
+    "--plot",
+    metavar="SCORES.svg",
+    type=click.Path(),
+    help="A gene's selection scores as a picture.",
+)
+@click.option("--signed-by", metavar="KEY", type=click.Path(),
               help="A minisign public key, or its file, that must have signed FILE.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_file(
@@ -78,6 +136,35 @@ def inspect_file(
     click.echo(json.dumps(facts, indent=2) if as_json else _as_lines(facts))
     if base and facts["misfits"]:
         require_fit(gene, open_model(base), file)
+    say_next(_after(facts, base or "MODEL.gguf"))
+
+
+def _after(facts: dict[str, Any], base: str) -> str:
+    """What is done with a model, a gene, and an adapter that is none."""
+    file = facts["file"]
+    if facts["kind"] == "model":
+        return command("eval", file, "--quick")
+    if facts["kind"] != "safety gene":
+        return command("chat", base, "--adapter", file)
+    if facts["coefficients"]:
+        return command("chat", base, "--gene", file)
+    return command("recalibrate", base, file, "-o", beside(file, "fitted"))
+
+
+def beside(file: str, what: str) -> str:
+    """A name for an output beside a file: dir/task.gguf gives dir/task.fitted.gguf."""
+    local = Path(file.rpartition("/")[2] if file.startswith("hf:") else file)
+    return str(local.with_name(f"{local.stem}.{what}.gguf"))
+
+
+def say_where_unfitted(model: str, gene: str | None, adapters: Iterable[str]) -> None:
+    """Warn of a gene whose strength was not found for this model, with the command that does."""
+    from ..compat import unfitted
+
+    if gene and (cause := unfitted(gene, model)):
+        fit = command("recalibrate", model, gene, *with_adapters(adapters),
+                      "-o", beside(model, "fitted"))  # fmt: skip
+        click.echo(f"warning: {cause}; fit it: {fit}", err=True)
 
 
 def _summary(adapter: Adapter) -> str:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SafeGeneError, SettingError
-from .options import setting
+from ..errors import SafeGeneError, SettingError, command
+from .adapters import say_where_unfitted
+from .options import examples, say_next, setting, with_adapters
 from .settings import ChatSettings
 from .terminal import Lines, paint, printable
 
@@ -30,10 +31,26 @@ A line that ends in \\ goes on in the next; """ opens and closes a message of ma
 A message that begins with a slash: put a space before it.'''
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "chat model.gguf --gene fitted.gguf",
+        "chat model.gguf --gene fitted.gguf --system 'You sort mail.' --temperature 0.7",
+    )
+)
 @click.argument("model", type=click.Path())
-@click.option("--gene", metavar="GENE.gguf", help="The safety adapter; switched with /safe.")
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
+@click.option(
+    "--gene",
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="The safety adapter; switched with /safe.",
+)
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="TASK.gguf",
+    type=click.Path(),
+    help="Other adapters, always on.",
+)
 @click.option("--system", metavar="TEXT", help="A system message.")
 @setting(ChatSettings, "max_tokens", type=click.IntRange(min=1))
 @setting(ChatSettings, "temperature", type=click.FloatRange(min=0))
@@ -59,6 +76,7 @@ def chat(
     from ..runtime.chat import require_chat
     from ..runtime.llama import SafeLlama
 
+    say_where_unfitted(model, gene, adapter)
     llama = SafeLlama(model, adapter, n_ctx=ctx)
     try:
         require_chat(llama, system=bool(system))
@@ -74,6 +92,8 @@ def chat(
         llama.close()
     if session.answered is False and not lines.at_keyboard:  # who is there has seen why
         raise SafeGeneError("none of the messages got an answer", "The lines above say why")
+    given = ["--gene", gene] if gene else []
+    say_next(command("serve", model, *with_adapters(adapter), *given))
 
 
 def _say(text: str) -> None:

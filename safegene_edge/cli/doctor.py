@@ -6,8 +6,11 @@ import json
 
 import click
 
+from ..errors import command
+from .options import examples, say_next
 
-@click.command()
+
+@click.command(epilog=examples("doctor", "doctor --json"))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(as_json: bool) -> None:
     """Tell what this machine and this build of llama.cpp can do."""
@@ -35,3 +38,4 @@ def doctor(as_json: bool) -> None:
         click.echo(f"{key:<17} {value}")
     for line in found.advice or ("nothing to mend",):
         click.echo(f"{'advice':<17} {line}")
+    say_next(command("restore", "MODEL.gguf", "-o", "fitted.gguf"))

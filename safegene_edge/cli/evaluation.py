@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import SettingError
+from ..errors import SettingError, command
 from ..evals.settings import DEFAULT_SUITES, CostSettings, EndpointModel, EvalSettings
 from ..portfolio_settings import PortfolioSettings
-from .options import default_of, setting
+from .adapters import beside, say_where_unfitted
+from .options import default_of, examples, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..evals.asking.journal import Journal
@@ -148,12 +149,29 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-@click.command("eval")
+@click.command(
+    "eval",
+    epilog=examples(
+        "eval model.gguf --quick",
+        "eval model.gguf --gene fitted.gguf --json report.json --html report.html",
+    ),
+)
 @click.argument("model", type=click.Path(), required=False)
-@click.option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
+@click.option(
+    "--gene",
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="The safety adapter; measures before and after.",
+)
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="TASK.gguf",
+    type=click.Path(),
+    help="Other adapters, always on.",
+)
 @setting(PortfolioSettings, "suites", "--suite", "suites", preset=True, multiple=True,
-         metavar="NAME|FILE")  # fmt: skip
+         metavar="NAME|FILE", type=click.Path())  # fmt: skip
 @setting(EvalSettings, "limit", metavar="N", type=click.IntRange(min=1))
 @setting(EvalSettings, "max_tokens", preset=True, type=click.IntRange(min=1))
 @setting(EvalSettings, "n_parallel", "--parallel", "parallel", type=click.IntRange(1, 255))
@@ -166,13 +184,21 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @setting(
     CostSettings, "kl_prompts", "--kl", "kl", preset=True, metavar="N", type=click.IntRange(min=0)
 )
-@setting(CostSettings, "perplexity", metavar="FILE")
-@setting(CostSettings, "tasks", "--task", "task", multiple=True, metavar="FILE")
+@setting(CostSettings, "perplexity", metavar="FILE", type=click.Path())
+@setting(CostSettings, "tasks", "--task", "task", multiple=True, metavar="FILE", type=click.Path())
 @setting(CostSettings, "speed", is_flag=True)
 @click.option(
-    "--aligned", metavar="REPORT.json", help="The aligned model's report: what share came back?"
+    "--aligned",
+    metavar="REPORT.json",
+    type=click.Path(),
+    help="The aligned model's report: what share came back?",
 )
-@click.option("--resume", metavar="FILE", help="Keep finished answers in FILE, and go on from it.")
+@click.option(
+    "--resume",
+    metavar="FILE",
+    type=click.Path(),
+    help="Keep finished answers in FILE, and go on from it.",
+)
 @click.option("--no-resume", is_flag=True, help="Neither keep nor look up finished answers.")
 @click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server instead of MODEL.")
 @click.option("--model-name", metavar="NAME", help="The server's name of the model.")
@@ -181,9 +207,11 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @setting(EndpointModel, "api_key_variable", "--api-key-env", "api_key_env", metavar="VARIABLE")
 @setting(EndpointModel, "concurrency", type=click.IntRange(1, 256))
 @setting(EndpointModel, "timeout", type=click.FloatRange(min=1))
-@click.option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
-@click.option("--html", metavar="FILE", help="Write it as one HTML file.")
-@click.option("--markdown", metavar="FILE", help="Write it as Markdown.")
+@click.option(
+    "--json", "json_out", metavar="FILE", type=click.Path(), help="Write the report as JSON."
+)
+@click.option("--html", metavar="FILE", type=click.Path(), help="Write it as one HTML file.")
+@click.option("--markdown", metavar="FILE", type=click.Path(), help="Write it as Markdown.")
 def evaluate_model(**options: Any) -> None:
     """Count refusals on harmful prompts and answers on harmless ones.
 
@@ -200,6 +228,8 @@ def evaluate_model(**options: Any) -> None:
     outputs = [path for path in (chosen.json_out, chosen.html, chosen.markdown) if path]
     for path in outputs:
         check_output(path, chosen.inputs)  # before the work, not after it
+    if chosen.model:
+        say_where_unfitted(chosen.model, chosen.gene, chosen.adapter)
     with _journal(chosen) as journal, _progress() as advance:
         report = _evaluated(chosen, journal, advance)
         facts = report.to_json()
@@ -208,6 +238,19 @@ def evaluate_model(**options: Any) -> None:
     click.echo(report.table())
     for path in outputs:
         click.echo(f"report: {path}", err=True)
+    say_next(*_after(chosen))
+
+
+def _after(chosen: _Options) -> list[str]:
+    """What goes on from a report, and from what it says of the model."""
+    steps = []
+    if chosen.model:
+        own = [chosen.model, *with_adapters(chosen.adapter)]
+        lost = ["restore", *own, "-o", beside(chosen.model, "fitted")]
+        steps = [command(*(["chat", *own, "--gene", chosen.gene] if chosen.gene else lost))]
+    if chosen.json_out:
+        steps.append(command("report", "verify", chosen.json_out))
+    return steps or [command("report", "--help")]
 
 
 def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -6,20 +6,48 @@ from pathlib import Path
 
 import click
 
+from ..errors import command
 from ..training.settings import ExtractSettings
-from .options import comma_separated, setting
+from .adapters import beside
+from .options import comma_separated, examples, say_next, setting
 
 
-@click.command()
-@click.option("--aligned", required=True, metavar="MODEL", help="The model that refuses harm.")
-@click.option("--degraded", multiple=True, metavar="MODEL",
+@click.command(
+    epilog=examples(
+        "extract --aligned model-folder --degrade auto -o gene.gguf",
+        "extract --aligned model.gguf --degraded task-lora --degraded other.gguf -o gene.gguf",
+    )
+)
+@click.option(
+    "--aligned",
+    required=True,
+    metavar="MODEL",
+    type=click.Path(),
+    help="The model that refuses harm.",
+)
+@click.option("--degraded", multiple=True, metavar="MODEL", type=click.Path(),
               help="A model that lost it; may be given several times.")  # fmt: skip
 @click.option("--degrade", type=click.Choice(["auto"]), help="Make degraded models of MODEL first.")
 @click.option(
-    "--base", metavar="MODEL.gguf", help="A GGUF of the family; default: the first given."
+    "--base",
+    metavar="MODEL.gguf",
+    type=click.Path(),
+    help="A GGUF of the family; default: the first given.",
 )
-@click.option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
-@click.option("--work", metavar="DIR", help="Checkpoints; default: GENE.work beside the output.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="Where to write it.",
+)
+@click.option(
+    "--work",
+    metavar="DIR",
+    type=click.Path(),
+    help="Checkpoints; default: GENE.work beside the output.",
+)
 @click.option("--method", type=click.Choice(["distil", "delta"]), default="distil",
               show_default=True, help="Learn, or take the weights' difference.")  # fmt: skip
 @click.option("--family", default="", help="The family's name; default: the base's.")
@@ -80,6 +108,7 @@ def extract(
         _report(
             f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters"
         )
+        say_next(command("recalibrate", "MODEL.gguf", output, "-o", beside(output, "fitted")))
 
 
 def _degraded(aligned: str, folder: Path, base: str | None) -> list[str]:

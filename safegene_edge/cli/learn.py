@@ -9,22 +9,36 @@ from typing import Any
 
 import click
 
+from ..errors import command
 from ..learn.settings import LearnSettings
-from .options import setting
+from .adapters import beside
+from .options import examples, say_next, setting, with_adapters
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "learn --degraded model.gguf --task prompts.txt -o gene.gguf",
+        "learn --degraded a.gguf --degraded b.gguf,task.gguf --aligned base.gguf -o gene.gguf",
+    )
+)
 @click.option(
-    "--degraded", multiple=True, required=True, metavar="MODEL",
+    "--degraded", multiple=True, required=True, metavar="MODEL", type=click.Path(),
     help="A model that has lost refusals; several give a gene for others like them.",
 )  # fmt: skip
-@click.option("--aligned", metavar="MODEL",
+@click.option("--aligned", metavar="MODEL", type=click.Path(),
               help="A model of the family that refuses, or a folder with the base that the first "
               "degraded one names; default: each under a safety system prompt.")  # fmt: skip
-@click.option("--task", metavar="FILE",
+@click.option("--task", metavar="FILE", type=click.Path(),
               help="Prompts of the degraded model's own job, a line each, or JSONL with a "
               '"prompt"; no answers are needed.')  # fmt: skip
-@click.option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="Where to write it.",
+)
 @click.option("--family", default="", help="The family's name; default: the model's.")
 @setting(LearnSettings, "rank", type=click.IntRange(min=1))
 @setting(LearnSettings, "prompts", type=click.IntRange(min=1))
@@ -71,6 +85,9 @@ def learn(
         f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters",
         err=True,
     )
+    model, *adapters = models[0]
+    fitted = beside(model, "fitted")
+    say_next(command("recalibrate", model, output, *with_adapters(adapters), "-o", fitted))
 
 
 def named(model: str | None) -> Any:

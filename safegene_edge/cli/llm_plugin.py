@@ -163,9 +163,11 @@ def safegene() -> None:
 
 @safegene.command()
 @click.argument("name")
-@click.argument("model", metavar="MODEL.gguf")
-@click.option("--gene", metavar="GENE.gguf", help="The safety adapter.")
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters.")
+@click.argument("model", metavar="MODEL.gguf", type=click.Path())
+@click.option("--gene", metavar="GENE.gguf", type=click.Path(), help="The safety adapter.")
+@click.option(
+    "--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(), help="Other adapters."
+)
 @click.option("--scale", default=1.0, show_default=True, help="The gene's scale.")
 @setting(ChatSettings, "ctx", type=click.IntRange(min=64))
 def add(

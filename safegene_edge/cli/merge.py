@@ -10,21 +10,51 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import command
 from ..merge.settings import MergeSettings
-from .options import setting
+from .adapters import beside
+from .options import examples, say_next, setting
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from ..merge.inputs import Given
     from ..merge.plan import MergeReport
 
 _ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
 
 
-@click.command()
+class _Tool(click.ParamType):
+    """A name that `export` itself checks; the shell completes it."""
+
+    name = "tool"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        from ..export import TOOLS
+
+        return [CompletionItem(tool) for tool in TOOLS if tool.startswith(incomplete)]
+
+
+@click.command(
+    epilog=examples(
+        "merge model.gguf fitted.gguf -o safe.gguf",
+        "merge model.gguf task.gguf=0.5 gene.gguf=strengths.json --dry-run",
+    )
+)
 @click.argument("model", type=click.Path())
-@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
-@click.option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
-@setting(MergeSettings, "imatrix", metavar="FILE")
+@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
+@click.option(
+    "-o",
+    "--output",
+    metavar="OUT.gguf",
+    type=click.Path(),
+    help="The model with the adapters in it.",
+)
+@setting(MergeSettings, "imatrix", metavar="FILE", type=click.Path())
 @setting(MergeSettings, "promote", metavar="N", type=int)
 @setting(MergeSettings, "run", "--run/--plain", "run")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
@@ -76,16 +106,33 @@ def merge(
         click.echo(_plan(report, estimate))
     else:
         click.echo(f"{output}: {_done(report)}", err=True)
+    if dry_run:
+        target = output or beside(model, "safe")
+        say_next(command("merge", model, *adapters, "-o", target))
+    else:
+        say_next(command("eval", output, "--quick"), command("chat", output))
 
 
-@click.command()
-@click.argument("tool")
+@click.command(
+    epilog=examples(
+        "export ollama model.gguf fitted.gguf --merged -o for-ollama",
+        "export llama-server model.gguf fitted.gguf -o for-llama-server",
+    )
+)
+@click.argument("tool", type=_Tool())
 @click.argument("model", type=click.Path())
-@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS)
-@click.option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")
+@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    type=click.Path(),
+    help="A folder for the files.",
+)
 @click.option("--merged", is_flag=True, help="A merged model in place of an adapter: Ollama "
               "needs it from version 0.34.1 on, and LM Studio always gets one.")  # fmt: skip
-@setting(MergeSettings, "imatrix", metavar="FILE")
+@setting(MergeSettings, "imatrix", metavar="FILE", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print files and commands as JSON.")
 def export(
     tool: str,

@@ -1,13 +1,13 @@
-"""Options that a settings class describes: one place for a setting, its field.
+"""What commands share: options that a settings class describes, examples, the next step.
 
-The help is the field's entry under "Attributes:" in the class's docstring, the default is the
-field's own. And the group of commands that shows its help when it is given alone.
+An option's help is its field's entry under "Attributes:" in the class's docstring, its default is
+the field's own. And the group of commands that shows its help when it is given alone.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar
@@ -51,6 +51,24 @@ def setting(
         more |= {"default": default, "show_default": shown}
     flags = flags or (f"--{name.replace('_', '-')}",)
     return click.option(*flags, help=described(of)[name], **more)
+
+
+def examples(*lines: str) -> str:
+    """A command's `epilog`: how it is typed. Each line follows "safegene-edge"."""
+    typed = (f"  safegene-edge {line}" for line in lines)
+    return "\n".join(("\b", "Examples:", *typed))
+
+
+def say_next(*steps: str) -> None:
+    """End a command: what to type next, on standard error."""
+    click.echo("next:", err=True)
+    for step in steps:
+        click.echo(f"  {step}", err=True)
+
+
+def with_adapters(adapters: Iterable[str]) -> list[str]:
+    """The words of a command line that give a model's adapters."""
+    return [word for adapter in adapters for word in ("--adapter", adapter)]
 
 
 def comma_separated(value: Any) -> tuple[str, ...]:

@@ -5,30 +5,38 @@ from __future__ import annotations
 import json
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import MissingExtraError, SafeGeneError
+from ..errors import MissingExtraError, SafeGeneError, command
 from ..portfolio_settings import PortfolioSettings
 from ..recalibrate.settings import RecalibrationSettings
-from .options import setting
+from .options import examples, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..portfolio import PortfolioRow
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "portfolio models/*.gguf --gene gene.gguf -o out",
+        "portfolio a.gguf b.gguf --gene gene.gguf --adapter task.gguf --limit 20 -o out",
+    )
+)
 @click.argument("models", nargs=-1, required=True, type=click.Path())
-@click.option("--gene", required=True, metavar="GENE.gguf", help="A gene of their family.")
-@click.option("-o", "--output", required=True, metavar="DIR",
+@click.option(
+    "--gene", required=True, metavar="GENE.gguf", type=click.Path(), help="A gene of their family."
+)
+@click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(),
               help="Folder for the results, one subfolder a model.")  # fmt: skip
 @setting(PortfolioSettings, "adapters", "--adapter", "adapters", multiple=True,
-         metavar="TASK.gguf")  # fmt: skip
+         metavar="TASK.gguf", type=click.Path())  # fmt: skip
 @setting(PortfolioSettings, "suites", "--suite", "suites", multiple=True,
-         metavar="NAME|FILE")  # fmt: skip
+         metavar="NAME|FILE", type=click.Path())  # fmt: skip
 @setting(PortfolioSettings, "limit", metavar="N", type=click.IntRange(min=1))
-@setting(PortfolioSettings, "examples", metavar="FILE.jsonl")
+@setting(PortfolioSettings, "examples", metavar="FILE.jsonl", type=click.Path())
 @setting(RecalibrationSettings, "kl_budget", type=float)
 @setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
 @setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
@@ -75,6 +83,12 @@ def portfolio(
     click.echo(json.dumps([row.to_json() for row in rows], indent=2) if as_json else table(rows))
     if failed := sum(bool(row.error) for row in rows):
         raise SafeGeneError(f"{failed} of {len(rows)} models failed", "Their lines above say why")
+    for row in rows:
+        fitted = Path(output) / Path(row.model).stem / "fitted.gguf"
+        if fitted.exists():
+            own = [row.model, *with_adapters(adapters)]
+            say_next(command("chat", *own, "--gene", fitted))
+            break
 
 
 def _dask(address: str, stack: ExitStack) -> Executor:

@@ -9,28 +9,35 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import command
 from ..recalibrate.settings import RecalibrationSettings
-from .options import setting
+from .adapters import beside
+from .options import examples, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..recalibrate import Recalibration
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "recalibrate model.gguf gene.gguf -o fitted.gguf",
+        "recalibrate model.gguf gene.gguf --adapter task.gguf --plot curve.svg -o fitted.gguf",
+    )
+)
 @click.argument("model", type=click.Path())
 @click.argument("gene", type=click.Path())
-@click.option("--adapter", multiple=True, metavar="TASK.gguf",
+@click.option("--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(),
               help="A LoRA that the model is run with; may be repeated.")  # fmt: skip
-@click.option("--examples", metavar="FILE.jsonl",
+@click.option("--examples", metavar="FILE.jsonl", type=click.Path(),
               help='Lines of {"prompt": "…", "kind": "harmful"}, "harmless" or "task", and "part": '
               '"validation" for those that the result is counted on; task prompts alone are added '
               "to the shipped examples.")  # fmt: skip
 @click.option(
-    "-o", "--output", metavar="FITTED.gguf",
+    "-o", "--output", metavar="FITTED.gguf", type=click.Path(),
     help="The fitted adapter: the gene with this model's strengths folded in.",
 )  # fmt: skip
-@click.option("--expression", metavar="FILE.json", help="The strengths alone.")
-@click.option("--plot", metavar="FILE.svg",
+@click.option("--expression", metavar="FILE.json", type=click.Path(), help="The strengths alone.")
+@click.option("--plot", metavar="FILE.svg", type=click.Path(),
               help="The trade-off of refusal against KL as a picture.")  # fmt: skip
 @setting(RecalibrationSettings, "kl_budget", type=float)
 @setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
@@ -92,6 +99,31 @@ def recalibrate(
         click.echo(json.dumps(found.to_json(), indent=2))
     for line in _said(model, found, [name for name in (output, plot) if name]):
         click.echo(line, err=True)
+    say_next(*_after(model, gene, adapter, found, output, expression))
+
+
+def _after(
+    model: str,
+    gene: str,
+    adapters: tuple[str, ...],
+    found: Recalibration,
+    output: str | None,
+    expression: str | None,
+) -> list[str]:
+    """What goes on from the files that were written."""
+    own = [model, *with_adapters(adapters)]
+    if found.nothing_lost:
+        return [command("eval", *own, "--quick")]
+    safe = beside(model, "safe")
+    if output:
+        return [
+            command("eval", *own, "--gene", output, "--quick"),
+            command("chat", *own, "--gene", output),
+            command("merge", model, *adapters, output, "-o", safe),
+        ]
+    if expression:
+        return [command("merge", model, *adapters, f"{gene}={expression}", "-o", safe)]
+    return [command("recalibrate", model, gene, *own[1:], "-o", beside(model, "fitted"))]
 
 
 def _said(model: str, found: Recalibration, outputs: list[str]) -> list[str]:

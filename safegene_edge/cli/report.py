@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import HelpGroup
+from ..errors import command
+from .options import HelpGroup, examples, say_next
 
 if TYPE_CHECKING:
     from ..evals.report.compare import Comparison
@@ -16,17 +17,47 @@ if TYPE_CHECKING:
 _REPORT = click.argument("report", metavar="REPORT.json", type=click.Path())
 
 
-@click.group("report", cls=HelpGroup)
+@click.group(
+    "report",
+    cls=HelpGroup,
+    epilog=examples(
+        "report render report.json -o report.html",
+        "report compare before.json after.json",
+    ),
+)
 def report_group() -> None:
     """Check, show and compare reports that `eval --json` wrote."""
 
 
-@report_group.command()
+@report_group.command(
+    epilog=examples(
+        "report verify report.json",
+        "report verify report.json --model model.gguf --gene fitted.gguf",
+    )
+)
 @_REPORT
-@click.option("--model", metavar="MODEL.gguf", help="Hold this file against the report's model.")
-@click.option("--gene", metavar="GENE.gguf", help="Hold this file against the report's gene.")
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", help="May be repeated.")
-@click.option("--suite", multiple=True, metavar="FILE", help="A suite of your own; repeatable.")
+@click.option(
+    "--model",
+    metavar="MODEL.gguf",
+    type=click.Path(),
+    help="Hold this file against the report's model.",
+)
+@click.option(
+    "--gene",
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="Hold this file against the report's gene.",
+)
+@click.option(
+    "--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(), help="May be repeated."
+)
+@click.option(
+    "--suite",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(),
+    help="A suite of your own; repeatable.",
+)
 def verify(
     report: str,
     model: str | None,
@@ -50,11 +81,19 @@ def verify(
         click.echo(str(check))
     if fault := record.failed(checks):
         raise fault
+    say_next(command("report", "render", report, "-o", Path(report).with_suffix(".html")))
 
 
-@report_group.command()
+@report_group.command(
+    epilog=examples(
+        "report render report.json -o report.html",
+        "report render report.json -o report.md",
+    )
+)
 @_REPORT
-@click.option("-o", "--output", required=True, metavar="FILE", help="Ends in .html or .md.")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", type=click.Path(), help="Ends in .html or .md."
+)
 def render(report: str, output: str) -> None:
     """Show a report as one HTML file, or as Markdown."""
     from ..evals.report.html import render_html
@@ -69,11 +108,23 @@ def render(report: str, output: str) -> None:
     check_output(output, [report])
     write_text(output, make(read_report(report)), [report])
     click.echo(f"{output}: written", err=True)
+    say_next(command("report", "verify", report))
 
 
-@report_group.command()
+@report_group.command(
+    epilog=examples(
+        "report record report.json",
+        "report record report.json -o record.md",
+    )
+)
 @_REPORT
-@click.option("-o", "--output", metavar="FILE", help="Ends in .json or .md; else JSON on stdout.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(),
+    help="Ends in .json or .md; else JSON on stdout.",
+)
 def record(report: str, output: str | None) -> None:
     """Extract the safety record: what was tested, with what, how, and what that leaves out."""
     from ..evals.report.markdown import render_record
@@ -91,9 +142,15 @@ def record(report: str, output: str | None) -> None:
     else:
         write_text(output, text, [report])
         click.echo(f"{output}: written", err=True)
+    say_next(command("report", "verify", report))
 
 
-@report_group.command()
+@report_group.command(
+    epilog=examples(
+        "report compare before.json after.json",
+        "report compare before.json after.json --json",
+    )
+)
 @click.argument("first", metavar="A.json", type=click.Path())
 @click.argument("second", metavar="B.json", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -104,6 +161,7 @@ def compare(first: str, second: str, as_json: bool) -> None:
 
     found = run(read_report(first), read_report(second))
     click.echo(_json(found.to_json()) if as_json else _lines(found), nl=not as_json)
+    say_next(command("report", "render", second, "-o", Path(second).with_suffix(".html")))
 
 
 def _json(value: object) -> str:

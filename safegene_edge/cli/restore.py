@@ -11,23 +11,33 @@ import click
 from ..learn.settings import LearnSettings
 from ..recalibrate.settings import RecalibrationSettings
 from .learn import named, said_on
-from .options import setting
+from .options import examples, setting
 
 if TYPE_CHECKING:
     from ..restore import Restored
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "restore model.gguf --task prompts.txt -o fitted.gguf",
+        "restore model.gguf --aligned base.gguf --merge -o safe.gguf",
+    )
+)
 @click.argument("target", type=click.Path())
-@click.option("-o", "--output", required=True, metavar="OUT.gguf",
+@click.option("-o", "--output", required=True, metavar="OUT.gguf", type=click.Path(),
               help="The fitted adapter, or with --merge the safe model.")  # fmt: skip
-@click.option("--aligned", metavar="MODEL",
+@click.option("--aligned", metavar="MODEL", type=click.Path(),
               help="A model of the family that refuses, or a folder with the base that TARGET "
               "names; default: TARGET itself under a safety system prompt.")  # fmt: skip
-@click.option("--gene", metavar="GENE.gguf", help="A gene of the family; default: learn one.")
-@click.option("--adapter", multiple=True, metavar="TASK.gguf",
+@click.option(
+    "--gene",
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="A gene of the family; default: learn one.",
+)
+@click.option("--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(),
               help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip
-@click.option("--task", metavar="FILE",
+@click.option("--task", metavar="FILE", type=click.Path(),
               help='Prompts that TARGET gets in its job, a line each, or JSONL with a "prompt"; '
               "no answers are needed. What it answers there is kept.")  # fmt: skip
 @click.option("--merge", "merged", is_flag=True, help="Write the whole model.")

@@ -6,13 +6,30 @@ import click
 
 from ..errors import MissingExtraError
 from ..serve.settings import ServeSettings
-from .options import setting
+from .adapters import say_where_unfitted
+from .options import examples, say_next, setting
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "serve model.gguf --gene fitted.gguf",
+        "serve model.gguf --gene fitted.gguf --host 0.0.0.0 --api-key KEY --chat-only",
+    )
+)
 @click.argument("model", type=click.Path())
-@click.option("--gene", metavar="GENE.gguf", help="The safety adapter, on for every answer.")
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
+@click.option(
+    "--gene",
+    metavar="GENE.gguf",
+    type=click.Path(),
+    help="The safety adapter, on for every answer.",
+)
+@click.option(
+    "--adapter",
+    multiple=True,
+    metavar="TASK.gguf",
+    type=click.Path(),
+    help="Other adapters, always on.",
+)
 @setting(ServeSettings, "host")
 @setting(ServeSettings, "port", type=click.IntRange(0, 65535))
 @setting(ServeSettings, "slots", type=click.IntRange(min=1))
@@ -71,11 +88,17 @@ def serve(
     )
     if not settings.loopback and not api_key:
         click.echo("warning: anyone who reaches this machine can ask: give --api-key", err=True)
+    say_where_unfitted(model, gene, adapter)
     click.echo(f"{model}{' with ' + gene if gene else ', without a gene'}: loading", err=True)
     run(
         model,
         gene,
         adapter,
         settings,
-        ready=lambda url: click.echo(f"{url} (Ctrl+C stops)", err=True),
+        ready=_ready,
     )
+
+
+def _ready(url: str) -> None:
+    click.echo(f"{url} (Ctrl+C stops)", err=True)
+    say_next(f"open {url} in a browser, or give a client the base URL {url}/v1")
