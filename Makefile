@@ -29,6 +29,7 @@ test: $(VENV)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(TYPES)
+	$(BIN)/python tests/prose.py
 	$(BIN)/python -m pytest
 
 # 20,000 mutations of each file, about ten minutes; another seed each time, named where one fails.
@@ -41,6 +42,7 @@ lint: $(VENV)/dev
 	$(BIN)/typos --force-exclude
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook $(SECRETS)
 	$(TYPES)
+	$(BIN)/python tests/prose.py
 
 # Known weaknesses of what is installed; asks the package index.
 audit: $(VENV)/dev

@@ -24,7 +24,9 @@ class Recipe:
         batch: prompts a step, harmful and harmless mixed.
         refusal_tokens: tokens of a refusal that are learnt.
         kept_tokens: tokens of the model's own answer that are held.
-        first_tokens: tokens that decide, with weight first_weight; the others have rest_weight.
+        first_tokens: tokens of a refusal that decide.
+        first_weight: weight of each of these.
+        rest_weight: weight of each other one.
         keep: weight of the KL term against the refusal term.
         borderline: weight of a borderline prompt against a plain one.
         held_out: prompts of each kind kept back to watch the training.
