@@ -5,6 +5,8 @@ llama.cpp answers the same question with one generic error, after it has loaded 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -132,6 +134,12 @@ def require_fit(adapter: Adapter, model: GGUFFile, source: PathLike = "the adapt
         f"{source} does not fit {model.path}: {named}{more}",
         "Use an adapter made for this model's family and size",
     )
+
+
+def tokenizer_digest(model: GGUFFile) -> str:
+    """SHA-256 of a model's tokens and merges: the same in a model and its fine-tunes."""
+    words = [model.strings(f"tokenizer.ggml.{key}") for key in ("tokens", "merges")]
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def unfitted(gene: PathLike, model: PathLike) -> str:

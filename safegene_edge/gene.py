@@ -237,6 +237,7 @@ class SafetyGene(Adapter):
         aligned_kl: KL(degraded ‖ aligned) on the harmless ones, nats a token, of the degraded
             model that is nearest to it; 0 where it was not measured.
         target: SHA-256 of the model that the folded coefficients were found for; may be empty.
+        tokenizer: digest of the family's tokenizer (see `compat`); may be empty.
     """
 
     family: str = ""
@@ -250,6 +251,7 @@ class SafetyGene(Adapter):
     aligned_examples: str = ""
     aligned_kl: float = 0.0
     target: str = ""
+    tokenizer: str = ""
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -315,6 +317,7 @@ class SafetyGene(Adapter):
             aligned_examples=file.text("safegene.aligned_examples", ""),
             aligned_kl=_not_negative(file, "safegene.aligned_kl"),
             target=file.text("safegene.target", ""),
+            tokenizer=file.text("safegene.tokenizer", ""),
             **aligned,
         )
 
@@ -332,8 +335,8 @@ class SafetyGene(Adapter):
             "safegene.aligned_examples": self.aligned_examples,
             "safegene.aligned_kl": float(self.aligned_kl),
         }
-        if self.target:
-            facts["safegene.target"] = self.target
+        digests = {"target": self.target, "tokenizer": self.tokenizer}
+        facts |= {f"safegene.{name}": digest for name, digest in digests.items() if digest}
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)
             facts[f"safegene.{key}"] = [float(value) for value in values.values()]

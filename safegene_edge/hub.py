@@ -1,4 +1,4 @@
-"""`hf:owner/repo/file.gguf`, wherever a file is read: the Hugging Face Hub through its own client.
+"""The Hugging Face Hub through its own client: `hf:owner/repo/file.gguf`, wherever a file is read.
 
 The client's cache, token and settings are used as they are: `HF_HUB_OFFLINE=1` takes only what
 is cached, `HF_HUB_CACHE` says where. Nothing is asked of the network for any other path.
@@ -8,14 +8,41 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from .errors import FileFormatError, MissingExtraError
 
 PREFIX = "hf:"
 FORM = "hf:OWNER/REPO/FILE or hf:OWNER/REPO@REVISION/FILE"
+_REPOSITORY = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([^/].*)")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of models on the Hub.
+
+    Attributes:
+        name: OWNER/REPO; revision: a branch, a tag or a commit; None: "main".
+    """
+
+    name: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str | os.PathLike[str]) -> Repository | None:
+        """What `hf:OWNER/REPO` or `hf:OWNER/REPO@REVISION` names; None for anything else."""
+        match = _REPOSITORY.fullmatch(os.fspath(text))
+        return cls(match[1], match[2]) if match and ".." not in match[1] else None
+
+    def __str__(self) -> str:
+        return f"{PREFIX}{self.name}" + (f"@{self.revision}" if self.revision else "")
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -39,19 +66,71 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 @cache  # one command reads a file several times: always the same one
 def _download(repository: str, revision: str | None, file: str) -> Path:
+    return download(Repository(repository, revision), file)
+
+
+def download(repository: Repository, file: str) -> Path:
+    """A repository's file in the client's cache; errors as of `resolve`."""
+    what, hub = f"{repository}/{file}", _client(f"{repository}/{file}")
+    return Path(
+        _asked(
+            what, lambda: hub.hf_hub_download(repository.name, file, revision=repository.revision)
+        )
+    )
+
+
+def sizes(repository: Repository) -> dict[str, int]:
+    """Every file of a repository and its bytes; errors as of `resolve`."""
+    hub = _client(str(repository))
+    found = _asked(
+        str(repository),
+        lambda: hub.HfApi().model_info(
+            repository.name, revision=repository.revision, files_metadata=True
+        ),
+    )
+    return {file.rfilename: file.size or 0 for file in found.siblings or ()}
+
+
+def upload(
+    repository: Repository, files: Mapping[str, Path | bytes], *, message: str, private: bool
+) -> str:
+    """Write files into a repository in one commit, and make it if need be; its address.
+
+    Raises:
+        FileFormatError: the Hub refuses, or cannot be reached.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    hub = _client(str(repository))
+    api = hub.HfApi()
+    added = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
+
+    def work() -> str:
+        api.create_repo(repository.name, private=private, exist_ok=True)
+        made = api.create_commit(
+            repository.name, added, commit_message=message, revision=repository.revision
+        )
+        return str(made.commit_url)
+
+    return _asked(str(repository), work)
+
+
+def _client(what: str) -> Any:
     try:
-        from huggingface_hub import hf_hub_download
+        import huggingface_hub
     except ImportError as error:
         raise MissingExtraError(
-            f"{PREFIX}{repository}/{file} needs huggingface_hub",
-            "pip install 'safegene-edge[hub]'",
+            f"{what} needs huggingface_hub", "pip install 'safegene-edge[hub]'"
         ) from error
+    return huggingface_hub
+
+
+def _asked(what: str, work: Callable[[], Result]) -> Result:
+    """What the client answers; its errors, its transport's and the disk's as one of ours."""
     try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except Exception as error:  # the client's own, its transport's, or the disk's
-        at = f"@{revision}" if revision else ""
+        return work()
+    except Exception as error:
         cause, remedy = _explained(error)
-        raise FileFormatError(f"{PREFIX}{repository}{at}/{file}: {cause}", remedy) from error
+        raise FileFormatError(f"{what}: {cause}", remedy) from error
 
 
 def _explained(error: Exception) -> tuple[str, str]:
@@ -80,5 +159,9 @@ def _explained(error: Exception) -> tuple[str, str]:
     for kind, cause, remedy in known:
         if isinstance(error, kind):
             return cause, remedy
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "the Hub is off (HF_HUB_OFFLINE)", "Unset it"
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return "the Hub asks who you are, or does not let you", "Run `hf auth login`"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"cannot be downloaded ({lines[0]})", "Check the name and the connection"
+    return f"the Hub cannot do it ({lines[0]})", "Check the name and the connection"

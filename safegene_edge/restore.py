@@ -29,6 +29,8 @@ from .learn.settings import LearnSettings
 from .merge.plan import merge
 from .prompts import Prompt
 from .recalibrate import Examples, Recalibration, RecalibrationSettings, recalibrate
+from .sharing import base_of, find, is_place, licence_of
+from .sharing import card as card_of
 
 _LEARNT, _MOST = 0.67, 120  # of the task's prompts, the share to learn from, and at most in all
 _FEW = 3  # task prompts below which all are learnt from, and the shipped examples fit alone
@@ -83,6 +85,7 @@ def restore(
     limit: int | None = 40,
     learning: LearnSettings | None = None,
     settings: RecalibrationSettings | None = None,
+    card: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Restored:
     """Bring a fine-tune's refusals back.
@@ -91,12 +94,14 @@ def restore(
         target: the fine-tuned, quantised GGUF; nothing is written to it.
         aligned: a GGUF of its family that refuses, a sequence of one and its adapters, or a
             folder that holds the one which the target names as its base.
-        gene: a gene of its family; None: one is learnt from the target itself, from `aligned` or,
+        gene: a gene of its family, or a place to find one in, as `sharing.find` has it: "auto", a
+            folder, `hf:OWNER/REPO`. None: one is learnt from the target itself, from `aligned` or,
             without that, from its own self under a safety system prompt.
         output: the fitted adapter, a GGUF LoRA, or with `merged` the whole model.
         adapters: GGUF LoRAs that the target is run with, such as its task's.
         task: prompts as the target's own job has them, unlabelled; what it answers there is kept.
         limit: prompts of each suite that is measured; None: all.
+        card: where to write the gene's card, a README.md for a hub; None: nowhere.
         progress: called with what is being done, how much of it is done, and of how much.
 
     Raises:
@@ -105,8 +110,12 @@ def restore(
     work = _Work(
         Path(target), list(map(str, adapters)), Path(output), tuple(task)[:_MOST], merged, limit,
         settings or RecalibrationSettings(), progress or (lambda *_: None),
+        None if card is None else Path(card),
     )  # fmt: skip
     open_model(target)
+    if gene is not None and not isinstance(gene, SafetyGene) and is_place(gene):
+        name, gene = find(gene, target)
+        work.progress(f"taking the gene {name}", 1, 1)
     teacher = files_of(aligned, target)
     for path in work.outputs.values():
         check_output(path, [*work.inputs, *teacher])
@@ -123,6 +132,7 @@ class _Work:
     limit: int | None
     settings: RecalibrationSettings
     progress: Progress
+    card: Path | None = None
     _held: IO[bytes] | None = None  # the note
 
     @property
@@ -133,7 +143,8 @@ class _Work:
     def outputs(self) -> dict[str, Path]:
         """All files that a run writes."""
         name = self.output.with_suffix("")
-        return {
+        asked = {} if self.card is None else {"card": self.card}
+        return asked | {
             "output": self.output,
             "gene": name.with_name(name.name + ".gene.gguf"),
             "report": name.with_name(name.name + ".report.json"),
@@ -178,6 +189,8 @@ class _Work:
         self._written(adapter)
         write_text(self.outputs["report"], json.dumps(report, indent=2) + "\n", self.inputs)
         write_text(self.outputs["page"], render_html(report), self.inputs)
+        if self.card is not None:
+            write_text(self.card, self._card(found, fitted, report), self.inputs)
         self._leave()
         files = {name: str(path) for name, path in self.outputs.items()
                  if name in files or name != "gene"}  # fmt: skip
@@ -297,6 +310,13 @@ class _Work:
             )  # fmt: skip
         else:
             SafetyGene.load(adapter).save(self.output, self.inputs)
+
+    def _card(self, gene: SafetyGene, fitted: Recalibration, report: dict[str, Any]) -> str:
+        model, counted = open_model(self.target), fitted.validation
+        return card_of(
+            gene, self.outputs["gene"].name, licence=licence_of(model), base=base_of(model),
+            report=report, by_form=counted.by_form if counted else {},
+        )  # fmt: skip
 
     def _next(self) -> tuple[str, ...]:
         own = [word for path in self.adapters for word in ("--adapter", path)]

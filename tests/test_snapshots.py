@@ -52,7 +52,7 @@ RUNS = {
         "eval MODEL.gguf --qick",
     ],
     "learn": [
-        "learn --degraded MODEL.gguf,TASK.gguf --aligned MODEL.gguf --prompts 20 -o out.gguf",
+        "learn --degraded MODEL.gguf,TASK.gguf --aligned MODEL.gguf --card c.md -o o.gguf",
         "learn --degraded MODEL.gguf",
         "learn --degraded none.gguf -o out.gguf",
     ],
@@ -95,6 +95,8 @@ RUNS = {
         "chat MODEL.gguf --gene MODEL.gguf",
         "chat",
     ],
+    "push": ["push GENE.gguf acme", "push TASK.gguf acme/tiny", "push none.gguf acme/tiny"],
+    "pull": ["pull acme", "pull"],
     "serve": ["serve none.gguf", "serve MODEL.gguf --port 99999"],
     "doctor": ["doctor", "doctor now"],
 }  # fmt: skip
@@ -105,6 +107,8 @@ MEASURED = ("restore", "eval", "recalibrate", "learn", "portfolio", "doctor", "m
 def typed(place, monkeypatch, capsys):
     """A function that runs a command line and gives what a user sees, streams marked."""
     monkeypatch.setenv("COLUMNS", "80")
+    for _, one in commands():  # click keeps it from whoever called the command alone
+        monkeypatch.setattr(one, "_help_option", None, raising=False)
     monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
     monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
 

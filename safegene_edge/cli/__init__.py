@@ -26,6 +26,7 @@ from .recalibrate import recalibrate
 from .report import report_group
 from .restore import restore
 from .serve import serve
+from .sharing import pull, push
 
 
 @click.group(cls=HelpGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,6 +50,8 @@ for _command in (
     report_group,
     chat,
     serve,
+    push,
+    pull,
     doctor,
 ):
     cli.add_command(_command)

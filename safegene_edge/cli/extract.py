@@ -10,6 +10,7 @@ from ..errors import command
 from ..training.settings import ExtractSettings
 from .adapters import beside
 from .options import comma_separated, examples, say_next, setting
+from .sharing import write_card
 
 
 @click.command(
@@ -59,6 +60,8 @@ from .options import comma_separated, examples, say_next, setting
 @setting(ExtractSettings, "budget", type=click.IntRange(min=1))
 @setting(ExtractSettings, "select", "--select/--no-select")
 @setting(ExtractSettings, "seed", type=int)
+@click.option("--card", metavar="README.md", type=click.Path(),
+              help="Also write the gene's card, as a hub shows it.")  # fmt: skip
 def extract(
     aligned: str,
     degraded: tuple[str, ...],
@@ -76,6 +79,7 @@ def extract(
     budget: int | None,
     select: bool,
     seed: int,
+    card: str | None,
 ) -> None:
     """Extract a safety gene, once for a family of models.
 
@@ -94,7 +98,8 @@ def extract(
         learning_rate=learning_rate, batch=batch, budget=budget, select=select, seed=seed,
     )  # fmt: skip
     inputs = [Path(part) for text in (aligned, *degraded) for part in text.split(",")]
-    check_output(output, [path for path in inputs if path.is_file()])
+    for path in filter(None, (output, card)):
+        check_output(path, [path for path in inputs if path.is_file()])
     folder = Path(work) if work else Path(output).with_suffix(".work")
     worse = list(degraded)
     if degrade:
@@ -105,6 +110,8 @@ def extract(
     )  # fmt: skip
     if Processes.current().is_first:
         gene.save(output)
+        if card:
+            write_card(card, gene, output, base)
         _report(
             f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters"
         )

@@ -13,6 +13,7 @@ from ..errors import command
 from ..learn.settings import LearnSettings
 from .adapters import beside
 from .options import examples, say_next, setting, with_adapters
+from .sharing import write_card
 
 
 @click.command(
@@ -44,6 +45,8 @@ from .options import examples, say_next, setting, with_adapters
 @setting(LearnSettings, "prompts", type=click.IntRange(min=1))
 @setting(LearnSettings, "budget", type=click.IntRange(min=1))
 @setting(LearnSettings, "threads", type=click.IntRange(min=1))
+@click.option("--card", metavar="README.md", type=click.Path(),
+              help="Also write the gene's card, as a hub shows it.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print what was learnt as JSON.")
 def learn(
     degraded: tuple[str, ...],
@@ -55,6 +58,7 @@ def learn(
     prompts: int,
     budget: int,
     threads: int | None,
+    card: str | None,
     as_json: bool,
 ) -> None:
     """Learn a safety gene from GGUF models in minutes, by forward passes alone.
@@ -69,13 +73,16 @@ def learn(
     teacher = named(aligned)
     files = [*(part for model in models for part in model), *(aligned or "").split(","), task]
     inputs = [Path(part) for part in files if part and not Path(part).is_dir()]
-    check_output(output, inputs)
+    for path in filter(None, (output, card)):
+        check_output(path, inputs)
     settings = LearnSettings(rank=rank, prompts=prompts, budget=budget, threads=threads)
     gene = run(
         models, teacher, task=load_prompts(task) if task else (), family=family,
         settings=settings, progress=said_on(sys.stderr),
     )  # fmt: skip
     gene.save(output, inputs)
+    if card:
+        write_card(card, gene, output, models[0][0])
     if as_json:
         facts = {key.removeprefix("safegene.learn."): value for key, value in gene.extra.items()}
         click.echo(json.dumps({"family": gene.family, "layers": list(gene.layers),

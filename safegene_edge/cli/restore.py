@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     "--gene",
     metavar="GENE.gguf",
     type=click.Path(),
-    help="A gene of the family; default: learn one.",
+    help='A gene of the family, or where to look for one: a folder, hf:OWNER/REPO, or "auto" for '
+    "the package and what `pull` keeps; default: learn one.",
 )
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(),
               help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 @setting(LearnSettings, "prompts", type=click.IntRange(min=1))
 @setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
 @setting(RecalibrationSettings, "anyway", is_flag=True)
+@click.option("--card", metavar="README.md", type=click.Path(),
+              help="Also write the gene's card, as a hub shows it.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print all that was found as JSON.")
 def restore(
     target: str,
@@ -59,6 +62,7 @@ def restore(
     prompts: int,
     over_refusal: float,
     anyway: bool,
+    card: str | None,
     as_json: bool,
 ) -> None:
     """Bring the refusals of TARGET.gguf back: learn a gene, fit it, measure, write the result.
@@ -75,7 +79,7 @@ def restore(
         task=load_prompts(task) if task else (), merged=merged, limit=limit,
         learning=LearnSettings(prompts=prompts),
         settings=RecalibrationSettings(over_refusal=over_refusal, anyway=anyway),
-        progress=said_on(sys.stderr),
+        card=card, progress=said_on(sys.stderr),
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))

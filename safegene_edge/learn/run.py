@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..compat import open_model
+from ..compat import open_model, tokenizer_digest
 from ..errors import MismatchError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
@@ -89,11 +89,10 @@ def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
         other = open_model(files[0])
         if other.path == first.path:
             continue
-        for what in (_architecture, _shapes, _tokenizer):
+        for name, what in _SHARED.items():
             if what(first) != what(other):
                 raise MismatchError(
-                    f"{other.path} is not of the family of {first.path}: another "
-                    f"{what.__name__.strip('_')}",
+                    f"{other.path} is not of the family of {first.path}: another {name}",
                     "Give models of one family: the same base, fine-tuned",
                 )
 
@@ -106,8 +105,9 @@ def _shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in file.tensors.items() if name.startswith("blk.")}
 
 
-def _tokenizer(file: GGUFFile) -> tuple[list[str], ...]:
-    return tuple(file.strings(f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+_SHARED: dict[str, Callable[[GGUFFile], object]] = {
+    "architecture": _architecture, "shapes": _shapes, "tokenizer": tokenizer_digest
+}  # fmt: skip
 
 
 @dataclass
@@ -242,7 +242,7 @@ class _Learning:
             file.architecture, 0.0, found.pairs, {key: v for key, v in learnt.items() if v != ""},
             family=family or file.text("general.name", "") or file.path.stem,
             sources=sources, scores=found.scores,
-            refusal_openers=refusal_openers(taught.answers),
+            refusal_openers=refusal_openers(taught.answers), tokenizer=tokenizer_digest(file),
         )  # fmt: skip
 
     def _begin(self, what: str, total: int) -> None:

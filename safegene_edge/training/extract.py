@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..compat import open_model
+from ..compat import open_model, tokenizer_digest
 from ..converters import convert
 from ..converters.names import BaseNames
 from ..errors import FileFormatError, MissingExtraError, OutputError, SafeGeneError, SettingError
@@ -120,7 +120,15 @@ def extract(
     with world.first():
         work.claim(method, sources)
     adapter, scores, refusals = work.distil() if method == "distil" else work.delta()
-    return _gene(adapter, settings, family or _family(model), sources, scores, refusals)
+    return _gene(
+        adapter,
+        settings,
+        family or _family(model),
+        sources,
+        scores,
+        refusals,
+        tokenizer_digest(model),
+    )
 
 
 def _first_gguf(sources: Sequence[Source]) -> Path:
@@ -144,6 +152,7 @@ def _gene(
     sources: Mapping[str, str],
     scores: Mapping[int, float],
     refusals: Refusals,
+    tokenizer: str,
 ) -> SafetyGene:
     kind = np.dtype(settings.gene_dtype)
     pairs = {n: Pair(p.a.astype(kind), p.b.astype(kind)) for n, p in adapter.pairs.items()}
@@ -160,6 +169,7 @@ def _gene(
         aligned_margins=tuple(refusals.aligned_margins),
         aligned_examples=Examples.every_shipped().digest if refusals.aligned_margins else "",
         aligned_kl=refusals.aligned_kl or 0.0,
+        tokenizer=tokenizer,
     )
 
 

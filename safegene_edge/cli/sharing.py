@@ -1,0 +1,74 @@
+"""`push` and `pull`: genes to and from the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import command
+from .options import examples, say_next
+
+if TYPE_CHECKING:
+    from ..gene import SafetyGene
+
+
+@click.command(
+    epilog=examples(
+        "push gene.gguf OWNER/REPO --card README.md",
+        "push gene.gguf OWNER/REPO --private",
+    )
+)
+@click.argument("gene", type=click.Path())
+@click.argument("repository", metavar="OWNER/REPO")
+@click.option("--card", metavar="README.md", type=click.Path(),
+              help="Its card; default: one made from the gene alone.")  # fmt: skip
+@click.option("--private", is_flag=True, help="Where the repository is made: for you alone.")
+def push(gene: str, repository: str, card: str | None, private: bool) -> None:
+    """Put a gene and its card into a repository of the Hugging Face Hub.
+
+    The repository is made if need be. `hf auth login` says who you are.
+    """
+    from ..files import read_text
+    from ..sharing import push as run
+
+    address = run(gene, repository, text=read_text(card) if card else None, private=private)
+    click.echo(address)
+    spec = f"hf:{repository.removeprefix('hf:')}"
+    say_next(command("restore", "MODEL.gguf", "--gene", spec, "-o", "fitted.gguf"))
+
+
+@click.command(
+    epilog=examples(
+        "pull OWNER/REPO",
+        "pull OWNER/REPO@v1.0 -o genes",
+    )
+)
+@click.argument("repository", metavar="OWNER/REPO[@REVISION]")
+@click.option("-o", "--output", metavar="DIR", type=click.Path(),
+              help="A folder; default: where `restore --gene auto` looks.")  # fmt: skip
+def pull(repository: str, output: str | None) -> None:
+    """Copy the genes of a repository of the Hugging Face Hub, with their card.
+
+    Each file is held to be a gene before it is kept. Models in the repository are left there.
+    """
+    from ..sharing import pull as run
+
+    folder = run(repository, output)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        click.echo(str(path))
+    place = output or "auto"
+    say_next(command("restore", "MODEL.gguf", "--gene", place, "-o", "fitted.gguf"))
+
+
+def write_card(path: str, gene: SafetyGene, output: str, model: str | None) -> None:
+    """The card of a gene that was just made, beside it or where the user says."""
+    from ..compat import open_model
+    from ..files import write_text
+    from ..sharing import base_of, card, licence_of
+
+    header = open_model(model) if model else None
+    said = {} if header is None else {"licence": licence_of(header), "base": base_of(header)}
+    write_text(path, card(gene, Path(output).name, **said), [output])
+    click.echo(f"{path}: written", err=True)
