@@ -20,7 +20,7 @@ SECRETS = --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntro
 	--exclude-secrets '^(right|secret)$$' \
 	--exclude-files '\.(jsonl|gguf|safetensors|gz|svg)$$|^bench/.*\.json$$'
 
-.PHONY: demo test fuzz lint types audit versions docs bench gene clean
+.PHONY: demo test fuzz lint types audit versions docs release bench gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -69,6 +69,10 @@ docs: $(VENV)/dev
 # The shipped gene anew, resumable; docs/extract.md says how long it takes.
 gene: $(VENV)/dev
 	$(BIN)/python -m safegene_edge.training.gene --aligned-adapter examples/smollm2-135m-safety
+
+# The README's lines from the built wheel, outside the checkout; then the tests of the sdist.
+release: $(VENV)/dev
+	$(BIN)/python tests/release.py --tests tests
 
 bench: $(VENV)/dev
 	for run in bench/*/run.py; do $(BIN)/python $$run || exit 1; done

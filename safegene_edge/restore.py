@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from .compat import open_model
-from .errors import OutputError, SettingError, command
+from .errors import MismatchError, OutputError, SettingError, command
 from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
@@ -29,7 +30,7 @@ from .learn.settings import LearnSettings
 from .merge.plan import merge
 from .prompts import Prompt
 from .recalibrate import Examples, Recalibration, RecalibrationSettings, recalibrate
-from .sharing import base_of, find, is_place, licence_of
+from .sharing import PACKAGE, base_of, find, is_place, licence_of
 from .sharing import card as card_of
 
 _LEARNT, _MOST = 0.67, 120  # of the task's prompts, the share to learn from, and at most in all
@@ -95,7 +96,8 @@ def restore(
         aligned: a GGUF of its family that refuses, a sequence of one and its adapters, or a
             folder that holds the one which the target names as its base.
         gene: a gene of its family, or a place to find one in, as `sharing.find` has it: "auto", a
-            folder, `hf:OWNER/REPO`. None: one is learnt from the target itself, from `aligned` or,
+            folder, `hf:OWNER/REPO`. None: the package's own if it fits and no `aligned` is given;
+            else one is learnt from the target itself, from `aligned` or,
             without that, from its own self under a safety system prompt.
         output: the fitted adapter, a GGUF LoRA, or with `merged` the whole model.
         adapters: GGUF LoRAs that the target is run with, such as its task's.
@@ -113,9 +115,11 @@ def restore(
         None if card is None else Path(card),
     )  # fmt: skip
     open_model(target)
-    if gene is not None and not isinstance(gene, SafetyGene) and is_place(gene):
-        name, gene = find(gene, target)
-        work.progress(f"taking the gene {name}", 1, 1)
+    place = PACKAGE if gene is None and aligned is None else gene
+    if is_place(place):
+        with suppress(MismatchError) if gene is None else nullcontext():
+            name, gene = find(str(place), target)
+            work.progress(f"taking the gene {name}", 1, 1)
     teacher = files_of(aligned, target)
     for path in work.outputs.values():
         check_output(path, [*work.inputs, *teacher])

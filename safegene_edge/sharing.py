@@ -15,12 +15,12 @@ from typing import Any
 
 from .compat import check, open_model, tokenizer_digest
 from .errors import FileFormatError, MismatchError, SafeGeneError, SettingError, command
-from .files import PathLike, atomic_output, cache_folder, check_output
+from .files import PathLike, atomic_output, cache_folder, writing
 from .gene import SHIPPED, SafetyGene, is_lora
 from .gguf_file import GGUFFile
 from .hub import Repository, download, sizes, upload
 
-ANYWHERE = "auto"
+ANYWHERE, PACKAGE = "auto", "package"
 CARD = "README.md"
 _LARGEST = 64 << 20  # bytes: a gene is a few MB, and a repository may hold models as well
 _LIMITS = (
@@ -160,17 +160,21 @@ def base_of(model: GGUFFile) -> str:
 
 
 def is_place(gene: object) -> bool:
-    """Whether a gene is given as a place to look in: "auto", a folder, or hf:OWNER/REPO."""
+    """Whether a gene is given as a place to look in, as `find` has them."""
     if not isinstance(gene, (str, Path)):
         return False
-    return str(gene) == ANYWHERE or Repository.parse(gene) is not None or Path(gene).is_dir()
+    return (
+        str(gene) in (ANYWHERE, PACKAGE)
+        or Repository.parse(gene) is not None
+        or Path(gene).is_dir()
+    )
 
 
 def find(place: PathLike, target: PathLike) -> tuple[str, SafetyGene]:
     """The gene in a place that fits a model by architecture, shapes and tokenizer, and its name.
 
     Args:
-        place: a folder; `hf:OWNER/REPO`; or "auto": what `pull` keeps, and the package's own.
+        place: a folder; `hf:OWNER/REPO`; "package"; or "auto": that and what `pull` keeps.
 
     Raises:
         MismatchError: none fits.
@@ -197,8 +201,10 @@ def find(place: PathLike, target: PathLike) -> tuple[str, SafetyGene]:
 
 def _genes(place: str) -> Iterator[tuple[str, SafetyGene]]:
     """Genes that no strengths are folded into, by name; other files are passed over."""
-    if place == ANYWHERE:
+    if place in (ANYWHERE, PACKAGE):
         yield f"{SHIPPED} of the package", SafetyGene.shipped()
+    if place == PACKAGE:
+        return
     folder = _kept() if place == ANYWHERE else Path(place)
     if (repository := Repository.parse(place)) is not None:
         folder = pull(place, _kept() / f"{repository.name.replace('/', '--')}")
@@ -256,7 +262,7 @@ def pull(repository: str, folder: PathLike | None = None) -> Path:
     """
     source = _repository(repository)
     home = Path(folder) if folder is not None else _kept() / source.name.replace("/", "--")
-    named = {name: size for name, size in sizes(source).items() if ".." not in Path(name).parts}
+    named = {name: size for name, size in sizes(source).items() if _is_inside(name)}
     genes = [name for name, size in named.items() if name.endswith(".gguf") and size <= _LARGEST]
     local = {name: download(source, name) for name in genes}
     kept = {name: path for name, path in local.items() if _is_gene(path)}
@@ -268,11 +274,16 @@ def pull(repository: str, folder: PathLike | None = None) -> Path:
         kept[CARD] = download(source, CARD)
     for name, path in kept.items():
         output = home / name
-        output.parent.mkdir(parents=True, exist_ok=True)
-        check_output(output, [path])
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(output, [path]) as temporary:
             shutil.copyfile(path, temporary)
     return home
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a file of this name lies in the folder that it is put into, on any system."""
+    return not (set("\\:") & set(name) or Path(name).is_absolute() or ".." in Path(name).parts)
 
 
 def _is_gene(path: Path) -> bool:

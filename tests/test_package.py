@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import release
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"torch", "transformers", "peft"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-    subprocess.run([sys.executable, *command], check=True, capture_output=True)
-    (path,) = folder.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+def built(tmp_path_factory):
+    """The source distribution, and the wheel that is built from it."""
+    return release.build(tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    with zipfile.ZipFile(built[1]) as archive:
         return archive.namelist()
 
 
@@ -39,6 +43,34 @@ def test_the_wheel_is_whole(wheel):
     } | {f"safegene_edge/converters/{path.name}" for path in (ROOT / "converters").glob("*.py")}
     assert sources <= set(wheel)
     assert "safegene_edge/py.typed" in wheel
+
+
+def test_the_source_distribution_can_test_itself(built):
+    with tarfile.open(built[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if kept.returncode:
+        pytest.skip("not a checkout")
+    apart = (".ci/", ".gitignore", ".pre-commit-config.yaml")
+    assert {name for name in kept.stdout.split() if not name.startswith(apart)} <= names
+
+
+def test_an_installed_wheel_works_outside_of_the_checkout(built, tmp_path, tiny, tiny_adapter):
+    """In an environment of its own, which borrows only the dependencies."""
+    programs = release.installed(built[1], tmp_path / "venv")
+    user = release.outside(programs, tmp_path)
+    code = "import safegene_edge.converters as c; print(c.__file__)"
+    where = release.run([str(programs / "python"), "-c", code], tmp_path, **user)
+    assert where.startswith(str(tmp_path / "venv"))
+    made = f"convert {tiny_adapter('llama')} --base {tiny('llama').gguf_path} -o task.gguf"
+    release.run(f"safegene-edge {made}", tmp_path, **user)
+    shown = release.run("safegene-edge inspect task.gguf --json", tmp_path, **user)
+    assert '"kind": "LoRA adapter"' in shown
+
+
+def test_the_readme_has_its_five_lines():
+    names = [line.split()[1] for line in release.lines_of_the_readme()]
+    assert names == ["eval", "restore", "chat", "merge", "export"]
 
 
 def modules_after(code):

@@ -243,3 +243,31 @@ def test_the_command_ends_with_one_screen(model: Path, tmp_path: Path, calls: li
         f"  safegene-edge export ollama {model} {out} --merged -o {tmp_path / 'safe.ollama'}",
     ]
     assert not (tmp_path / "safe.gene.gguf").exists()
+
+
+def test_the_packages_own_gene_is_taken_where_it_fits(
+    model: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless an aligned model is given: that one teaches."""
+    gene, seen = random_adapter(model, family="tiny"), []
+    gene.save(tmp_path / "shipped.gguf")
+    monkeypatch.setattr("safegene_edge.gene.SHIPPED", str(tmp_path / "shipped.gguf"))
+    found = restore(model, output=tmp_path / "safe.gguf", limit=2, learning=LEARNING,
+                    card=tmp_path / "README.md",
+                    progress=lambda what, *_: seen.append(what))  # fmt: skip
+    assert calls == ["recalibrate", "evaluate"] and found.gene.sha256 == gene.sha256
+    assert "of the package" in seen[0] and "gene" not in found.files
+    calls.clear()
+    run(model, tmp_path / "other")
+    assert calls[0] == "learn"
+
+
+def test_a_card_is_written_beside_the_gene(model: Path, tmp_path: Path, calls: list[str]) -> None:
+    found = run(model, tmp_path, card=tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert found.files["card"] == str(tmp_path / "README.md")
+    for said in ("# A safety gene for", "| harmful | refused |", "| question | 10 → 40 of 48",
+                 "recalibrate MODEL.gguf safe.gene.gguf"):  # fmt: skip
+        assert said in text, said
+    with pytest.raises(OutputError):
+        run(model, tmp_path, card=model)

@@ -256,12 +256,12 @@ def test_a_gene_is_pushed_with_its_card_and_pulled_again(hub, model, gene, tmp_p
     assert hub.files["tiny.gene.gguf"] == local.read_bytes()
     assert hub_client.ModelCard(hub.files["README.md"].decode()).data.tags
     hub.files["model.gguf"] = Path(model).read_bytes()  # no gene: it stays there
-    hub.files["../outside.gguf"] = local.read_bytes()
+    hub.files["../outside.gguf"] = hub.files[f"{tmp_path}/absolute.gguf"] = local.read_bytes()
     done = hub("pull", "hf:acme/tiny", "-o", "genes")
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["genes/README.md", "genes/tiny.gene.gguf"]
     assert SafetyGene.load(tmp_path / "genes" / "tiny.gene.gguf").sha256 == gene.sha256
-    assert not (tmp_path / "outside.gguf").exists()
+    assert not [*tmp_path.glob("outside.gguf"), *tmp_path.glob("absolute.gguf")]
     done = hub("pull", "acme/tiny")
     assert str(tmp_path / "cache" / "safegene-edge" / "genes" / "acme--tiny") in done.stdout
 
@@ -280,6 +280,7 @@ def test_what_a_hub_refuses_is_one_line(hub, model, gene, tmp_path):
         (("push", "g.gguf", "acme/tiny"), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
         (("push", "g.gguf", "acme"), {}, "acme: is no repository. Give OWNER/REPO"),
         (("push", model, "acme/tiny"), {}, "not a LoRA adapter"),
+        (("push", "g.gguf", "acme/tiny", "--card", "g.gguf"), {}, "not UTF-8"),
         (("pull", "acme/none"), {}, "no such repository"),
         (("pull", "acme/tiny"), {}, "has no gene among its 0 files"),
     ):

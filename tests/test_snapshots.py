@@ -135,7 +135,7 @@ def plain(line, text, folder):
     if name == "doctor" and "error" not in text:
         return re.sub(r"^(\S+(?: \S+)?) {2,}.*", r"\1  #", text, flags=re.M)
     text = re.sub(r"\b[0-9a-f]{12,64}\b", "#", text)
-    text = re.sub(r"^(refusal_openers|aligned_loss)( +).*", r"\1\2#", text, flags=re.M)
+    text = re.sub(r"^(refusal_openers|aligned_loss) +.*", r"\1  #", text, flags=re.M)
     if name in MEASURED and "--help" not in line and "error:" not in text:
         text = re.sub(r"[+\u2212-]?\d+(?:[.,]\d+)*", "#", text)
         text = re.sub(r"(?<=\S) {2,}", "  ", text)

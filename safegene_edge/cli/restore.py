@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     metavar="GENE.gguf",
     type=click.Path(),
     help='A gene of the family, or where to look for one: a folder, hf:OWNER/REPO, or "auto" for '
-    "the package and what `pull` keeps; default: learn one.",
+    "the package and what `pull` keeps; default: the package's own if it fits, else learn one.",
 )
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(),
               help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip

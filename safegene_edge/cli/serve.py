@@ -43,6 +43,7 @@ from .options import examples, say_next, setting
 @setting(ServeSettings, "require_signed", metavar="KEY")
 @setting(ServeSettings, "compare", is_flag=True)
 @setting(ServeSettings, "chat_only", is_flag=True)
+@setting(ServeSettings, "allow_edit", is_flag=True)
 def serve(
     model: str,
     gene: str | None,
@@ -60,6 +61,7 @@ def serve(
     require_signed: str | None,
     compare: bool,
     chat_only: bool,
+    allow_edit: bool,
 ) -> None:
     """Serve a model to OpenAI clients, with a chat page at /.
 
@@ -85,6 +87,7 @@ def serve(
         require_signed=require_signed,
         compare=compare,
         chat_only=chat_only,
+        allow_edit=allow_edit,
     )
     if not settings.loopback and not api_key:
         click.echo("warning: anyone who reaches this machine can ask: give --api-key", err=True)

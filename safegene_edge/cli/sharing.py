@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import command
+from ..errors import FileFormatError, command
 from .options import examples, say_next
 
 if TYPE_CHECKING:
@@ -33,7 +33,11 @@ def push(gene: str, repository: str, card: str | None, private: bool) -> None:
     from ..files import read_text
     from ..sharing import push as run
 
-    address = run(gene, repository, text=read_text(card) if card else None, private=private)
+    try:
+        text = read_text(card) if card else None
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{card}: is not UTF-8 text", "Give a README.md") from error
+    address = run(gene, repository, text=text, private=private)
     click.echo(address)
     spec = f"hf:{repository.removeprefix('hf:')}"
     say_next(command("restore", "MODEL.gguf", "--gene", spec, "-o", "fitted.gguf"))

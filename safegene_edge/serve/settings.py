@@ -22,6 +22,7 @@ class ServeSettings:
             adapter.
         compare: also offer the model without the gene, under a name of its own.
         chat_only: no /v1/completions.
+        allow_edit: the page lets people change an answer, and marks it.
         max_tokens: tokens of an answer, at most and by default.
         queue: requests that may wait; the next one gets 429.
         seconds: a request's time, with waiting.
@@ -42,6 +43,7 @@ class ServeSettings:
     require_signed: str | None = None
     compare: bool = False
     chat_only: bool = False
+    allow_edit: bool = False
     max_tokens: int = 1024
     queue: int = 64
     seconds: float = 300.0
