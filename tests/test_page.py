@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from adapters import random_adapter
@@ -10,6 +11,13 @@ from browser import axe_faults
 from serving import running
 
 CHATS = "JSON.parse(localStorage.getItem('safegene.chats') || '[]')"
+TURNS = f"""((chat) => {{
+  const found = [];
+  for (let holder = chat, turn; (turn = holder?.next[holder.at]); holder = turn.drafts[turn.at]) {{
+    found.push({{ ask: turn.ask, ...turn.drafts[turn.at] }});
+  }}
+  return found;
+}})({CHATS}[0])"""
 MODEL = "document.getElementById('model').textContent"
 CHAT = "/v1/chat/completions"
 HOSTILE = """# <script>window.bad = 1</script>
@@ -91,14 +99,14 @@ def send(page, text):
 def asked(page, text):
     """The turn that is kept once a question is answered."""
     send(page, text)
-    page.wait_for_function(f"text => {CHATS}[0]?.turns.at(-1).ask == text", arg=text)
+    page.wait_for_function(f"text => {TURNS}.at(-1)?.ask == text", arg=text)
     idle(page)
     return turns(page)[-1]
 
 
 def turns(page):
-    """The turns of the newest conversation, as the browser keeps them."""
-    return page.evaluate(f"{CHATS}[0].turns")
+    """The turns of the newest conversation that are shown, as the browser keeps them."""
+    return page.evaluate(TURNS)
 
 
 def said(page):
@@ -208,13 +216,169 @@ def test_it_streams_and_stops(visit, files):
         assert len(turns(page)[1]["text"]) > 0
 
 
-def test_another_try_takes_the_place_of_the_first(visit, server):
-    page = show(visit, server).page
+def press(page, name, place=0):
+    """Click a button by its name."""
+    page.get_by_role("button", name=name, exact=True).nth(place).click()
+
+
+def test_drafts_are_kept_and_flipped_through(visit, server):
+    tab = show(visit, server)
+    page = tab.page
     first = asked(page, "Say something")["text"]
-    page.get_by_role("button", name="Try again").click()
-    page.wait_for_function(f"first => {CHATS}[0].turns[0].text != first", arg=first)
+    press(page, "Try again")
+    page.wait_for_function(f"first => {TURNS}[0].text != first", arg=first)
     idle(page)
-    assert len(turns(page)) == 1
+    (second,) = turns(page)
+    assert page.locator("#log .flip").inner_text() == "2 of 2"
+    press(page, "Previous draft")
+    assert said(page)[1].split() == first.split() and turns(page)[0]["text"] == first
+    assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Previous draft"
+    asked(page, "And on?")  # goes on from the first
+    page.reload()
+    assert turns(page)[0]["text"] == first and len(turns(page)) == 2
+    press(page, "Next draft")
+    assert [turn["text"] for turn in turns(page)] == [second["text"]]
+    press(page, "Next draft")  # round
+    assert len(turns(page)) == 2
+    assert tab.reported == []
+
+
+def test_an_edited_question_is_a_branch(visit, server):
+    tab = show(visit, server)
+    page = tab.page
+    asked(page, "One")
+    asked(page, "Two")
+    whole = turns(page)
+    press(page, "Edit")
+    assert page.evaluate("document.activeElement.value") == "One"
+    page.keyboard.press("Escape")
+    assert page.locator("#log textarea").count() == 0 and turns(page) == whole
+    press(page, "Edit")
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text("Another")
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"() => {TURNS}[0].ask == 'Another'")
+    idle(page)
+    (turn,) = turns(page)
+    assert turn["text"] == reply(server, [{"role": "user", "content": "Another"}])
+    press(page, "Previous question")
+    assert turns(page) == whole and said(page)[0] == "One"
+    press(page, "Edit", 1)  # the second question, which has a branch of its own
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text("Deeper")
+    press(page, "Send")
+    page.wait_for_function(f"() => {TURNS}[1]?.ask == 'Deeper'")
+    idle(page)
+    page.reload()
+    assert [turn["ask"] for turn in turns(page)] == ["One", "Deeper"]
+    assert tab.reported == []
+
+
+def test_an_answer_is_changed_only_where_the_operator_allows_it(visit, server, files):
+    page = show(visit, server).page
+    asked(page, "May I?")
+    assert page.get_by_role("button", name="Edit answer").count() == 0
+    with running(*files, ctx=8192, max_tokens=8, allow_edit=True) as allowing:
+        tab = show(visit, allowing)
+        page = tab.page
+        own = asked(page, "May I?")["text"]
+        press(page, "Edit answer")
+        page.keyboard.press("Control+A")
+        page.keyboard.insert_text("In my words.")
+        press(page, "Keep")
+        (turn,) = turns(page)
+        assert (turn["text"], turn["edited"]) == ("In my words.", True)
+        assert page.locator("#log .edited").inner_text() == "Changed by hand"
+        history = [("user", "May I?"), ("assistant", "In my words."), ("user", "Then?")]
+        messages = [{"role": role, "content": content} for role, content in history]
+        assert asked(page, "Then?")["text"] == reply(allowing, messages)
+        page.reload()
+        assert page.locator("#log .edited").count() == 1
+        press(page, "Previous draft")
+        assert turns(page)[0]["text"] == own and "edited" not in turns(page)[0]
+        assert tab.reported == []
+
+
+def test_a_deleted_conversation_comes_back(visit, server):
+    page = show(visit, server, FULL).page
+    page.locator("#chats .drop").first.click()
+    assert titles(page) == ["Compared"]
+    page.click("#undo")
+    assert titles(page) == ["A talk", "Compared"] and page.is_hidden("#undo")
+    assert page.evaluate(f"{CHATS}.map(chat => chat.title)") == ["A talk", "Compared"]
+    assert said(page)[0] == "A question"
+
+
+def test_conversations_leave_as_a_file_and_come_back(visit, server, tmp_path):
+    page = show(visit, server, FULL).page
+    with page.expect_download() as caught:
+        page.click("#export")
+    file = tmp_path / "talks.json"
+    caught.value.save_as(file)
+    facts = json.loads(file.read_text())
+    assert [chat["title"] for chat in facts["chats"]] == ["A talk", "Compared"]
+    tab = show(visit, server)
+    page = tab.page
+    assert page.is_disabled("#export")
+    page.set_input_files("#file", file)
+    page.wait_for_function(f"() => {CHATS}.length == 2")
+    assert titles(page) == ["A talk", "Compared"] and said(page)[0] == "A question"
+    page.set_input_files("#file", file)  # once more: beside the others
+    page.wait_for_function(f"() => new Set({CHATS}.map(chat => chat.id)).size == 4")
+    for wrong in ("{", "[]", '{"safegene_chats": 1, "chats": [1, {"id": "a", "next": "x"}]}'):
+        file.write_text(wrong)
+        page.set_input_files("#file", file)
+        page.wait_for_selector("#notice")
+        assert "no conversations" in page.inner_text("#notice")
+        assert len(titles(page)) == 4
+        page.evaluate("document.getElementById('notice').hidden = true")
+    assert tab.reported == []
+
+
+def test_a_hostile_file_gives_text_alone(visit, server, tmp_path):
+    turn = {"ask": HOSTILE, "drafts": [{"text": HOSTILE, "note": HOSTILE, "speed": HOSTILE}]}
+    options = {"temperature": 99, "top_p": "x", "gene": "off", "max_tokens": 5}
+    chat = {"id": "__proto__", "title": HOSTILE, "next": [turn], "at": -7, "options": options}
+    file = tmp_path / "bad.json"
+    file.write_text(json.dumps({"safegene_chats": 1, "chats": [chat]}))
+    tab = show(visit, server)
+    tab.page.set_input_files("#file", file)
+    tab.page.wait_for_function(f"() => {CHATS}.length == 1")
+    assert tab.page.evaluate("window.bad") is None and tab.page.locator("script").count() == 1
+    assert tab.page.evaluate(f"{CHATS}[0].options") == {"max_tokens": 5}
+    assert tab.reported == []
+
+
+def test_system_prompt_and_sampling_go_with_the_question(visit, server):
+    tab = show(visit, server)
+    page = tab.page
+    page.click("#tune")
+    page.fill("#system", "Be brief.")
+    page.fill("#max_tokens", "3")
+    page.fill("#temperature", "0")
+    press(page, "Keep")
+    text = asked(page, "Tell me")["text"]
+    name = server.ask("GET", "/v1/models").json["data"][0]["id"]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me"}]
+    said_there = server.post(CHAT, {"model": name, "messages": messages, "max_tokens": 3}).json
+    assert text == said_there["choices"][0]["message"]["content"]
+    page.reload()
+    assert "set" in page.get_attribute("#tune", "class")
+    page.click("#tune")
+    assert page.input_value("#system") == "Be brief." and page.input_value("#max_tokens") == "3"
+    page.fill("#max_tokens", "25")  # the operator's limit is 24
+    press(page, "Keep")
+    assert page.is_visible("#tuning")  # the browser holds the field to it
+    press(page, "Cancel")
+    assert page.is_hidden("#tuning")
+    assert tab.reported == []
+
+
+def test_the_speed_is_shown(visit, server):
+    page = show(visit, server).page
+    turn = asked(page, "How fast?")
+    assert re.fullmatch(r"\d+ tokens, \d+\.\d a second", turn["speed"])
+    assert turn["speed"] in page.inner_text("#log .answer")
 
 
 def test_compare_shows_both(visit, server, files):
@@ -326,16 +490,32 @@ FULL = [
     *chat_of(("A question", MARKDOWN), ("Another", "An answer")),
     {"id": "b", "title": "Compared", "turns": [{"ask": "x", "text": "y", "bare": "z"}]},
 ]
+BRANCHED = {
+    "id": "c", "title": "Branched", "at": 1, "next": [
+        {"ask": "First", "at": 0, "drafts": [{"text": "An answer"}]},
+        {"ask": "Second", "at": 1, "drafts": [
+            {"text": "The model's"},
+            {"text": "Mine", "edited": True, "speed": "12 tokens, 40.1 a second", "next": [
+                {"ask": "And on", "drafts": [{"text": "So it goes", "note": "Stopped."}]}]},
+        ]},
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("what", ["empty", "talk", "compared", "menu"])
+@pytest.mark.parametrize("what", ["empty", "talk", "compared", "menu", "settings"])
 def test_axe_finds_no_fault(visit, server, what, width, dark):
-    page = show(visit, server, None if what == "empty" else FULL, width=width, dark=dark).page
+    chats = None if what == "empty" else [*FULL, BRANCHED]
+    page = show(visit, server, chats, width=width, dark=dark).page
     if what == "compared":
         page.evaluate("document.querySelectorAll('#chats .open')[1].click()")
         assert page.locator("#log .side").count() == 2
+    if what == "settings":
+        page.click("#tune")
+    if what == "talk":  # with drafts, an edited answer, a box to edit in, and what was deleted
+        page.evaluate("document.querySelectorAll('#chats .open')[2].click()")
+        press(page, "Edit")
     if what == "menu" and width == 390:
         page.click("#menu")
         page.wait_for_function(

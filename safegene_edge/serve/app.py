@@ -257,6 +257,11 @@ class _App:
             "owned_by": "safegene-edge",
             "gene": served.fingerprint,
             "context": served.batcher.n_ctx,
+            "limits": {
+                "max_tokens": self.settings.max_tokens,
+                "temperature": self.settings.temperature,
+            },
+            "allow_edit": self.settings.allow_edit,
         }
 
     def _count(self, ask: Ask, finish: AskFinish | None, seconds: float) -> None:
