@@ -278,6 +278,7 @@ async function run(chat, draft, options) {
   const mine = (state.running = { controller });
   const both = draft.bare !== undefined;
   const steps = path(chat);
+  state.editing = null;
   draw();
   setBusy(true);
   say("Answering.");
@@ -311,6 +312,7 @@ async function run(chat, draft, options) {
 }
 
 function stop() {
+  state.editing = null;
   state.running?.controller.abort();
   state.running = null;
   setBusy(false);
@@ -378,14 +380,15 @@ function hello() {
 /** Flip through what stands beside it: `list` is a holder's turns, or a turn's drafts. */
 function flip(holder, list, name) {
   if (list.length < 2 || state.running) return null;
+  const alike = (label) => [...document.querySelectorAll("#log .flip button")].filter((b) => b.getAttribute("aria-label") === label);
   const go = (step) => (event) => {
+    const label = event.currentTarget.getAttribute("aria-label"), which = alike(label).indexOf(event.currentTarget);
     holder.at = (holder.at + step + list.length) % list.length;
     state.editing = null;
     save();
     draw(true);
     say(`${name} ${holder.at + 1} of ${list.length}.`);
-    const label = event.currentTarget.getAttribute("aria-label"); // drawn anew: the focus stays
-    [...document.querySelectorAll("#log .flip button")].find((b) => b.getAttribute("aria-label") === label)?.focus();
+    alike(label)[which]?.focus(); // it was drawn anew
   };
   const step = (label, shape, by) => {
     const button = el("button", { type: "button", "aria-label": `${label} ${name.toLowerCase()}` });
