@@ -180,8 +180,9 @@ def find(place: PathLike, target: PathLike) -> tuple[str, SafetyGene]:
         MismatchError: none fits.
         SettingError: several fit, and nothing tells them apart.
     """
-    model, seen, fits = open_model(target), 0, {}
+    model, seen = open_model(target), 0
     tokenizer = tokenizer_digest(model)
+    fits: dict[str, tuple[str, SafetyGene]] = {}
     for name, gene in _genes(str(place)):
         seen += 1
         if not check(gene, model) and gene.tokenizer in ("", tokenizer):
@@ -243,7 +244,7 @@ def push(gene: PathLike, repository: str, *, text: str | None = None, private: b
     found, name = SafetyGene.load(gene), Path(gene).name
     if not found.family:
         raise FileFormatError(f"{gene}: is a LoRA, but no gene", "Give what `learn` writes")
-    files = {name: Path(gene), CARD: (text or card(found, name)).encode()}
+    files: dict[str, Path | bytes] = {name: Path(gene), CARD: (text or card(found, name)).encode()}
     return upload(to, files, private=private, message=f"Gene of {_plain(found.family)}")
 
 

@@ -42,7 +42,9 @@ def installed(wheel: Path, folder: Path) -> Path:
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     python = programs / "python"
     pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
-    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    alone = os.environ | {"PYTHONPATH": ""}  # a checkout there would count as installed
+    pip += ["install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, check=True, env=alone)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = subprocess.run([python, "-c", where], check=True, capture_output=True, text=True).stdout
     # A path alone: the .pth files there, an editable install's among them, stay out.

@@ -16,27 +16,17 @@ from .adapters import beside
 from .options import examples, say_next, setting
 
 if TYPE_CHECKING:
-    from click.shell_completion import CompletionItem
-
     from ..merge.inputs import Given
     from ..merge.plan import MergeReport
 
 _ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
 
 
-class _Tool(click.ParamType):
-    """A name that `export` itself checks; the shell completes it."""
+def _tools(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """For the shell; `export` itself checks the name."""
+    from ..export import TOOLS
 
-    name = "tool"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        from click.shell_completion import CompletionItem
-
-        from ..export import TOOLS
-
-        return [CompletionItem(tool) for tool in TOOLS if tool.startswith(incomplete)]
+    return [tool for tool in TOOLS if tool.startswith(incomplete)]
 
 
 @click.command(
@@ -119,7 +109,7 @@ def merge(
         "export llama-server model.gguf fitted.gguf -o for-llama-server",
     )
 )
-@click.argument("tool", type=_Tool())
+@click.argument("tool", shell_complete=_tools)
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
 @click.option(

@@ -73,6 +73,7 @@ def write_card(path: str, gene: SafetyGene, output: str, model: str | None) -> N
     from ..sharing import base_of, card, licence_of
 
     header = open_model(model) if model else None
-    said = {} if header is None else {"licence": licence_of(header), "base": base_of(header)}
-    write_text(path, card(gene, Path(output).name, **said), [output])
+    licence, base = (licence_of(header), base_of(header)) if header else ("", "")
+    text = card(gene, Path(output).name, licence=licence, base=base)
+    write_text(path, text, [output])
     click.echo(f"{path}: written", err=True)
