@@ -1,7 +1,7 @@
 """The command line: thin click commands, and the only place that prints.
 
 Nothing heavy is imported at the top of these modules, so that `--help` answers at once.
-Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a check failed,
+Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a missed threshold,
 2 the user's input, 130 interrupted.
 """
 
@@ -60,7 +60,7 @@ for _command in (
 def main() -> None:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
     try:
-        cli.main(prog_name="safegene-edge", standalone_mode=False)
+        code = cli.main(prog_name="safegene-edge", standalone_mode=False)
     except SafeGeneError as error:
         _fail(str(error), 2)
     except click.UsageError as error:
@@ -77,6 +77,8 @@ def main() -> None:
         _fail(str(error), 2)
     except MemoryError:
         _fail("there is not enough memory", 2)
+    else:
+        sys.exit(code)  # click returns the code of its Exit, and None where a command ends
 
 
 def _fail(message: str, code: int) -> None:

@@ -8,18 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from ..errors import SettingError, command
-from ..evals.settings import DEFAULT_SUITES, CostSettings, EndpointModel, EvalSettings
+from ..evals.settings import (
+    DEFAULT_SUITES,
+    By,
+    CostSettings,
+    EndpointModel,
+    EvalSettings,
+    GateSettings,
+)
 from ..portfolio_settings import PortfolioSettings
 from .adapters import beside, say_where_unfitted
 from .options import default_of, examples, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..evals.asking.journal import Journal
+    from ..evals.report.gate import Gate
     from ..evals.report.report import Report
     from ..evals.report.results import AlignedLabels
 
@@ -63,6 +71,11 @@ class _Options:
     task: tuple[str, ...]
     speed: bool
     aligned: str | None
+    min_refused: float | None
+    max_over_refused: float | None
+    max_kl: float | None
+    max_task_drop: float | None
+    by: By
     quick: bool
     full: bool
     resume: str | None
@@ -83,6 +96,8 @@ class _Options:
         chosen = _QUICK if self.quick else _FULL if self.full else {}
         if self.endpoint:
             chosen = _for_a_server(chosen)
+        if self.max_kl is not None and self.kl is None:
+            self.kl = _FULL["kl"]
         for name, value in {**_FALLBACK, **chosen}.items():
             current = getattr(self, name)
             if current is None or current is False or current == ():  # 0 is a choice
@@ -106,6 +121,8 @@ class _Options:
             "--perplexity": self.perplexity,
             "--task": self.task,
             "--speed": self.speed,
+            "--max-kl": self.max_kl is not None,
+            "--max-task-drop": self.max_task_drop is not None,
         }
         if given := [name for name, value in local.items() if value]:
             raise click.UsageError(f"{given[0]} needs a local model, not --endpoint")
@@ -125,6 +142,11 @@ class _Options:
             limit=self.limit,
             attack_limit=self.attack_limit,
             n_parallel=self.parallel,
+        )
+
+    def gate(self) -> GateSettings:
+        return GateSettings(
+            self.min_refused, self.max_over_refused, self.max_kl, self.max_task_drop, self.by
         )
 
     def costs(self) -> CostSettings:
@@ -199,6 +221,11 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     type=click.Path(),
     help="Keep finished answers in FILE, and go on from it.",
 )
+@setting(GateSettings, "min_refused", metavar="SHARE", type=float)
+@setting(GateSettings, "max_over_refused", metavar="SHARE", type=float)
+@setting(GateSettings, "max_kl", metavar="NATS", type=float)
+@setting(GateSettings, "max_task_drop", metavar="SHARE", type=float)
+@setting(GateSettings, "by", type=click.Choice(get_args(By)))
 @click.option("--no-resume", is_flag=True, help="Neither keep nor look up finished answers.")
 @click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server instead of MODEL.")
 @click.option("--model-name", metavar="NAME", help="The server's name of the model.")
@@ -221,6 +248,9 @@ def evaluate_model(**options: Any) -> None:
 
     A run that was stopped goes on where it was: finished answers lie in the user's cache
     folder until the report is written, or in the FILE of --resume.
+
+    With a threshold the exit code is 1 where it is missed, or where the prompts are too few
+    to show that it is met.
     """
     from ..files import check_output, write_text
 
@@ -239,6 +269,7 @@ def evaluate_model(**options: Any) -> None:
     for path in outputs:
         click.echo(f"report: {path}", err=True)
     say_next(*_after(chosen))
+    end_by(report.gate())
 
 
 def _after(chosen: _Options) -> list[str]:
@@ -251,6 +282,18 @@ def _after(chosen: _Options) -> list[str]:
     if chosen.json_out:
         steps.append(command("report", "verify", chosen.json_out))
     return steps or [command("report", "--help")]
+
+
+def end_by(gate: Gate, quiet: bool = False) -> None:
+    """Print each threshold's line; exit with 1 where one is missed or undecided.
+
+    Args:
+        quiet: standard output holds JSON: print the failed ones alone.
+    """
+    for threshold in gate.failed if quiet else gate.thresholds:
+        click.echo(str(threshold), err=threshold.state != "met")
+    if gate.failed:
+        raise click.exceptions.Exit(1)
 
 
 def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -275,6 +318,7 @@ def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
         "settings": chosen.settings(),
         "attacks": chosen.attack_names,
         "aligned": _aligned(chosen.aligned),
+        "gate": chosen.gate(),
         "journal": journal,
         "progress": advance,
     }

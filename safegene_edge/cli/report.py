@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
 from ..errors import command
-from .options import HelpGroup, examples, say_next
+from ..evals.settings import By, GateSettings
+from .options import HelpGroup, examples, say_next, setting
 
 if TYPE_CHECKING:
     from ..evals.report.compare import Comparison
@@ -153,15 +154,33 @@ def record(report: str, output: str | None) -> None:
 )
 @click.argument("first", metavar="A.json", type=click.Path())
 @click.argument("second", metavar="B.json", type=click.Path())
+@click.option("--no-worse", is_flag=True, help="Exit with 1 unless B is shown to be no worse.")
+@click.option(
+    "--margin",
+    default=0.05,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="How much worse, as a share of the prompts, still counts as no worse.",
+)
+@setting(GateSettings, "by", type=click.Choice(get_args(By)))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def compare(first: str, second: str, as_json: bool) -> None:
+def compare(first: str, second: str, no_worse: bool, margin: float, by: By, as_json: bool) -> None:
     """Compare two runs suite by suite, and say where they cannot be compared."""
-    from ..evals.report.compare import compare as run
+    from ..evals.report import compare as comparing
     from ..evals.report.schema import read_report
+    from .evaluation import end_by
 
-    found = run(read_report(first), read_report(second))
-    click.echo(_json(found.to_json()) if as_json else _lines(found), nl=not as_json)
+    a, b = read_report(first), read_report(second)
+    found = comparing.compare(a, b)
+    gate = comparing.no_worse(a, b, margin, by) if no_worse else None
+    if as_json:
+        facts = found.to_json() | ({} if gate is None else {"no_worse": gate.to_json()})
+        click.echo(_json(facts), nl=False)
+    else:
+        click.echo(_lines(found))
     say_next(command("report", "render", second, "-o", Path(second).with_suffix(".html")))
+    if gate is not None:
+        end_by(gate, quiet=as_json)
 
 
 def _json(value: object) -> str:

@@ -38,7 +38,14 @@ from .report.results import (
     Cost,
     SuiteResult,
 )
-from .settings import BUILT_IN, DEFAULT_SUITES, CostSettings, EndpointModel, EvalSettings
+from .settings import (
+    BUILT_IN,
+    DEFAULT_SUITES,
+    CostSettings,
+    EndpointModel,
+    EvalSettings,
+    GateSettings,
+)
 
 if TYPE_CHECKING:
     from ..runtime.llama import AttachedAdapter, SafeLlama
@@ -58,6 +65,7 @@ def evaluate(
     attacks: Iterable[str] = (),
     costs: CostSettings | None = None,
     aligned: AlignedLabels | None = None,
+    gate: GateSettings | None = None,
     journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -73,14 +81,16 @@ def evaluate(
         attacks: names from `attacks.ATTACKS`, or "all", tried on the harmful suites.
         costs: what to measure beside over-refusal.
         aligned: the aligned model's labels (`report.aligned_labels`), for what came back.
+        gate: thresholds that `Report.gate` and the report's JSON say are met or missed.
         journal: where finished answers are kept and looked up, to go on after a stop.
         progress: called with answers done and answers in all.
 
     Raises:
         SafeGeneError: a file cannot be read, or an adapter does not fit.
     """
-    settings = settings or EvalSettings()
+    settings, gate = settings or EvalSettings(), gate or GateSettings()
     plan = _Plan.of(suites, choose_attacks(attacks), settings, costs or CostSettings())
+    plan.check(gate, gene is not None)
     clock = _Clock()
     with ExitStack() as stack:
         llama = _opened(model, stack)
@@ -111,6 +121,7 @@ def evaluate(
             versions=versions(),
             times=clock.times(threads=llama.n_threads, **timed),
             aligned=aligned or {},
+            thresholds=gate,
         )
 
 
@@ -122,6 +133,7 @@ def evaluate_endpoint(
     settings: EvalSettings | None = None,
     attacks: Iterable[str] = (),
     aligned: AlignedLabels | None = None,
+    gate: GateSettings | None = None,
     journal: Journal | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -134,8 +146,9 @@ def evaluate_endpoint(
         SafeGeneError: the server cannot be reached or refuses, or an attack needs more than
             a chat server offers.
     """
-    settings = settings or EvalSettings()
+    settings, gate = settings or EvalSettings(), gate or GateSettings()
     plan = _Plan.of(suites, choose_attacks(attacks, served=True), settings, CostSettings())
+    plan.check(gate, after is not None)
     clock = _Clock()
     with Endpoint(before, after, settings.max_tokens, journal or Journal()) as endpoint:
         asked = plan.ask(endpoint, clock, progress)
@@ -152,6 +165,7 @@ def evaluate_endpoint(
         versions={"safegene_edge": __version__},
         times=clock.times(),
         aligned=aligned or {},
+        thresholds=gate,
     )
 
 
@@ -191,6 +205,19 @@ class _Plan:
         if plan.attacks and not plan.attacked:
             raise SettingError("no harmful suite to attack", "Add --suite harmful")
         return plan
+
+    def check(self, gate: GateSettings, gene: bool) -> None:
+        """Raise a SettingError where a threshold's figure would not be measured."""
+        kinds = {suite.kind for suite in self.suites}
+        lacks = {
+            "min_refused": ("harmful" not in kinds, "no harmful suite", "Add --suite harmful"),
+            "max_over_refused": ("harmless" not in kinds, "no harmless suite", "Add one"),
+            "max_kl": (not gene or not self.costs.kl_prompts, "no gene, or no --kl", "Give both"),
+            "max_task_drop": (not gene or not self.tasks, "no gene, or no --task", "Give both"),
+        }
+        for name, (lacking, cause, remedy) in lacks.items():
+            if lacking and getattr(gate, name) is not None:
+                raise SettingError(f"{name} is set, and there is {cause}", remedy)
 
     @property
     def attacked(self) -> list[Suite]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 from ..errors import SettingError
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..files import PathLike
 
 DEFAULT_SUITES: tuple[str, ...] = ("harmful", "borderline", "harmless")
+By: TypeAlias = Literal["bound", "estimate"]
 BUILT_IN: tuple[str, ...] = (*DEFAULT_SUITES, "languages")
 
 
@@ -69,6 +70,39 @@ class CostSettings:
         for name, least in (("kl_prompts", 0), ("kl_tokens", 1), ("perplexity_tokens", 2)):
             if getattr(self, name) < least:
                 raise SettingError(f"{name} is {getattr(self, name)}", f"Give {least} or more")
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What an evaluation must reach; None asks nothing.
+
+    Attributes:
+        min_refused: fail below this share of harmful prompts refused, such as 0.9.
+        max_over_refused: fail above this share of harmless prompts refused, wholly or in part.
+        max_kl: fail above this KL divergence from the model without the gene, in nats a token.
+        max_task_drop: fail where the gene takes more than this share of a task's accuracy.
+        by: hold thresholds against the worse end of the 95 % interval, or the estimate itself.
+    """
+
+    min_refused: float | None = None
+    max_over_refused: float | None = None
+    max_kl: float | None = None
+    max_task_drop: float | None = None
+    by: By = "bound"
+
+    def __post_init__(self) -> None:
+        for name in ("min_refused", "max_over_refused", "max_kl", "max_task_drop"):
+            value, most = getattr(self, name), float("inf") if name == "max_kl" else 1
+            if value is not None and not 0 <= value <= most:
+                raise SettingError(f"{name} is {value}", "Give a share in 0..1, such as 0.05")
+        if self.by not in get_args(By):
+            raise SettingError(f"by is '{self.by}'", f"Give {' or '.join(get_args(By))}")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a threshold."""
+        every = (self.min_refused, self.max_over_refused, self.max_kl, self.max_task_drop)
+        return any(limit is not None for limit in every)
 
 
 @dataclass(frozen=True)

@@ -270,6 +270,10 @@ _BEYOND, _CHANCE = "larger than chance explains", "chance"
 def _warnings(report: Json, refused: Outcome | None, over: Outcome | None) -> Iterator[str]:
     if report.get("gene") is None:
         yield "No gene took part: these are the model's own figures."
+    gate: Json = report.get("gate") or {}
+    for threshold in gate.get("thresholds") or ():
+        if threshold["state"] != "met":
+            yield f"A threshold is {threshold['state']}: {threshold['text']}."
     yield from _cost_warnings(refused, over)
     yield from _size_warnings(refused, over)
     yield from _answer_warnings(report)
@@ -407,6 +411,22 @@ def plain(value: object) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return ", ".join(map(plain, value)) or "none"
     return str(value)
+
+
+GATE_HEADINGS = ("Threshold", "Asked", "State", "Measured")
+GATE_BY = {
+    "bound": "the worse end of each 95 % interval",
+    "estimate": "the figures themselves, whatever their intervals",
+}
+
+
+def gate_rows(report: Json) -> list[list[str]]:
+    """The gate's thresholds as cells; empty where a report has no gate."""
+    found: Json = report.get("gate") or {}
+    return [
+        [t["name"].replace("_", " "), f"{t['limit']:g}", t["state"], t["text"]]
+        for t in found.get("thresholds") or ()
+    ]
 
 
 COST_HEADINGS = ("Cost", *HEADINGS.values(), "95 % interval of the effect", "Items", "Note")

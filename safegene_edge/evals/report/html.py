@@ -204,6 +204,18 @@ def _beware(found: Summary) -> Markup | None:
 # -- sections -----------------------------------------------------------------
 
 
+def _gate(report: Json) -> _Section | None:
+    rows = [
+        tag("tr", tag("th", name, scope="row"), *(tag("td", cell) for cell in cells))
+        for name, *cells in findings.gate_rows(report)
+    ]
+    if not rows:
+        return None
+    note = "Held against " + findings.GATE_BY[report["gate"]["by"]] + "."
+    table = _table("Thresholds", findings.GATE_HEADINGS, [tag("tbody", *rows)])
+    return _Section("gate", "Thresholds", tag("p", note), table)
+
+
 def _results(report: Json) -> _Section:
     limit = report["settings"].get("max_tokens")
     note = "n/N (share, 95 % Wilson interval); greedy answers"
@@ -420,6 +432,6 @@ def _limits(own: Json) -> Markup | None:
 
 
 _SECTIONS: tuple[Callable[[Json], _Section | None], ...] = (
-    _results, _trade, _categories, _forms, _attacks, _languages, _costs, _layers, _examples,
-    _record,
+    _gate, _results, _trade, _categories, _forms, _attacks, _languages, _costs, _layers,
+    _examples, _record,
 )  # fmt: skip

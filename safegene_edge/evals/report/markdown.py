@@ -32,6 +32,7 @@ def render_markdown(report: Json) -> str:
     """The report, which must have the schema's shape, as a Markdown document."""
     parts = (
         _verdict(report),
+        _gate(report),
         _results(report),
         _groups(report, "categories", "By category"),
         _groups(report, "forms", "By form"),
@@ -72,6 +73,12 @@ def _verdict(report: Json) -> Iterator[str]:
     if found.warnings:
         warnings = "\n".join(f"> - {text(warning)}" for warning in found.warnings)
         yield f"> **Before you rely on this**\n>\n{warnings}"
+
+
+def _gate(report: Json) -> Iterator[str]:
+    if rows := findings.gate_rows(report):
+        yield "## Thresholds"
+        yield _table(findings.GATE_HEADINGS, [list(map(text, row)) for row in rows])
 
 
 def _results(report: Json) -> Iterator[str]:
@@ -158,7 +165,7 @@ def render_record(report: Json) -> str:
     """The safety record alone, with the verdict and the results that it vouches for."""
     title = f"# Safety record: {text(report['model']['name'])}"
     sentence = findings.verdict(report).sentence
-    parts = [title, sentence, *list(_results(report))[1:]]
+    parts = [title, sentence, *_gate(report), *list(_results(report))[1:]]
     return "\n\n".join([*parts, *record_sections(report, "## What was tested")]) + "\n"
 
 

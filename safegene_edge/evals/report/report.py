@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .gate import Gate, gate
 from .html import render_html
 from .json import report_json
 from .markdown import render_markdown
@@ -20,7 +21,13 @@ class Report(Evaluation):
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values; only `times` differs between two equal runs."""
         facts = report_json(self)
+        if self.thresholds.asks:
+            facts["gate"] = gate(facts, self.thresholds).to_json()
         return {**facts, "record": record_for(facts)}
+
+    def gate(self) -> Gate:
+        """The thresholds that were set, and what became of them."""
+        return gate(report_json(self), self.thresholds)
 
     def to_html(self) -> str:
         """One self-contained HTML page."""

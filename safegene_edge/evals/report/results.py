@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from ...prompts import Prompt
 from ..asking.suites import Suite
 from ..judge import Verdict
-from ..settings import EvalSettings
+from ..settings import EvalSettings, GateSettings
 
 # By suite name and version, then by prompt id: the label of the aligned model's answer.
 AlignedLabels: TypeAlias = Mapping[tuple[str, str], Mapping[str, str | None]]
@@ -114,3 +114,4 @@ class Evaluation:
     versions: Mapping[str, str] = field(default_factory=dict)
     times: Mapping[str, Any] = field(default_factory=dict)
     aligned: AlignedLabels = field(default_factory=dict)
+    thresholds: GateSettings = field(default_factory=GateSettings)
