@@ -84,7 +84,7 @@ def completion(text):
 def answer_of(behave, text="hello", **settings):
     with Scripted(behave) as server:
         served = EndpointModel(server.url, "m", pause=0.001, **settings)
-        with Endpoint(served, None, 8, Journal()) as endpoint:
+        with Endpoint(served, None, EvalSettings(max_tokens=8), Journal()) as endpoint:
             return endpoint.ask("before", [Chat.user(text)])[0].text, server
 
 
@@ -165,7 +165,7 @@ def test_no_server():
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     served = EndpointModel(url, "m", retries=1, pause=0.001)
     with (
-        Endpoint(served, None, 8, Journal()) as endpoint,
+        Endpoint(served, None, EvalSettings(max_tokens=8), Journal()) as endpoint,
         pytest.raises(EndpointError, match="cannot be reached"),
     ):
         endpoint.ask("before", [Chat.user("hello")])

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _QUICK: dict[str, Any] = {
     "limit": 40,
     "max_tokens": 24,
+    "think_tokens": 256,
     "attacks": ("prefix_injection", "prefill"),
     "attack_limit": 12,
     "kl": 12,
@@ -48,6 +49,7 @@ _FULL: dict[str, Any] = {
 }
 _FALLBACK: dict[str, Any] = {
     "max_tokens": default_of(EvalSettings, "max_tokens"),
+    "think_tokens": default_of(EvalSettings, "think_tokens"),
     "attack_limit": default_of(EvalSettings, "attack_limit"),
     "kl": default_of(CostSettings, "kl_prompts"),
 }
@@ -63,6 +65,8 @@ class _Options:
     suites: tuple[str, ...]
     limit: int | None
     max_tokens: int | None
+    think_tokens: int | None
+    no_think: bool
     parallel: int
     attacks: tuple[str, ...]
     attack_limit: int | None
@@ -142,6 +146,8 @@ class _Options:
             limit=self.limit,
             attack_limit=self.attack_limit,
             n_parallel=self.parallel,
+            think_tokens=self.think_tokens or 1,
+            no_think=self.no_think,
         )
 
     def gate(self) -> GateSettings:
@@ -196,6 +202,8 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
          metavar="NAME|FILE", type=click.Path())  # fmt: skip
 @setting(EvalSettings, "limit", metavar="N", type=click.IntRange(min=1))
 @setting(EvalSettings, "max_tokens", preset=True, type=click.IntRange(min=1))
+@setting(EvalSettings, "think_tokens", preset=True, type=click.IntRange(min=1))
+@setting(EvalSettings, "no_think", is_flag=True)
 @setting(EvalSettings, "n_parallel", "--parallel", "parallel", type=click.IntRange(1, 255))
 @click.option("--quick", is_flag=True, help="Under a minute for a small model.")
 @click.option("--full", is_flag=True, help="Every suite, attack and cost.")

@@ -38,6 +38,8 @@ from .options import examples, say_next, setting
 @setting(ServeSettings, "queue", type=click.IntRange(min=1))
 @setting(ServeSettings, "seconds", type=click.FloatRange(min=0, min_open=True))
 @setting(ServeSettings, "temperature", type=click.FloatRange(0, 2))
+@setting(ServeSettings, "no_think", is_flag=True)
+@setting(ServeSettings, "chat_template_kwargs", metavar="JSON")
 @setting(ServeSettings, "api_key", envvar="SAFEGENE_API_KEY", metavar="KEY")
 @setting(ServeSettings, "cors", multiple=True, metavar="ORIGIN")
 @setting(ServeSettings, "require_signed", metavar="KEY")
@@ -56,6 +58,8 @@ def serve(
     queue: int,
     seconds: float,
     temperature: float,
+    no_think: bool,
+    chat_template_kwargs: str,
     api_key: str | None,
     cors: tuple[str, ...],
     require_signed: str | None,
@@ -82,6 +86,8 @@ def serve(
         queue=queue,
         seconds=seconds,
         temperature=temperature,
+        no_think=no_think,
+        chat_template_kwargs=chat_template_kwargs,
         api_key=api_key,
         cors=cors,
         require_signed=require_signed,

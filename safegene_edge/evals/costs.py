@@ -285,7 +285,7 @@ def _plain(text: str) -> str:
 def _chosen(local: LocalModel, column: str, item: Item) -> str:
     key = local.key("choice", column, item.prompt, item.choices)
     if key not in local.journal:
-        prompt = local.prompt(Chat.user(item.prompt))
+        prompt = local.prompt(Chat.user(item.prompt), answering=True)
         tokens = [
             list(local.llama.tokenize(choice.encode(), add_bos=False, special=False))
             for choice in item.choices

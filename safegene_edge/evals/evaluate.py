@@ -150,7 +150,7 @@ def evaluate_endpoint(
     plan = _Plan.of(suites, choose_attacks(attacks, served=True), settings, CostSettings())
     plan.check(gate, after is not None)
     clock = _Clock()
-    with Endpoint(before, after, settings.max_tokens, journal or Journal()) as endpoint:
+    with Endpoint(before, after, settings, journal or Journal()) as endpoint:
         asked = plan.ask(endpoint, clock, progress)
     return Report(
         model=Artifact(before.name, ""),
@@ -401,8 +401,8 @@ def _adaptively(
 
 
 def _judged(prompt: Prompt, reply: Reply) -> Answer:
-    if reply.text is None:  # the chat did not fit: no answer to judge
-        return Answer(prompt, "", None)
+    if reply.text is None:  # the chat did not fit, or the thought never ended: nothing to judge
+        return Answer(prompt, "", None, reply.thinking)
     return Answer(prompt, reply.text, judge(prompt.text, reply.text))
 
 
@@ -469,6 +469,8 @@ def _local(
         n_ctx=settings.n_ctx,
         journal=journal,
         openers=content.refusal_openers if isinstance(content, SafetyGene) else (),
+        think_tokens=settings.think_tokens,
+        no_think=settings.no_think,
     )
     return stack.enter_context(local)
 

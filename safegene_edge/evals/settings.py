@@ -28,6 +28,8 @@ class EvalSettings:
         n_parallel: answers generated together.
         n_ctx: KV cells for all of them together.
         gene_scale: the gene's scale in the "after" column.
+        think_tokens: tokens of a thought before the answer, which `max_tokens` does not count.
+        no_think: ask for answers without a thought, by the template's switch if it has one.
         include_completions: put the answers into the JSON. They may be harmful.
     """
 
@@ -37,10 +39,12 @@ class EvalSettings:
     n_parallel: int = 16
     n_ctx: int = 4096
     gene_scale: float = 1.0
+    think_tokens: int = 512
+    no_think: bool = False
     include_completions: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "limit", "attack_limit", "n_parallel", "n_ctx"):
+        for name in ("max_tokens", "limit", "attack_limit", "n_parallel", "n_ctx", "think_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingError(f"{name} is {value}", "Give 1 or more")

@@ -76,7 +76,7 @@ def header_of(llama: SafeLlama) -> int:
 def rendered(llama: SafeLlama, prompts: Iterable[Prompt], system: str = "") -> list[list[int]]:
     """Prompts by the model's template, behind a system prompt if there is one."""
     before = [{"role": "system", "content": system}] if system else []
-    return [llama.render(before + prompt.as_dicts()) for prompt in prompts]
+    return [llama.render_answer(before + prompt.as_dicts()) for prompt in prompts]
 
 
 def refused(llama: SafeLlama, prompts: Sequence[Prompt], said: Sequence[list[int]]) -> list[bool]:

@@ -58,10 +58,10 @@ class Asked:
 
     @classmethod
     def of(cls, llama: SafeLlama, examples: Examples) -> Asked:
-        """Rendered by the target's template."""
+        """Rendered by the target's template, up to where an answer begins."""
 
         def rendered(prompts: Iterable[Prompt]) -> list[list[int]]:
-            return [list(llama.render(prompt.as_dicts())) for prompt in prompts]
+            return [llama.render_answer(prompt.as_dicts()) for prompt in prompts]
 
         return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
 

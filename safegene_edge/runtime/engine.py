@@ -17,6 +17,7 @@ from ..aliases import Floats
 from ..errors import SettingError
 from .logits import kl_from_logits, log_softmax, log_sum_exp
 from .schedule import Choose, Job, Scales, Scheduler
+from .thinking import CLOSE, Thought
 
 Finish = Literal["stop", "length", "context", "cancelled"]
 
@@ -66,6 +67,7 @@ class Engine(Scheduler):
         on_done: Callable[[int, Generation], None] | None = None,
         cancel: threading.Event | None = None,
         stop_at_end: bool = True,
+        thought: Thought | None = None,
     ) -> list[Generation]:
         """Greedy answers to token sequences, in the order of the prompts.
 
@@ -77,13 +79,15 @@ class Engine(Scheduler):
             cancel: when set, unfinished answers are returned as "cancelled"; looked at
                 between decodes.
             stop_at_end: False goes on past the end-of-text token (for timing).
+            thought: the model may think first; `max_tokens` then counts after the thought. One
+                that does not end within its own tokens leaves no answer, "length".
 
         A prompt that does not fit into the context gives an empty answer, "context".
         """
         if max_tokens < 1:
             raise SettingError(f"max_tokens is {max_tokens}", "Give 1 or more")
         answers = [Generation() for _ in prompts]
-        jobs, choose = self._answering(prompts, answers, max_tokens, on_done, stop_at_end)
+        jobs, choose = self._answering(prompts, answers, max_tokens, on_done, stop_at_end, thought)
         self._run(jobs, adapters, cancel, choose, None)
         return answers
 
@@ -94,8 +98,11 @@ class Engine(Scheduler):
         max_tokens: int,
         on_done: Callable[[int, Generation], None] | None = None,
         stop_at_end: bool = True,
+        thought: Thought | None = None,
     ) -> tuple[list[Job], Choose]:
         """Jobs that fill `answers`, and what takes each one's next token."""
+        thinking = set(range(len(prompts))) if thought else set()
+        most = max_tokens + (thought.tokens if thought else 0)
 
         def finish(job: Job, reason: Finish) -> None:
             answers[job.index].finish = reason
@@ -112,6 +119,8 @@ class Engine(Scheduler):
                 answers[job.index].tokens.append(token)
                 job.tokens.append(token)
                 job.n_new -= 1
+                if thought and job.index in thinking:
+                    self._think(job, answers[job.index].tokens, thought, max_tokens, thinking)
                 if job.n_new == 0:
                     finish(job, "length")
                     done.append(job)
@@ -119,12 +128,24 @@ class Engine(Scheduler):
 
         jobs = []
         for index, prompt in enumerate(prompts):
-            job = Job(index, _tokens(prompt), frozenset(), max_tokens)
-            if len(prompt) + max_tokens > self.n_ctx:
+            job = Job(index, _tokens(prompt), frozenset(), most)
+            if len(prompt) + most > self.n_ctx:
                 finish(job, "context")
             else:
                 jobs.append(job)
         return jobs, choose
+
+    @staticmethod
+    def _think(
+        job: Job, tokens: list[int], thought: Thought, max_tokens: int, thinking: set[int]
+    ) -> None:
+        """Begin to count the answer where the thought ends; give up where it takes too long."""
+        if thought.ended(tokens):
+            thinking.discard(job.index)
+            thought_of = CLOSE in thought.text(tokens)
+            job.leave(max_tokens if thought_of else max(max_tokens - len(tokens), 0))
+        elif len(tokens) >= thought.tokens:
+            job.leave(0)
 
     def _is_end(self, token: int) -> bool:
         return bool(llama_cpp.llama_vocab_is_eog(self.llama._model.vocab, token))

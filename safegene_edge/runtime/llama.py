@@ -31,6 +31,7 @@ from .devices import physical_cores
 from .log import reason
 from .shared import AttachedAdapter as AttachedAdapter
 from .shared import OtherAdaptersError, SharedLlama, find_attached
+from .thinking import Thinking
 
 DEFAULT_CONTEXT = 2048
 _STEP = 256  # llama.cpp makes a context of whole steps, and llama-cpp-python does not know it
@@ -65,6 +66,8 @@ class SafeLlama(SharedLlama):
         n_threads: default: the machine's physical cores.
         n_gpu_layers: default: all where the build can offload, else none.
         verbose: llama.cpp's log on stderr.
+        chat_template_kwargs: variables of the chat template for every chat, such as
+            {"enable_thinking": False}.
         options: any other argument of `llama_cpp.Llama`, except its `lora_*`. A `chat_format`
             or `chat_handler` replaces this class's rendering of chats, and its guard against
             forged turns.
@@ -84,8 +87,11 @@ class SafeLlama(SharedLlama):
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         verbose: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._thinking: Thinking | None = None
         self._attached: list[AttachedAdapter] = []
         self._formatter: ChatTemplate | None = None
         self._on: Weights = frozenset()
@@ -381,7 +387,8 @@ class SafeLlama(SharedLlama):
             messages: each with a role and a content, which is a string or parts of type
                 "text". An assistant's content may be None.
             add_generation_prompt: open the assistant's turn at the end.
-            variables: what else the template reads, such as `tools`.
+            variables: what else the template reads, such as `tools` or Qwen3's
+                `enable_thinking`; they go before `chat_template_kwargs`.
 
         Raises:
             SettingError: the template refuses these messages (a system role, say), or one of
@@ -389,15 +396,7 @@ class SafeLlama(SharedLlama):
             FileFormatError: the template cannot be compiled.
         """
         template = self.chat_template
-        try:
-            parts = template.parts(
-                messages, add_generation_prompt=add_generation_prompt, variables=variables
-            )
-        except SafeGeneError:
-            raise
-        except Exception as error:  # a template may raise anything
-            reason = str(error) or type(error).__name__
-            raise SettingError(f"{self._file.path}: its chat template failed ({reason})") from error
+        parts = self._parts(messages, add_generation_prompt, variables)
         if not parts:
             raise SettingError(f"{self._file.path}: its chat template shows none of these messages")
         add_bos = not (template.bos and parts and parts[0][0].startswith(template.bos))
@@ -406,6 +405,50 @@ class SafeLlama(SharedLlama):
             tokens += self.tokenize(text.encode(), add_bos=add_bos, special=trusted)
             add_bos = False
         return tokens
+
+    def _parts(
+        self, messages: Sequence[Mapping[str, Any]], prompted: bool, variables: Mapping[str, Any]
+    ) -> list[tuple[str, bool]]:
+        given = {**self.chat_template_kwargs, **variables}
+        try:
+            return self.chat_template.parts(
+                messages, add_generation_prompt=prompted, variables=given
+            )
+        except SafeGeneError:
+            raise
+        except Exception as error:  # a template may raise anything
+            reason = str(error) or type(error).__name__
+            raise SettingError(f"{self._file.path}: its chat template failed ({reason})") from error
+
+    @property
+    def thinking(self) -> Thinking:
+        """How the model thinks before it answers, as its template has it.
+
+        Raises:
+            SettingError, FileFormatError: as `render`.
+        """
+        if self._thinking is None:
+            word = "Hello"
+
+            def end_of_prompt(variables: Mapping[str, Any]) -> str:
+                parts = self._parts([{"role": "user", "content": word}], True, variables)
+                return "".join(text for text, _ in parts).rpartition(word)[2]
+
+            self._thinking = Thinking.of(self.metadata.get(_TEMPLATE, ""), end_of_prompt)
+        return self._thinking
+
+    def render_answer(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """As `render`, up to where the answer itself begins: behind a thought, and that empty.
+
+        What a model that thinks says first is no answer. Refusals are looked for here.
+        """
+        thinking = self.thinking
+        if thinking.switch:
+            variables = {thinking.switch: False, **variables}
+        tokens = self.render(messages, **variables)
+        if not thinking.missing:
+            return tokens
+        return tokens + self.tokenize(thinking.missing.encode(), add_bos=False, special=True)
 
     def create_chat_completion(
         self,
@@ -440,9 +483,9 @@ class SafeLlama(SharedLlama):
                 **options,
             )  # fmt: skip
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without special tokens."""
-        return str(self.detokenize(list(tokens)).decode("utf-8", "replace"))
+    def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Tokens as text, without special tokens unless asked for."""
+        return str(self.detokenize(list(tokens), special=special).decode("utf-8", "replace"))
 
     def _chat_formatter(self) -> ChatTemplate:
         template = self.metadata.get(_TEMPLATE, "")

@@ -66,6 +66,7 @@ class Job:
     n_new: int
     fed: int = 0
     slot: int = -1
+    spare: int = 0  # cells that it turned out not to need, and holds until it is done
     own_from: int = field(init=False)  # a wanted position, or its last token: never copied
 
     def __post_init__(self) -> None:
@@ -73,7 +74,12 @@ class Job:
         self.own_from = min(self.wanted, default=last)
 
     def cells(self, shared: int) -> int:
-        return len(self.tokens) - shared + self.n_new
+        return len(self.tokens) - shared + self.n_new + self.spare
+
+    def leave(self, n_new: int) -> None:
+        """Add no more than so many tokens."""
+        self.spare += self.n_new - n_new
+        self.n_new = n_new
 
 
 class Scheduler:

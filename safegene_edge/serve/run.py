@@ -86,8 +86,13 @@ def opened(
     if settings.compare and gene is None:
         raise SettingError("there is nothing to compare without a gene", "Give --gene")
     signed = _signed(gene, adapters, settings.require_signed)
-    with SafeLlama(model, adapters, **{**_SMALL, **options}) as llama:
+    variables = settings.template_variables()
+    with SafeLlama(
+        model, adapters, chat_template_kwargs=variables, **{**_SMALL, **options}
+    ) as llama:
         require_chat(llama)  # or every chat would be refused
+        if settings.no_think:
+            llama.chat_template_kwargs[_switch(llama)] = False
         relay = Relay()
         name, fingerprint = Path(model).stem, NO_GENE
         others: Scales = {adapter: adapter.scale for adapter in llama.adapters}
@@ -135,6 +140,16 @@ def _signed(
     if gene is None:
         raise SettingError("there is no gene that could be signed", "Give --gene")
     return {path: verify(path, key).sha256 for path in (gene, *adapters)}
+
+
+def _switch(llama: SafeLlama) -> str:
+    """The template's variable that turns thoughts off."""
+    if not llama.thinking.switch:
+        raise SettingError(
+            f"{llama.model_path}: its chat template has no switch for thoughts",
+            "Leave --no-think out",
+        )
+    return llama.thinking.switch
 
 
 def address(sock: socket.socket) -> str:

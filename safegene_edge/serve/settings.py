@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import SettingError
 
@@ -27,6 +29,8 @@ class ServeSettings:
         queue: requests that may wait; the next one gets 429.
         seconds: a request's time, with waiting.
         temperature: where a request names none; 0 is what the gene was measured with.
+        no_think: answers without a thought, by the chat template's switch (Qwen3's, say).
+        chat_template_kwargs: variables of the chat template for every request, as a JSON object.
         max_body: bytes of a request.
         max_messages: messages of a request.
         read_seconds: for a client to send a request, and to read what it was sent.
@@ -48,6 +52,8 @@ class ServeSettings:
     queue: int = 64
     seconds: float = 300.0
     temperature: float = 0.0
+    no_think: bool = False
+    chat_template_kwargs: str = ""
     max_body: int = 1 << 20
     max_messages: int = 256
     read_seconds: float = 20.0
@@ -73,6 +79,25 @@ class ServeSettings:
                     f"--cors {origin} is no origin",
                     "Give scheme and host, as in http://localhost:3000; there is no wildcard",
                 )
+
+        self.template_variables()  # or the error would come after minutes of loading
+
+    def template_variables(self) -> dict[str, Any]:
+        """The chat template's variables.
+
+        Raises:
+            SettingError: they are no JSON object.
+        """
+        try:
+            found = json.loads(self.chat_template_kwargs or "{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise SettingError(
+                f"chat_template_kwargs is no JSON object: {self.chat_template_kwargs}",
+                """Give one such as '{"enable_thinking": false}'""",
+            )
+        return found
 
     @property
     def loopback(self) -> bool:

@@ -51,10 +51,15 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer's text and tokens; `text` is None where the chat did not fit the context."""
+    """An answer's text, without its thought, and all of its tokens.
+
+    `text` is None where there is no answer to judge: the chat did not fit the context, or, if
+    `thinking`, the thought never ended.
+    """
 
     text: str | None
     tokens: tuple[int, ...] = ()
+    thinking: bool = False
 
 
 class Asker(Protocol):

@@ -16,7 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import SafeGeneError, SettingError
-from ..settings import EndpointModel
+from ...runtime.thinking import SWITCHES, Thinking
+from ..settings import EndpointModel, EvalSettings
 from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
@@ -33,10 +34,14 @@ class Endpoint:
     """Chats sent to one or two served models; an `Asker`."""
 
     def __init__(
-        self, before: EndpointModel, after: EndpointModel | None, max_tokens: int, journal: Journal
+        self,
+        before: EndpointModel,
+        after: EndpointModel | None,
+        settings: EvalSettings,
+        journal: Journal,
     ) -> None:
         self.served = {"before": before, **({} if after is None else {"after": after})}
-        self.max_tokens, self.journal = max_tokens, journal
+        self.settings, self.journal = settings, journal
         self._connections = _Connections()
         self._stop = threading.Event()
 
@@ -64,7 +69,14 @@ class Endpoint:
         """
         served = self.served[column]
         keys = [
-            fingerprint("served", served.url, served.model, self.max_tokens, chat.messages)
+            fingerprint(
+                "served",
+                served.url,
+                served.model,
+                self.settings.max_tokens,
+                chat.messages,
+                *([self.settings.no_think] if self.settings.no_think else []),
+            )
             for chat in chats
         ]
         missing = {
@@ -91,16 +103,30 @@ class Endpoint:
             except BaseException:
                 self._stop.set()  # an interruption, too
                 raise
-        return [Reply(self.journal[key]) for key in keys]
+        return [_reply(self.journal[key]) for key in keys]
 
-    def _answer(self, served: EndpointModel, chat: Chat) -> str | None:
-        body = {
+    def _answer(self, served: EndpointModel, chat: Chat) -> Any:
+        """An answer's text; None where the chat does not fit, False where a thought does not end.
+
+        A server counts a thought's tokens, too: one that used all of them gets more, once.
+        """
+        settings = self.settings
+        body: dict[str, Any] = {
             "model": served.model,
             "messages": chat.as_dicts(),
-            "max_tokens": self.max_tokens,
+            "max_tokens": settings.max_tokens,
             "temperature": 0,
             "stream": False,
         }
+        if settings.no_think:
+            body["chat_template_kwargs"] = dict.fromkeys(SWITCHES, False)
+        found = self._asked(served, body)
+        if found is False:
+            longer = {**body, "max_tokens": settings.max_tokens + settings.think_tokens}
+            found = self._asked(served, longer)
+        return found
+
+    def _asked(self, served: EndpointModel, body: Mapping[str, Any]) -> Any:
         pause = served.pause
         for attempt in range(served.retries + 1):
             status, headers, text = self._send(served, body)
@@ -172,15 +198,27 @@ class _Connections:
             connection.close()
 
 
-def _content(served: EndpointModel, text: str) -> str:
+def _content(served: EndpointModel, text: str) -> str | bool:
+    """The answer; False where the server stopped within a thought."""
     try:
-        content = json.loads(text)["choices"][0]["message"]["content"]
+        choice = json.loads(text)["choices"][0]
+        message = choice["message"]
+        content = message["content"]
     except (ValueError, LookupError, TypeError) as error:
         raise EndpointError(
             f"{served.url}: answered no chat completion: {text[:200]}",
             "Give the address of an OpenAI-compatible API, such as http://localhost:8080/v1",
         ) from error
-    return content if isinstance(content, str) else ""  # null: the model said nothing
+    said = content if isinstance(content, str) else ""  # null: the model said nothing
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    if thought and not said.strip() and choice.get("finish_reason") == "length":
+        return False
+    answer = Thinking().answer(said)
+    return False if answer is None else answer
+
+
+def _reply(found: str | bool | None) -> Reply:
+    return Reply(None, thinking=found is False) if not isinstance(found, str) else Reply(found)
 
 
 def _pause(headers: Mapping[str, str], otherwise: float) -> float:

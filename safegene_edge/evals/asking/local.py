@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from ...errors import SettingError
 from ...recalibrate.refusal_margin import OPENERS, prefix_free
 from ...runtime.schedule import Scales
+from ...runtime.thinking import Thought
 from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
@@ -30,6 +31,8 @@ class LocalModel:
         columns: name of a column to its adapters' scales.
         identities: name of a column to a hash of the model, adapters and settings.
         openers: how a refusal opens, for `refusal`.
+        think_tokens: of a thought, before the answer's own `max_tokens`.
+        no_think: ask for answers without a thought.
     """
 
     def __init__(
@@ -43,6 +46,8 @@ class LocalModel:
         n_ctx: int,
         journal: Journal,
         openers: Sequence[str] = (),
+        think_tokens: int = 512,
+        no_think: bool = False,
     ) -> None:
         from ...runtime.engine import Engine
 
@@ -51,6 +56,9 @@ class LocalModel:
         self.engine = Engine(llama, n_parallel=n_parallel, n_ctx=n_ctx, flash_attn=True)
         self.scales, self._identities = columns, identities
         self.max_tokens, self.journal = max_tokens, journal
+        thinks = llama.thinking.expected and not no_think
+        self._opened, self._no_think = thinks and llama.thinking.opens, no_think
+        self._thought = Thought(think_tokens, self._shown, self._opened) if thinks else None
         self._openers = prefix_free(tuple(self._tokens(text)) for text in openers or OPENERS)
 
     @cached_property
@@ -80,19 +88,28 @@ class LocalModel:
         """The journal's key of something measured in a column."""
         return fingerprint(kind, self._identities[column], *parts)
 
-    def prompt(self, chat: Chat) -> list[int]:
+    def prompt(self, chat: Chat, *, answering: bool = False) -> list[int]:
         """The chat as tokens, up to where the model goes on.
 
         Where the template has no system role, its text goes before the user's first words.
+
+        Args:
+            answering: go on to where an answer begins, behind any thought. Words put into the
+                model's mouth are always there.
         """
+        answering = answering or self._no_think or bool(chat.prefill)
+        render = self.llama.render_answer if answering else self.llama.render
         try:
-            tokens = self.llama.render(chat.as_dicts())
+            tokens = render(chat.as_dicts())
         except SettingError:
             folded = _without_system(chat)
             if folded == chat:
                 raise
-            tokens = self.llama.render(folded.as_dicts())
+            tokens = render(folded.as_dicts())
         return tokens + self._tokens(chat.prefill)
+
+    def _shown(self, tokens: Sequence[int]) -> str:
+        return self.llama.text(tokens, special=True)
 
     def _tokens(self, text: str) -> list[int]:
         if not text:
@@ -108,7 +125,8 @@ class LocalModel:
     ) -> list[Reply]:
         """Greedy answers; see `Asker`. `max_tokens` if not the run's own."""
         limit = max_tokens or self.max_tokens
-        keys = [self.key("reply", column, limit, c.messages, c.prefill) for c in chats]
+        thinks = (self._thought.tokens,) if self._thought else (0,) if self._no_think else ()
+        keys = [self.key("reply", column, limit, c.messages, c.prefill, *thinks) for c in chats]
         missing = {k: c for k, c in zip(keys, chats, strict=True) if k not in self.journal}
         names = list(missing)
 
@@ -117,25 +135,34 @@ class LocalModel:
                 for _ in range(count):
                     advance()
 
-        def keep(index: int, made: Generation) -> None:
+        def keep(part: Sequence[int], index: int, made: Generation) -> None:
             if made.finish != "cancelled":
                 fits = made.finish != "context"
-                self.journal.put(names[index], list(made.tokens) if fits else None)
+                self.journal.put(names[part[index]], list(made.tokens) if fits else None)
             done()
 
         done(len(chats) - len(names))
-        self.engine.generate(
-            [self.prompt(chat) for chat in missing.values()],
-            max_tokens=limit,
-            adapters=self.scales[column],
-            on_done=keep,
-        )
-        return [self._reply(self.journal[key]) for key in keys]
+        # Behind words put into its mouth a model does not think any more.
+        plain = [i for i, name in enumerate(names) if missing[name].prefill or not self._thought]
+        others = [i for i in range(len(names)) if i not in set(plain)]
+        for part, thought in ((plain, None), (others, self._thought)):
+            self.engine.generate(
+                [self.prompt(missing[names[i]]) for i in part],
+                max_tokens=limit,
+                adapters=self.scales[column],
+                on_done=partial(keep, part),
+                thought=thought,
+            )
+        return [self._reply(c, self.journal[key]) for c, key in zip(chats, keys, strict=True)]
 
-    def _reply(self, tokens: list[int] | None) -> Reply:
+    def _reply(self, chat: Chat, tokens: list[int] | None) -> Reply:
         if tokens is None:
             return Reply(None)
-        return Reply(self.llama.text(tokens), tuple(tokens))
+        shown = self._shown(tokens)
+        answer = self.llama.thinking.answer(shown, self._opened and not chat.prefill)
+        if answer is None:
+            return Reply(None, tuple(tokens), thinking=True)
+        return Reply(self.llama.text(tokens) if answer == shown else answer, tuple(tokens))
 
     def refusal(self, column: str, chat: Chat) -> float:
         """Log-probability in nats that the answer opens with a refusal opener.
@@ -145,7 +172,7 @@ class LocalModel:
         """
         key = self.key("refusal", column, self._openers, chat.messages, chat.prefill)
         if key not in self.journal:
-            prompt = self.prompt(chat)
+            prompt = self.prompt(chat, answering=True)
             longest = max(len(opener) for opener in self._openers)
             if len(prompt) + longest * len(self._openers) > self.scorer.n_ctx:
                 return 0.0  # does not fit: for an attacker as bad as a sure refusal

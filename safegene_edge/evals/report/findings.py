@@ -313,9 +313,16 @@ def _answer_warnings(report: Json) -> Iterator[str]:
     unscored = sum(counts["unscored"] for counts in last)
     if empty > total / 20:
         yield f"{_share(Count(empty, total))} of the answers are empty or garbled."
-    if unscored:
-        verb = "prompt was" if unscored == 1 else "prompts were"
-        yield f"{unscored} {verb} not scored, because the context was too small."
+    unfinished = sum(counts.get("unfinished", 0) for counts in last)
+    if unfinished:
+        verb = "prompt was" if unfinished == 1 else "prompts were"
+        yield (
+            f"{unfinished} {verb} not scored, because the model never ended its thought: "
+            "--think-tokens gives it more, --no-think asks for none."
+        )
+    if unscored > unfinished:
+        verb = "prompt was" if unscored - unfinished == 1 else "prompts were"
+        yield f"{unscored - unfinished} {verb} not scored, because the context was too small."
     strongest = max(
         (r for attack, r in attack_rows(report) if attack["name"] != NO_ATTACK),
         key=lambda r: (r.after or r.before).share or 0.0,

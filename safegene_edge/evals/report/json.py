@@ -42,11 +42,17 @@ def _whole_suite_json(found: Evaluation, result: SuiteResult) -> dict[str, Any]:
 
 
 def label_counts(answers: Iterable[Answer]) -> dict[str, int]:
-    """`total` of the judged answers, one count a label, and the `unscored` beside them."""
-    labels = [None if a.verdict is None else a.verdict.label for a in answers]
+    """`total` of the judged answers, one count a label, and the `unscored` beside them.
+
+    `unfinished`, of the unscored, are those that never ended their thought, if there are any.
+    """
+    listed = list(answers)
+    labels = [None if a.verdict is None else a.verdict.label for a in listed]
     counts = {str(label): labels.count(label) for label in LABELS}
     unscored = labels.count(None)
-    return {"total": len(labels) - unscored, **counts, "unscored": unscored}
+    found = {"total": len(labels) - unscored, **counts, "unscored": unscored}
+    unfinished = sum(answer.thinking for answer in listed)
+    return {**found, "unfinished": unfinished} if unfinished else found
 
 
 _Grouping: TypeAlias = Literal["category", "form", "language"]

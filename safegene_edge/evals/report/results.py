@@ -17,11 +17,15 @@ AlignedLabels: TypeAlias = Mapping[tuple[str, str], Mapping[str, str | None]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One completion; `verdict` is None where the prompt did not fit (unscored)."""
+    """One completion; `verdict` is None where it is unscored.
+
+    That is where the prompt did not fit or, if `thinking`, the model never ended its thought.
+    """
 
     prompt: Prompt
     completion: str
     verdict: Verdict | None
+    thinking: bool = False
 
 
 Answers: TypeAlias = tuple[Answer, ...]
