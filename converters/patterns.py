@@ -16,7 +16,7 @@ from ..errors import FileFormatError
 
 try:
     from re import _constants as _op  # type: ignore[attr-defined]
-    from re import _parser
+    from re import _parser  # type: ignore[attr-defined]
 except ImportError:  # Python 3.10
     import sre_constants as _op
     import sre_parse as _parser
@@ -43,7 +43,9 @@ class Patterns(Generic[_Value]):
 
     def __init__(self, values: Mapping[str, _Value], where: str) -> None:
         self._where, self._left = where, _SECONDS
-        self._keys = [(self._timed(self._compiled, key), value) for key, value in values.items()]
+        self._keys: list[tuple[re.Pattern[str], _Value]] = [
+            (self._timed(self._compiled, key), value) for key, value in values.items()
+        ]
         self._known: dict[str, _Value | None] = {}
 
     def _compiled(self, key: str) -> re.Pattern[str]:
