@@ -32,7 +32,7 @@ from safegene_edge.recalibrate.aligned import AlignedModel, at_most, measured
 from safegene_edge.recalibrate.fit import choose, share_in_order
 from safegene_edge.recalibrate.reading import Asked, Reader, Reading
 from safegene_edge.recalibrate.refusal_margin import Openers, refusal_loss
-from safegene_edge.recalibrate.search import RACED, between, foretold, search
+from safegene_edge.recalibrate.search import RACED, between, finest, foretold, search
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 
@@ -174,6 +174,17 @@ def test_the_search_goes_as_far_as_the_bounds(kl):
     goal = min((kl / 0.02) ** 0.5, 5.5)  # beyond that all is refused, more or less
     assert best == pytest.approx(goal, rel=0.15) or best > goal
     assert len(looked) <= 9 and all(step == 1 for _, step in looked)
+
+
+def test_what_was_nearly_read_is_not_read_again_but_taken():
+    """Read at 1.0 and 1.2, where the KL's bound lies at 1.06: linear between the two."""
+    look, _ = model_of([1.0] * 8)
+    found = {strength: look(strength, 1) for strength in (0.0, 1.0, 1.2)}
+    low, high = (float(found[strength].kl.mean()) for strength in (1.0, 1.2))
+    bounds = replace(FREE, kl=low + 0.3 * (high - low))
+    assert choose(found, bounds, 0.0) == 1.0
+    assert finest(found, bounds, 0.0, 1.0) == pytest.approx(1.06, abs=0.002)
+    assert finest(found, replace(FREE, kl=-1.0), 0.0, 1.0) == 1.0  # nothing is kept
 
 
 def test_a_race_comes_first_where_there_are_enough_examples():

@@ -32,7 +32,7 @@ from .aligned import AlignedModel
 from .examples import Examples
 from .reading import Asked, Reader, Reading, Values, context_for
 from .refusal_margin import Openers, refusal_loss
-from .search import RACED, Bounds, between, mean, objective, search
+from .search import RACED, Bounds, between, finest, mean, objective, search
 from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
@@ -108,8 +108,7 @@ class Recalibration:
 
     Attributes:
         expression: the coefficients, for `SafetyGene.express`; zeros where nothing was lost.
-        point: what they give on the examples of the fit; one of `curve`, or linear between two
-            of them where the validation lowered the strength.
+        point: what they give on the examples of the fit, linear between two points of `curve`.
         curve: every point that was read on all of them; the first is the target without the gene.
         bounds: what the points were held to; None where nothing was lost.
         validation: counts on other examples; None where nothing was lost.
@@ -272,7 +271,9 @@ class _Work:
         found = search(self._look, without, bounds, self.settings.weight, self.settings.passes)
         _require_labels(found.values())
         strength = choose(found, bounds, self.settings.weight)
-        room = bounds.most_over(found[strength]) - bounds.over_refusal + self.settings.over_refusal
+        strength = finest(found, bounds, self.settings.weight, strength)
+        most = bounds.most_over(between(found, strength))
+        room = most - bounds.over_refusal + self.settings.over_refusal
         strength, own, margins = self._lowered(strength, room, aligned)
         point = Point.of(between(found, strength), self._coefficients(strength))
         return Recalibration(

@@ -3,7 +3,7 @@
 A race on every fourth example climbs from 1 in steps of a half, or goes down, until it gets worse.
 So it knows between which strengths the best one lies. There every margin is taken to be linear in
 the strength between two readings; the strength that is foretold to be best is read on all examples,
-until it is one that was read already.
+until it is one that was read already, or nearly.
 """
 
 from __future__ import annotations
@@ -159,6 +159,13 @@ def foretold(
     if not kept:
         return min(known for known in found if known) / 2
     return min(kept, key=lambda strength: objective(readings[strength], weight))
+
+
+def finest(found: Mapping[float, Reading], bounds: Bounds, weight: float, chosen: float) -> float:
+    """The best strength so near to a chosen one that it was not read; the chosen one if none."""
+    limits = chosen * (1 - _NEAR), chosen * (1 + _NEAR)
+    strength = foretold(found, bounds, weight, limits)
+    return strength if limits[0] <= strength <= limits[1] else chosen
 
 
 def between(found: Mapping[float, Reading], strength: float) -> Reading:
