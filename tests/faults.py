@@ -60,8 +60,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 _KEPT = (r"cache/.*", r"out/safe\.gguf\.restore(/.*)?", r"out/(one|two)/answers\.jsonl",
          r"out/(one|two)")  # fmt: skip
 _TEMPORARY = re.compile(r"(^|.*/)\.[^/]*\.tmp(/.*)?")
-KINDS = ("kill", "kill at a time", "EIO", "ENOSPC", "file limit", "small disk", "read-only folder",
-         "vanishing input", "Ctrl-C", "Ctrl-C at a time", "two processes")  # fmt: skip
 NEED_MOUNT = ("small disk", "read-only folder")
 
 

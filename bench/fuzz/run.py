@@ -298,14 +298,15 @@ def main() -> None:
     again = [sys.executable, __file__]
     if not (HOME / FILES["adapter"]).exists():
         subprocess.run([*again, "--build"], check=True, stdout=2)
-    end = time.monotonic() + given.seconds
+    began = time.monotonic()
     counts = {"adapter": given.adapters, "model": given.models}
-    for name, count in counts.items():
+    for number, (name, count) in enumerate(counts.items(), 1):
+        end = began + given.seconds * number / len(counts)
         jobs = (("ours", count), ("llama.cpp", min(count, given.llama)))
         running = [
             subprocess.Popen([*again, "--seconds", str(max(1, end - time.monotonic())),
-                              "--work", reader, name, str(number)])
-            for reader, number in jobs
+                              "--work", reader, name, str(most)])
+            for reader, most in jobs
         ]  # fmt: skip
         for one in running:
             one.wait()

@@ -211,7 +211,7 @@ def _tests(folder: Path, tests: tuple[str, ...]) -> None:
         os._exit(int(code))
 
 
-def work(number: int, of: int, each: int, end: float) -> None:
+def work(number: int, of: int, each: int, parts: list[str], end: float) -> None:
     """Mutants of one processor, written down one by one."""
     if hasattr(os, "sched_setaffinity"):
         places = sorted(os.sched_getaffinity(0))
@@ -221,7 +221,7 @@ def work(number: int, of: int, each: int, end: float) -> None:
     copy_of(folder)
     done = {(t["part"], t["index"]) for t in tried()}
     limits: dict[str, float] = {}
-    plan = [(part, index, *one) for part in PARTS for index, one in enumerate(drawn(part, each)[0])]
+    plan = [(part, index, *one) for part in parts for index, one in enumerate(drawn(part, each)[0])]
     random.Random(0).shuffle(plan)
     with open(kept, "a") as journal:
         for part, index, file, line, what, *which in plan[number::of]:
@@ -283,19 +283,22 @@ def summary() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=100, help="mutants of each part")
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("--work", type=int)
     given = parser.parse_args()
     workers = min(2, len(os.sched_getaffinity(0)))
     if given.work is not None:
-        return work(given.work, workers, given.each, time.monotonic() + given.seconds)
+        end = time.monotonic() + given.seconds
+        return work(given.work, workers, given.each, given.part or list(PARTS), end)
     if given.fresh:
         shutil.rmtree(HOME, ignore_errors=True)
     HOME.mkdir(parents=True, exist_ok=True)
     running = [
         subprocess.Popen([sys.executable, __file__, "--seconds", str(given.seconds),
-                          "--each", str(given.each), "--work", str(number)],
+                          "--each", str(given.each), "--work", str(number),
+             *(word for part in given.part or () for word in ("--part", part))],
                          env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
         for number in range(workers)
     ]  # fmt: skip
