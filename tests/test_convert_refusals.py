@@ -118,6 +118,11 @@ def _shorten(tensors: dict[str, Any]) -> None:
     tensors[f"{Q0}.lora_A.weight"] = tensors[f"{Q0}.lora_A.weight"][:3]
 
 
+def _header(text: bytes) -> Change:
+    """A safetensors file of this header alone."""
+    return _bytes(lambda _: len(text).to_bytes(8, "little") + text)
+
+
 BROKEN: dict[str, tuple[Change, str]] = {
     "NaN": (_edit(_nan), "NaN"),
     "rank of one half": (_edit(_shorten), "rank 3 in lora_A"),
@@ -131,6 +136,15 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "no tensors": (_bytes(lambda _: (2).to_bytes(8, "little") + b"{}"), "no tensors"),
     "a lying shape": (_bytes(lambda b: b.replace(b"[4,64]", b"[4,65]")), "bytes, not"),
     "negative offsets": (_bytes(lambda b: b.replace(b"[0,", b"[-1")), "malformed|not JSON"),
+    "a header that is no JSON": (_header(b"{nothing"), "not JSON"),
+    "a header that is a list": (_header(b"[1, 2]"), "not a table of tensors"),
+    "a deep header": (_header(b"[" * 100_000), "not JSON"),
+    "metadata that is a list": (_header(b'{"__metadata__": [1]}'), "metadata is not a table"),
+    "a record that is a number": (_header(b'{"x.lora_A.weight": 5}'), "malformed record"),
+    "a type that is a number": (
+        _header(b'{"x.lora_A.weight": {"dtype": 5, "shape": [1], "data_offsets": [0, 4]}}'),
+        "malformed record",
+    ),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no such file"),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no such file"),
     "malformed config": (_bytes(lambda _: b"{", "adapter_config.json"), "not JSON"),

@@ -199,6 +199,23 @@ BROKEN = {
         {"safegene.sources": ["a", "a"], "safegene.source_hashes": ["b", "c"]},
         "a name twice",
     ),
+    "names without hashes": (
+        _BOTH,
+        {"safegene.sources": ["a", "b"], "safegene.source_hashes": ["c"]},
+        "2 names for 1 values",
+    ),
+    "scores without layers": (
+        _BOTH,
+        {SCORES: [0.5, 1.0], f"{SCORES}.layers": [1]},
+        "2 values for 1 layers",
+    ),
+    "a negative KL": (_BOTH, {"safegene.aligned_kl": -0.1}, "aligned_kl is -0.1"),
+    "margins that are words": (
+        _BOTH,
+        {"safegene.aligned_margins": ["x"]},
+        "is not a list of numbers",
+    ),
+    "sources that are numbers": (_BOTH, {"safegene.sources": [1, 2]}, "not a list of strings"),
     "a metadata of 17 MB": (_BOTH, {"x": "y" * (17 << 20)}, "17 MB of metadata"),
     "goal of no share": (
         [("t.lora_a", A), ("t.lora_b", B)],
@@ -206,6 +223,17 @@ BROKEN = {
         "aligned_loss is 1.5",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "factors", [math.nan, math.inf, {3: -math.inf}, 0, dict.fromkeys(range(9), 0.0)]
+)
+def test_factors_that_leave_no_adapter_are_refused(factors, tmp_path):
+    gene = SafetyGene("llama", 8.0, {f"blk.{n}.attn_q.weight": Pair(A, B) for n in range(9)})
+    with pytest.raises(SettingError, match="the factor"):
+        gene.scaled(factors)
+    with pytest.raises(SettingError, match=r"nothing in the layers \[99\]"):
+        gene.only([99])
 
 
 @pytest.mark.parametrize("name", BROKEN)
