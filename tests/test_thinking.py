@@ -184,6 +184,7 @@ def test_variables_of_the_template(says):
     off = {"enable_thinking": False}
     with SafeLlama(model) as llama, SafeLlama(model, chat_template_kwargs=off) as other:
         assert other.render(HELLO) == llama.render(HELLO, **off) != llama.render(HELLO)
+        assert llama.render(HELLO, chat_template_kwargs=off) == other.render(HELLO)
         assert other.render(HELLO, enable_thinking=True) == llama.render(HELLO)
 
 

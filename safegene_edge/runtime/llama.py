@@ -377,6 +377,7 @@ class SafeLlama(SharedLlama):
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> list[int]:
         """Messages as tokens, through the chat template in the GGUF.
@@ -387,8 +388,9 @@ class SafeLlama(SharedLlama):
             messages: each with a role and a content, which is a string or parts of type
                 "text". An assistant's content may be None.
             add_generation_prompt: open the assistant's turn at the end.
-            variables: what else the template reads, such as `tools` or Qwen3's
-                `enable_thinking`; they go before `chat_template_kwargs`.
+            chat_template_kwargs: variables of the template, such as Qwen3's `enable_thinking`;
+                they go before those that the model was opened with.
+            variables: the same, one by one, such as `tools`.
 
         Raises:
             SettingError: the template refuses these messages (a system role, say), or one of
@@ -396,6 +398,7 @@ class SafeLlama(SharedLlama):
             FileFormatError: the template cannot be compiled.
         """
         template = self.chat_template
+        variables = {**(chat_template_kwargs or {}), **variables}
         parts = self._parts(messages, add_generation_prompt, variables)
         if not parts:
             raise SettingError(f"{self._file.path}: its chat template shows none of these messages")
@@ -448,7 +451,8 @@ class SafeLlama(SharedLlama):
         tokens = self.render(messages, **variables)
         if not thinking.missing:
             return tokens
-        return tokens + self.tokenize(thinking.missing.encode(), add_bos=False, special=True)
+        rest = self.tokenize(thinking.missing.encode(), add_bos=False, special=True)
+        return [*tokens, *rest]
 
     def create_chat_completion(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,9 @@ class LocalModel:
                 model's mouth are always there.
         """
         answering = answering or self._no_think or bool(chat.prefill)
-        render = self.llama.render_answer if answering else self.llama.render
+        render: Callable[[list[dict[str, str]]], list[int]] = (
+            self.llama.render_answer if answering else self.llama.render
+        )
         try:
             tokens = render(chat.as_dicts())
         except SettingError:
