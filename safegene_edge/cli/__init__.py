@@ -25,6 +25,7 @@ from .portfolio import portfolio
 from .recalibrate import recalibrate
 from .report import report_group
 from .restore import restore
+from .scan import scan
 from .serve import serve
 from .sharing import pull, push
 
@@ -41,6 +42,7 @@ for _command in (
     to_peft,
     inspect_file,
     evaluate_model,
+    scan,
     learn,
     extract,
     recalibrate,

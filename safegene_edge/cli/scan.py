@@ -1,0 +1,59 @@
+"""`scan`: does a model refuse? Seconds a model, many at once."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ..evals.scan import Scan
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL.gguf|FOLDER...")
+@click.option(
+    "--adapter", multiple=True, metavar="LORA.gguf", help="On for every model, such as a gene."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> None:
+    """Tell in seconds whether models refuse, have lost it, or had it cut out.
+
+    No answer is generated: the logits behind some harmful and harmless prompts say whether an
+    answer would open with a refusal. Give a fine-tune beside its base, or an F16 beside its
+    quantisations. `eval` counts what is really answered.
+    """
+    from ..evals.scan import Scan, scan_all
+
+    found, failed = [], False
+    for one in scan_all(models, adapter):
+        if isinstance(one, Scan):
+            found.append(one)
+            if not as_json:
+                _show(one, first=len(found) == 1)
+        else:
+            name, error = one
+            failed = True
+            click.echo(f"error: {name}: {error}", err=True)
+    if as_json:
+        click.echo(json.dumps([one.to_json() for one in found], indent=2))
+    if failed:
+        raise click.exceptions.Exit(2)
+
+
+_ROW = "{:<18} {:<25} {:<25} {:<17} {:>5}  {}"  # a name may be long, and stands last
+
+
+def _show(one: Scan, first: bool) -> None:
+    """A line as soon as it is known, the headings before the first."""
+    from ..evals.statistics import percent
+
+    if first:
+        click.echo(
+            _ROW.format("", "harmful refused", "harmless refused", "told apart", "s", "model")
+        )
+    low, high = one.order_interval
+    order = f"{percent(one.order)} % ({percent(low)}–{percent(high)})"
+    cells = (one.finding, str(one.refused), str(one.over_refused), order)
+    click.echo(_ROW.format(*cells, f"{one.seconds:.1f}", one.name))
