@@ -15,6 +15,7 @@ from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.evaluate import evaluate
 from safegene_edge.evals.report import compare, findings, record
 from safegene_edge.evals.report.json import aligned_labels
+from safegene_edge.evals.report.markdown import render_record
 from safegene_edge.evals.report.schema import problems, read_report, report_schema
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.files import sha256
@@ -157,6 +158,19 @@ def test_the_limits_say_what_is_missing():
     assert not set(large) & {"No gene took part.", "All prompts are in one language."}
     assert "Answers were cut off after 48 tokens." in large
     assert set(record.LIMITS) <= set(small) & set(large)
+
+
+def test_the_record_names_the_modification_and_what_the_regulation_asks():
+    found = record.safety_record(reports.large())
+    assert found["modification"]["of"]["sha256"] == "d" * 64
+    assert [part["role"] for part in found["modification"]["by"]] == ["gene", "adapter"]
+    assert record.safety_record(reports.small())["modification"]["by"] == []
+    points = found["regulation"]["points"]
+    for name in ("Article 53(1)(a)", "recital 109", "Annex XI, section 1, point 2(b)", "Annex IV"):
+        assert any(point["point"].startswith(name) for point in points), name
+    assert {point["answered_by"] for point in points} - {None} <= found.keys()
+    shown = render_record(reports.large()).replace("\\", "")
+    assert all(point["point"] in shown for point in points)
 
 
 def test_the_record_names_everything_with_a_hash():

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from . import findings
 from .findings import CHANGE, HEADINGS, MEASURE, Json, Outcome
-from .record import artifacts
+from .record import APPLIES, POINTS, PUBLISHED, REGULATION, artifacts
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~&$!])")
 _LINK = re.compile(r"(?<=:)(?=//)|(?<=\bwww)(?=\.)", re.IGNORECASE)
@@ -166,7 +166,20 @@ def render_record(report: Json) -> str:
     title = f"# Safety record: {text(report['model']['name'])}"
     sentence = findings.verdict(report).sentence
     parts = [title, sentence, *_gate(report), *list(_results(report))[1:]]
-    return "\n\n".join([*parts, *record_sections(report, "## What was tested")]) + "\n"
+    parts += [*record_sections(report, "## What was tested"), *_regulation()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _regulation() -> Iterator[str]:
+    """Which part of the record answers which point of the EU AI Act."""
+    yield "## Beside the EU AI Act"
+    yield (
+        f"{REGULATION}, in the text of {PUBLISHED}, which applies to general-purpose models since "
+        f"{APPLIES}. No legal advice."
+    )
+    own = "whoever releases it"
+    rows = [[text(point), text(asks), part or own] for point, asks, part in POINTS]
+    yield _table(["Point", "Asks for", "Answered by"], rows)
 
 
 def record_sections(report: Json, title: str) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """The safety record: what an auditor needs to trust a report's figures, and to repeat them.
 
 EU AI Act (Regulation 2024/1689), Annex IV, points 2(g) and 3, ask for the test data and
-their characteristics, the metrics, the tests' date and the system's limits. The hashes tie
-the figures to files; they are no signature, so keep the record where it cannot be changed.
+their characteristics, the metrics, the tests' date and the system's limits. Whoever modifies a
+general-purpose model documents the modification (Article 53(1)(a), Annex XI, recital 109). The
+hashes tie the figures to files; they are no signature, so keep the record where it cannot be
+changed. `POINTS` says which part answers what; it is no legal advice.
 """
 
 from __future__ import annotations
@@ -31,6 +33,23 @@ LIMITS = (
     "the order of floating-point sums, and with it a small share of the verdicts.",
     "Verdicts are on the first tokens of greedy answers; sampling may answer otherwise.",
     "Attacks are fixed templates: a determined attacker finds better ones.",
+)
+
+
+# What the regulation asks for, in the text as it was published, and the record's part that answers
+# it; None where only whoever releases the model can.
+REGULATION = "Regulation (EU) 2024/1689"
+PUBLISHED, APPLIES = "2024-07-12", "2025-08-02"  # since then to general-purpose models
+POINTS: tuple[tuple[str, str, str | None], ...] = (
+    ("Annex IV, point 2(g)", "test data, metrics, test logs with their date", "artifacts"),
+    ("Annex IV, point 3", "capabilities and limits in performance", "limits"),
+    ("Article 53(1)(a)", "technical documentation, with testing and its results", "results"),
+    ("recital 109", "for a modification, obligations limited to that modification", "modification"),
+    ("Annex XI, section 1, point 1", "tasks, release, licence, architecture", None),
+    ("Annex XI, section 1, point 2(b)", "how the modification was trained", None),
+    ("Annex XI, section 1, point 2(c)", "data of training", None),
+    ("Annex XI, section 1, point 2(c)", "data of testing, with their provenance", "artifacts"),
+    ("Annex XI, section 1, points 2(d) and (e)", "compute and energy of the training", None),
 )
 
 
@@ -254,12 +273,30 @@ def safety_record(report: Json) -> dict[str, Any]:
         "date": (report.get("times") or {}).get("date"),
         "result_sha256": own.get("result_sha256"),
         "artifacts": artifacts(report),
+        "modification": modification(report),
+        "regulation": {
+            "name": REGULATION,
+            "text_of": PUBLISHED,
+            "applies_to_general_purpose_models_since": APPLIES,
+            "points": [
+                {"point": point, "asks": asks, "answered_by": part} for point, asks, part in POINTS
+            ],
+        },
         "versions": dict(report.get("versions") or {}),
         "decoding": own.get("decoding"),
         "seeds": own.get("seeds", []),
         "settings": dict(report["settings"]),
         "results": _results(report),
         "limits": own.get("limits", []),
+    }
+
+
+def modification(report: Json) -> dict[str, Any]:
+    """The model that was modified, and what modified it: the gene, and adapters beside it."""
+    parts = [("gene", report["gene"]), *(("adapter", source) for source in report["adapters"])]
+    return {
+        "of": dict(report["model"]),
+        "by": [{"role": role, **source} for role, source in parts if source],
     }
 
 
