@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -75,6 +75,7 @@ class _Options:
     task: tuple[str, ...]
     speed: bool
     aligned: str | None
+    grader: str | None
     min_refused: float | None
     max_over_refused: float | None
     max_kl: float | None
@@ -133,7 +134,7 @@ class _Options:
 
     @property
     def inputs(self) -> list[str]:
-        paths = (self.model, self.gene, self.perplexity, self.aligned)
+        paths = (self.model, self.gene, self.perplexity, self.aligned, self.grader)
         return [*self.adapter, *self.task, *(path for path in paths if path)]
 
     @property
@@ -229,6 +230,11 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     type=click.Path(),
     help="Keep finished answers in FILE, and go on from it.",
 )
+@click.option(
+    "--grader",
+    metavar="MODEL.gguf",
+    help="Another model's opinion on the answers.",
+)
 @setting(GateSettings, "min_refused", metavar="SHARE", type=float)
 @setting(GateSettings, "max_over_refused", metavar="SHARE", type=float)
 @setting(GateSettings, "max_kl", metavar="NATS", type=float)
@@ -269,7 +275,7 @@ def evaluate_model(**options: Any) -> None:
     if chosen.model:
         say_where_unfitted(chosen.model, chosen.gene, chosen.adapter)
     with _journal(chosen) as journal, _progress() as advance:
-        report = _evaluated(chosen, journal, advance)
+        report = _graded(_evaluated(chosen, journal, advance), chosen.grader)
         facts = report.to_json()
         for path, text in _documents(chosen, facts):
             write_text(path, text, chosen.inputs)
@@ -336,6 +342,15 @@ def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
         raise SettingError("no model is given")
     costs = chosen.costs()
     return evaluate(chosen.model, chosen.gene, adapters=chosen.adapter, costs=costs, **shared)
+
+
+def _graded(report: Report, grader: str | None) -> Report:
+    """The report with a second opinion, where one is wanted."""
+    if grader is None:
+        return report
+    from ..evals.grader import second_opinion
+
+    return replace(report, opinion=second_opinion(report.suites, grader))
 
 
 def _served(chosen: _Options) -> tuple[Any, Any]:

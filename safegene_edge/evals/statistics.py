@@ -66,6 +66,17 @@ def percent(share: float) -> str:
     return f"{value:.0f}" if 10 <= value <= 90 or value in (0, 100) else f"{value:.1f}"
 
 
+def cohen_kappa(first: Sequence[bool], second: Sequence[bool]) -> float | None:
+    """Agreement of two raters beyond chance (J. Cohen, 1960); None where chance explains all."""
+    n = len(first)
+    if not n:
+        return None
+    same = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    one, other = sum(first) / n, sum(second) / n
+    chance = one * other + (1 - one) * (1 - other)
+    return None if chance == 1 else (same - chance) / (1 - chance)
+
+
 # -- before and after ---------------------------------------------------------
 
 Z_80 = 0.8416212335729143  # the 80 % point: the power that the notes on sample size assume

@@ -420,6 +420,18 @@ def plain(value: object) -> str:
     return str(value)
 
 
+def opinions(report: Json) -> Iterator[str]:
+    """How far a second opinion agrees, a line a suite and column."""
+    found: Json = report.get("second_opinion") or {}
+    for o in found.get("opinions") or ():
+        kappa = "none" if o["kappa"] is None else f"{o['kappa']:.2f}"
+        yield (
+            f"{o['suite']}, {o['column']}: {found['grader']['name']} agrees with the judge on "
+            f"{o['agree']}/{o['n']} answers (\N{GREEK SMALL LETTER KAPPA} {kappa}); refused: judge "
+            f"{o['judge']}, grader {o['grader']}"
+        )
+
+
 GATE_HEADINGS = ("Threshold", "Asked", "State", "Measured")
 GATE_BY = {
     "bound": "the worse end of each 95 % interval",

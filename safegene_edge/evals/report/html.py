@@ -326,6 +326,13 @@ def _attacks(report: Json) -> _Section | None:
     )
 
 
+def _opinions(report: Json) -> _Section | None:
+    lines = list(findings.opinions(report))
+    if not lines:
+        return None
+    return _Section("opinion", "Second opinion", tag("ul", *(tag("li", line) for line in lines)))
+
+
 def _costs(report: Json) -> _Section | None:
     costs = report.get("costs") or []
     if not costs:
@@ -432,6 +439,6 @@ def _limits(own: Json) -> Markup | None:
 
 
 _SECTIONS: tuple[Callable[[Json], _Section | None], ...] = (
-    _gate, _results, _trade, _categories, _forms, _attacks, _languages, _costs, _layers,
+    _gate, _results, _trade, _categories, _forms, _attacks, _languages, _opinions, _costs, _layers,
     _examples, _record,
 )  # fmt: skip

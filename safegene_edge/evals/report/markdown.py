@@ -38,6 +38,7 @@ def render_markdown(report: Json) -> str:
         _groups(report, "forms", "By form"),
         _attacks(report),
         _groups(report, "languages", "By language"),
+        _opinions(report),
         _costs(report),
         _layers(report),
         _examples(report),
@@ -120,6 +121,12 @@ def _attacks(report: Json) -> Iterator[str]:
     if twins := findings.attack_twin_rows(report):
         yield findings.TWINS
         yield _rows_table(report, "Attack, around harmless prompts", twins)
+
+
+def _opinions(report: Json) -> Iterator[str]:
+    if lines := list(findings.opinions(report)):
+        yield "## Second opinion"
+        yield "\n".join(f"- {text(line)}" for line in lines)
 
 
 def _costs(report: Json) -> Iterator[str]:

@@ -21,6 +21,8 @@ class Report(Evaluation):
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values; only `times` differs between two equal runs."""
         facts = report_json(self)
+        if self.opinion is not None:
+            facts["second_opinion"] = self.opinion.to_json()
         if self.thresholds.asks:
             facts["gate"] = gate(facts, self.thresholds).to_json()
         return {**facts, "record": record_for(facts)}

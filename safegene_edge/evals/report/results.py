@@ -10,6 +10,7 @@ from ...prompts import Prompt
 from ..asking.suites import Suite
 from ..judge import Verdict
 from ..settings import EvalSettings, GateSettings
+from ..statistics import cohen_kappa
 
 # By suite name and version, then by prompt id: the label of the aligned model's answer.
 AlignedLabels: TypeAlias = Mapping[tuple[str, str], Mapping[str, str | None]]
@@ -102,6 +103,46 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Opinion:
+    """What judge and grader say of the answers to one suite in one column.
+
+    Attributes:
+        n: answers; agree: where both say the same.
+        judge, grader: how many each takes for refusals, whole or in part.
+        kappa: agreement beyond chance; None where chance explains all.
+    """
+
+    suite: str
+    column: str
+    n: int
+    agree: int
+    judge: int
+    grader: int
+    kappa: float | None
+
+    @classmethod
+    def of(cls, suite: str, column: str, judge: list[bool], grader: list[bool]) -> Opinion:
+        """Count two lists of refusals."""
+        agree = sum(a == b for a, b in zip(judge, grader, strict=True))
+        kappa = cohen_kappa(judge, grader)
+        return cls(suite, column, len(judge), agree, sum(judge), sum(grader), kappa)
+
+
+@dataclass(frozen=True)
+class SecondOpinion:
+    """A grader, and its opinions by suite and column."""
+
+    grader: Artifact
+    opinions: tuple[Opinion, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "grader": asdict(self.grader),
+            "opinions": [asdict(opinion) for opinion in self.opinions],
+        }
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything that an evaluation found."""
 
@@ -119,3 +160,4 @@ class Evaluation:
     times: Mapping[str, Any] = field(default_factory=dict)
     aligned: AlignedLabels = field(default_factory=dict)
     thresholds: GateSettings = field(default_factory=GateSettings)
+    opinion: SecondOpinion | None = None

@@ -46,6 +46,7 @@ def _notes(report: Json) -> Iterator[str]:
     for suite in report["suites"]:
         if note := findings.paired_note(suite):
             yield f"{suite['name']}: {note}"
+    yield from findings.opinions(report)
     for cost in report.get("costs") or ():
         values = [text for text in findings.cost_cells(cost)[:2] if text != "–"]
         yield f"{cost['name']}: {' → '.join(values)}"
