@@ -99,8 +99,10 @@ RUNS = {
     "pull": ["pull acme", "pull"],
     "serve": ["serve none.gguf", "serve MODEL.gguf --port 99999"],
     "doctor": ["doctor", "doctor now"],
+    "scan": ["scan MODEL.gguf", "scan none.gguf", "scan"],
 }  # fmt: skip
-MEASURED = ("restore", "eval", "recalibrate", "learn", "portfolio", "doctor", "merge", "report")
+MEASURED = ("restore", "eval", "recalibrate", "learn", "portfolio", "doctor", "merge", "report",
+            "scan")  # fmt: skip
 
 
 @pytest.fixture

@@ -233,6 +233,7 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option(
     "--grader",
     metavar="MODEL.gguf",
+    type=click.Path(),
     help="Another model's opinion on the answers.",
 )
 @setting(GateSettings, "min_refused", metavar="SHARE", type=float)
@@ -282,8 +283,8 @@ def evaluate_model(**options: Any) -> None:
     click.echo(report.table())
     for path in outputs:
         click.echo(f"report: {path}", err=True)
-    say_next(*_after(chosen))
     end_by(report.gate())
+    say_next(*_after(chosen))
 
 
 def _after(chosen: _Options) -> list[str]:

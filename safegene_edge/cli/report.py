@@ -178,9 +178,10 @@ def compare(first: str, second: str, no_worse: bool, margin: float, by: By, as_j
         click.echo(_json(facts), nl=False)
     else:
         click.echo(_lines(found))
-    say_next(command("report", "render", second, "-o", Path(second).with_suffix(".html")))
     if gate is not None:
         end_by(gate, quiet=as_json)
+    else:
+        say_next(command("report", "render", second, "-o", Path(second).with_suffix(".html")))
 
 
 def _json(value: object) -> str:

@@ -7,14 +7,28 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import command
+from .options import examples, say_next
+
 if TYPE_CHECKING:
     from ..evals.scan import Scan
 
 
-@click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL.gguf|FOLDER...")
+@click.command(
+    epilog=examples(
+        "scan base.gguf fine-tune.gguf",
+        "scan models-folder --json",
+    )
+)
+@click.argument(
+    "models", nargs=-1, required=True, metavar="MODEL.gguf|FOLDER...", type=click.Path()
+)
 @click.option(
-    "--adapter", multiple=True, metavar="LORA.gguf", help="On for every model, such as a gene."
+    "--adapter",
+    multiple=True,
+    metavar="LORA.gguf",
+    type=click.Path(),
+    help="On for every model, such as a gene.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> None:
@@ -35,11 +49,13 @@ def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> No
         else:
             name, error = one
             failed = True
-            click.echo(f"error: {name}: {error}", err=True)
+            about = "" if str(error).startswith(name) else f"{name}: "
+            click.echo(f"error: {about}{error}", err=True)
     if as_json:
         click.echo(json.dumps([one.to_json() for one in found], indent=2))
     if failed:
         raise click.exceptions.Exit(2)
+    say_next(command("eval", models[0], "--quick"))
 
 
 _ROW = "{:<18} {:<25} {:<25} {:<17} {:>5}  {}"  # a name may be long, and stands last
@@ -50,9 +66,7 @@ def _show(one: Scan, first: bool) -> None:
     from ..evals.statistics import percent
 
     if first:
-        click.echo(
-            _ROW.format("", "harmful refused", "harmless refused", "told apart", "s", "model")
-        )
+        click.echo(_ROW.format("", "harmful refused", "harmless refused", "in order", "s", "model"))
     low, high = one.order_interval
     order = f"{percent(one.order)} % ({percent(low)}–{percent(high)})"
     cells = (one.finding, str(one.refused), str(one.over_refused), order)
