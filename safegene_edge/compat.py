@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,18 @@ def other_parts(file: GGUFFile, given: Path | None = None) -> list[GGUFFile]:
         GGUFFile(named.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf"))
         for number in range(2, count + 1)
     ]
+
+
+def require_loadable(model: GGUFFile) -> None:
+    """Raise FileFormatError for a vocabulary on which llama.cpp would end the whole process."""
+    tokens = [token for token in model.strings("tokenizer.ggml.tokens") if token]
+    if len(set(tokens)) == len(tokens):
+        return
+    twice = Counter(tokens).most_common(1)[0][0]
+    raise FileFormatError(
+        f"{model.path}: its vocabulary has the token {twice[:40]!r} twice",
+        "Download or convert the model again",
+    )
 
 
 def check(adapter: Adapter, model: GGUFFile) -> list[Problem]:

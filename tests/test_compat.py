@@ -94,3 +94,15 @@ def test_a_gene_that_was_not_fitted_to_this_model_is_known(tiny, tmp_path):
     assert unfitted(fitted, model) == ""
     replace(whole, family="").save(gene)  # a LoRA that is no gene
     assert unfitted(gene, model) == ""
+
+
+def test_a_token_twice_is_refused_before_llama_cpp_ends_the_process(tiny, tmp_path):
+    """An assertion of llama.cpp's: no error, but the end of whoever loads the model."""
+    source = tiny("llama").gguf_path
+    tokens = GGUFFile(source).strings("tokenizer.ggml.tokens")
+    data, path = source.read_bytes(), tmp_path / "model.gguf"
+    known, other = (bytes([1, 0, 0, 0, 0, 0, 0, 0]) + token.encode() for token in ("A", "B"))
+    assert {"A", "B"} < set(tokens) and data.count(known) == 1
+    path.write_bytes(data.replace(known, other))
+    with pytest.raises(FileFormatError, match="has the token 'B' twice"):
+        SafeLlama(path)

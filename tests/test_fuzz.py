@@ -16,7 +16,7 @@ from mutations import mutations
 from test_imatrix import imatrix_for
 
 from safegene_edge.cli.adapters import _adapter_facts, _as_lines, _model_facts
-from safegene_edge.compat import check, open_model
+from safegene_edge.compat import check, open_model, require_loadable
 from safegene_edge.converters.names import BaseNames
 from safegene_edge.errors import SafeGeneError
 from safegene_edge.gene import SHIPPED, Adapter, SafetyGene
@@ -44,6 +44,7 @@ def read_model(path):
     for key in ("tokens", "merges"):
         model.strings(f"tokenizer.ggml.{key}")
     check(SafetyGene.shipped(), model)
+    require_loadable(model)
     BaseNames(model).to_gguf_rows("blk.0.attn_q.weight", model.floats("blk.0.attn_q.weight"))
 
 

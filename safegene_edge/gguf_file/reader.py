@@ -271,7 +271,7 @@ class GGUFFile:
             cursor = _Cursor(data, self.path, value.offset)
             if value.element_type == STRING:
                 try:
-                    return [cursor.string() for _ in range(value.count)]
+                    return [text.decode("utf-8") for text in cursor.strings(value.count)]
                 except UnicodeDecodeError as error:
                     key = next((k for k, v in self.metadata.items() if v is value), "")
                     raise self._broken(f"a string of '{key}' is not UTF-8 ({error})") from error
@@ -345,6 +345,16 @@ class _Cursor:
         except (struct.error, OverflowError):  # a length beyond the file, or beyond an address
             at = len(data) + 1
         self.skip(at - self.position)
+
+    def strings(self, count: int) -> list[bytes]:
+        """So many strings."""
+        at, read, data, found = self.position, struct.Struct("<Q").unpack_from, self._data, []
+        self.skip_strings(count)  # all lie in the file
+        for _ in range(count):
+            begin = at + 8
+            at = begin + read(data, at)[0]
+            found.append(data[begin:at])
+        return found
 
     def take(self, n_bytes: int) -> bytes:
         start = self.position

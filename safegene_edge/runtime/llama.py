@@ -13,7 +13,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ..compat import open_model, require_fit
+from ..compat import open_model, require_fit, require_loadable
 from ..errors import (
     FileFormatError,
     LlamaCppError,
@@ -100,6 +100,7 @@ class SafeLlama(SharedLlama):
         if refused:
             raise SettingError(f"{refused[0]} is not used here", "Give adapters=[(path, scale)]")
         self._file = open_model(model_path)
+        require_loadable(self._file)
         threads = n_threads or physical_cores()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0
