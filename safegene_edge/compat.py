@@ -78,7 +78,9 @@ def other_parts(file: GGUFFile, given: Path | None = None) -> list[GGUFFile]:
 
 def require_loadable(model: GGUFFile) -> None:
     """Raise FileFormatError for a vocabulary on which llama.cpp would end the whole process."""
-    tokens = [token for token in model.strings("tokenizer.ggml.tokens") if token]
+    listed = model.strings("tokenizer.ggml.tokens")
+    # llama.cpp reads a token up to its first NUL, and names those that are empty by their number.
+    tokens = [text for token in listed if (text := token.partition("\0")[0])]
     if len(set(tokens)) == len(tokens):
         return
     twice = Counter(tokens).most_common(1)[0][0]

@@ -106,3 +106,6 @@ def test_a_token_twice_is_refused_before_llama_cpp_ends_the_process(tiny, tmp_pa
     path.write_bytes(data.replace(known, other))
     with pytest.raises(FileFormatError, match="has the token 'B' twice"):
         SafeLlama(path)
+    path.write_bytes(data.replace("Ġand".encode(), "Ġ\0nd".encode()))  # llama.cpp reads "Ġ"
+    with pytest.raises(FileFormatError, match="has the token 'Ġ' twice"):
+        SafeLlama(path)
