@@ -41,9 +41,11 @@ SHOWN = {  # family, fine-tune and column: who taught
     ("qwen", "agnews", "learnt: no aligned model"): "itself",
     ("qwen", "gsm8k", "learnt: no aligned model"): "itself",
     ("smollm2", "agnews", "learnt: direct"): "the aligned model",
+    ("smollm2", "sst2", "learnt: direct"): "the aligned model",
+    ("smollm2", "dolly", "learnt: direct"): "the aligned model",
 }
 NAMES = {"qwen": "Qwen2.5-Coder-0.5B", "smollm2": "SmolLM2-135M",
-         "agnews": "AG News", "gsm8k": "GSM8K"}  # fmt: skip
+         "agnews": "AG News", "gsm8k": "GSM8K", "sst2": "SST-2", "dolly": "Dolly"}  # fmt: skip
 
 
 def write_tables() -> None:
@@ -237,7 +239,10 @@ def _learning(entries: dict[str, Entry], column: str) -> str:
                           f"{facts['peak_mib']:,}"])  # fmt: skip
     header = ["", "teacher refuses", "harmless prompts", "parameters", "tokens read", "s",
               "MiB at most"]  # fmt: skip
-    note = "Learning; the tokens that the aligned model's facts take are not counted\n\n"
+    note = (
+        "Learning; the tokens that the aligned model's facts take are not counted. Seconds are\n"
+        "upper bounds: other work ran beside it.\n\n"
+    )
     return note + table(header, lines) if lines else ""
 
 

@@ -88,6 +88,8 @@ class Fit:
         outputs: bool = False,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
+        assert settings.overshoot is not None
+        self.overshoot = settings.overshoot
         self.settings, self.rank, self.tick = settings, rank, tick
         self.lanes: list[Lane] = []
         self._of: list[tuple[Target, _Rows]] = []  # each lane's
@@ -112,7 +114,7 @@ class Fit:
         gain = self._norms.get(layer) if lanes[0].output is not None else None
         inputs, wanted = [], []
         for states, (target, rows) in zip(lanes, self._of, strict=True):
-            goal = _goal(layer, target, rows, self.settings.overshoot)
+            goal = _goal(layer, target, rows, self.overshoot)
             x, y = _regression(states, rows.rows, goal, gain)
             inputs.append(x)
             wanted.append(y)

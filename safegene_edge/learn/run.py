@@ -190,8 +190,9 @@ class _Learning:
             self._require_lost(model, taught)
         asked = rendered(model.llama, self.chosen.harmless)
         harmful = rendered(model.llama, taught.prompts)
-        own = self._captured("asking the degraded model", model, asked + harmful, layers, text=True)
-        samples = taught.samples(harmful, own, len(asked))
+        beyond = harmful if self.settings.overshoot != 1 else []  # its own states are needed then
+        own = self._captured("asking the degraded model", model, asked + beyond, layers, text=True)
+        samples = taught.samples(harmful, own, len(asked) if beyond else None)
         samples += [own.sample(n, prompt, taught=False) for n, prompt in enumerate(asked)]
         return Target(model.llama, model.scales, own, taught.captured, samples)
 

@@ -23,7 +23,8 @@ class LearnSettings:
         text_weight: What a token of the prompts' own text counts.
         overshoot: How far the header's states of harmful prompts shall go from the target's to
             the teacher's: 1 is there, 2 as far again beyond. Refusals begin there; on prompts
-            unlike those that were learnt from a gene reaches only part of the way.
+            unlike those that were learnt from a gene reaches only part of the way. By default 2, or
+            1 where a model teaches itself.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most; never more than 1 % of the model's.
@@ -36,7 +37,7 @@ class LearnSettings:
     borderline: float | None = None
     harmless_weight: float | None = None
     text_weight: float = 1.0
-    overshoot: float = 2.0
+    overshoot: float | None = None
     prompts: int = 128
     tokens: int = 8
     budget: int = 600_000
@@ -56,9 +57,10 @@ class LearnSettings:
 
     def for_teacher(self, *, itself: bool) -> LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
-        share, weight = (2 / 3, 2.0) if itself else (0.2, 1.5)
+        share, weight, overshoot = (2 / 3, 2.0, 1.0) if itself else (0.2, 1.5, 2.0)
         return replace(
             self,
             borderline=share if self.borderline is None else self.borderline,
             harmless_weight=weight if self.harmless_weight is None else self.harmless_weight,
+            overshoot=overshoot if self.overshoot is None else self.overshoot,
         )

@@ -72,16 +72,17 @@ class Taught:
         of = tuple(prompts[number] for number in kept)
         return cls(captured, kept, of, said, system, len(prompts))
 
-    def samples(self, asked: Sequence[list[int]], own: Captured, first: int) -> list[Sample]:
+    def samples(self, asked: Sequence[list[int]], own: Captured, first: int | None) -> list[Sample]:
         """What a target reads, and where the teacher's states are kept.
 
         Args:
             asked: the prompts as the target reads them; it was asked them from the prompt
-                `first` of `own` on.
+                `first` of `own` on, or not at all (None).
         """
+        starts = [-1 if first is None else own.header_goals(first + n) for n in range(len(asked))]
         return [
-            self.captured.sample(number, prompt, taught=True, start=own.header_goals(first + place))
-            for place, (number, prompt) in enumerate(zip(self.kept, asked, strict=True))
+            self.captured.sample(number, prompt, taught=True, start=start)
+            for number, prompt, start in zip(self.kept, asked, starts, strict=True)
         ]
 
 
