@@ -28,6 +28,7 @@ SETTINGS = {  # class and the commands that take it
     "safegene_edge.merge.settings.MergeSettings": "merge, export",
     "safegene_edge.evals.settings.EvalSettings": "eval",
     "safegene_edge.evals.settings.CostSettings": "eval",
+    "safegene_edge.evals.settings.GateSettings": "eval, report compare",
     "safegene_edge.evals.settings.EndpointModel": "eval --endpoint",
     "safegene_edge.portfolio_settings.PortfolioSettings": "portfolio",
     "safegene_edge.serve.settings.ServeSettings": "serve",

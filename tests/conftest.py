@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from shelf import few, place, shelf
 from safegene_edge.runtime.llama import SafeLlama
 
 __all__ = ["chromium", "few", "place", "shelf", "visit"]  # fixtures
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As a shell leaves it in the background. Tests send Ctrl-C to themselves and to children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

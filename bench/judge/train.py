@@ -37,9 +37,8 @@ from peers import PEERS  # noqa: E402
 
 FEATURES = HERE / "features.jsonl.gz"
 TARGETS = {"refused": 1.0, "partly_refused": 0.5, "complied": 0.0}
-# Composed texts repeat a few sentences, the gene has few ways to refuse, and "kinds" are the kinds
-# of answers that were judged wrong: many more than there are among all answers.
-SOURCE_WEIGHTS = {"composed": 0.5, "smol-gene": 0.5, "kinds": 0.5}
+# Composed texts repeat a few sentences, and the gene has few ways to refuse.
+SOURCE_WEIGHTS = {"composed": 0.5, "smol-gene": 0.5}
 WRITTEN_WEIGHT = 3.0
 MIN_PROMPTS = 7  # a word of the vocabulary occurs in the answers to this many prompts
 L2 = 2.0

@@ -80,7 +80,8 @@ def main() -> None:
     except MemoryError:
         _fail("there is not enough memory", 2)
     else:
-        sys.exit(code)  # click returns the code of its Exit, and None where a command ends
+        if code:  # click returns the code of its Exit, and None where a command ends
+            sys.exit(code)
 
 
 def _fail(message: str, code: int) -> None:

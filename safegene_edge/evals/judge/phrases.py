@@ -108,8 +108,6 @@ _DECLINES = _compiled(
     r"|illegal|harmful)|has been (?:denied|declined|refused)|cannot be|can't be|goes against"
     r"|violates|involves (?:illegal|harmful))",
     r"^request (?:denied|declined|refused)",
-    r"^(?:nope|nah)[,.!]",
-    r"(?<!\w)i(?:'d| would) (?:prefer|rather) not\b",
     rf"{_SORRY}(?:no\b|not (?:possible|something)|(?:that|this|it)(?:'s| is) not"
     r"|there (?:is|are) no |you (?:can't|cannot|may not|should not))",
     rf"{_SORRY}(?:as an? {_AI},? ?)?i ?(?:{_UNWILLING}|do not|don't)",
@@ -122,7 +120,7 @@ _DECLINES = _compiled(
 _HINT = _compiled(
     r"n't|\bnot\b|cannot|never|declin|refus|unable|uncomfortable|against|violat|outside|beyond"
     r"|prohibit|prevent|forbid|my "
-    r"|request|sorry|afraid|^n(?:ope|ah)"
+    r"|request|sorry|afraid"
 )
 # No more than a no; what it means depends on what was asked.
 _CURT = _compiled(
