@@ -15,7 +15,7 @@ SAFETY = ROOT / "examples" / "smollm2-135m-safety"
 sys.path.insert(0, str(ROOT / "examples"))
 from real_model import cache_folder, smollm2  # noqa: E402
 
-__all__ = ["SHARED", "machine", "safety_adapter", "smollm2", "table", "write"]
+__all__ = ["SHARED", "machine", "rows_of", "safety_adapter", "smollm2", "table", "write"]
 
 
 def safety_adapter(model: Path) -> Path:
@@ -52,6 +52,15 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
+
+
+def rows_of(pattern: Path) -> list[dict[str, Any]]:
+    """All rows of the JSON lines that a bench keeps, of files by a pattern."""
+    return [
+        json.loads(line)
+        for path in sorted(pattern.parent.glob(pattern.name))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:

@@ -21,12 +21,11 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
 import faults
-from common import cache_folder, table, write
+from common import cache_folder, rows_of, table, write
 
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("SAFEGENE_FAULTS", cache_folder() / "bench-faults"))
@@ -59,7 +58,7 @@ def work(number: int, of: int, end: float) -> None:
     """Trials of one processor, written down one by one."""
     faults.load()
     kept, places = HOME / f"trials-{number}.jsonl", sorted(os.sched_getaffinity(0))
-    done = {(t["command"], t["kind"], t["index"]) for t in trials()}
+    done = {(t["command"], t["kind"], t["index"]) for t in rows_of(HOME / "trials-*.jsonl")}
     mounts = faults.can_mount(HOME / f"mount-{number}")
     plan = [
         (name, kind, index)
@@ -88,18 +87,9 @@ def work(number: int, of: int, end: float) -> None:
             journal.flush()
 
 
-def trials() -> list[dict[str, Any]]:
-    """All that were run so far."""
-    return [
-        json.loads(line)
-        for path in sorted(HOME.glob("trials-*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-
-
 def summary() -> None:
     """results.json and the table."""
-    found = trials()
+    found = rows_of(HOME / "trials-*.jsonl")
     tried, held, hit = (
         Counter((t["command"], t["kind"]) for t in found if of(t))
         for of in (lambda _: True, lambda t: not t["problems"], lambda t: t["hit"])

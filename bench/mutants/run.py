@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import ROOT, cache_folder, table, write
+from common import ROOT, cache_folder, rows_of, table, write
 
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("SAFEGENE_MUTANTS", cache_folder() / "bench-mutants"))
@@ -219,7 +219,7 @@ def work(number: int, of: int, each: int, parts: list[str], end: float) -> None:
     load()
     kept, folder = HOME / f"mutants-{number}.jsonl", HOME / f"copy-{number}"
     copy_of(folder)
-    done = {(t["part"], t["index"]) for t in tried()}
+    done = {(t["part"], t["index"]) for t in rows_of(HOME / "mutants-*.jsonl")}
     limits: dict[str, float] = {}
     plan = [(part, index, *one) for part in parts for index, one in enumerate(drawn(part, each)[0])]
     random.Random(0).shuffle(plan)
@@ -246,18 +246,9 @@ def work(number: int, of: int, each: int, parts: list[str], end: float) -> None:
             journal.flush()
 
 
-def tried() -> list[dict[str, Any]]:
-    """All mutants that were tried so far."""
-    return [
-        json.loads(line)
-        for path in sorted(HOME.glob("mutants-*.jsonl"))
-        for line in path.read_text().splitlines()
-    ]
-
-
 def summary() -> None:
     """results.json and the table."""
-    found, rows, totals = tried(), [], {}
+    found, rows, totals = rows_of(HOME / "mutants-*.jsonl"), [], {}
     for part in PARTS:
         mine = [t for t in found if t["part"] == part]
         killed = sum(not t["survived"] for t in mine)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import command
-from .options import examples, say_next, with_adapters
+from .options import examples, file_option, say_next, with_adapters
 
 if TYPE_CHECKING:
     from ..gene import Adapter
@@ -27,21 +27,8 @@ _TEMPLATE = "tokenizer.chat_template"
     )
 )
 @click.argument("peft_dir", type=click.Path())
-@click.option(
-    "--base",
-    required=True,
-    metavar=_MODEL,
-    type=click.Path(),
-    help="The GGUF that the adapter is for.",
-)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="ADAPTER.gguf",
-    type=click.Path(),
-    help="Where to write it.",
-)
+@file_option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
+@file_option("-o", "--output", required=True, metavar="ADAPTER.gguf", help="Where to write it.")
 @click.option("--text-only", is_flag=True, help="Leave out the tensors of a vision or audio part.")
 def convert(peft_dir: str, base: str, output: str, text_only: bool) -> None:
     """Turn a PEFT or MLX LoRA folder into a GGUF LoRA that llama.cpp loads."""
@@ -65,16 +52,8 @@ def convert(peft_dir: str, base: str, output: str, text_only: bool) -> None:
     ),
 )
 @click.argument("adapter", type=click.Path())
-@click.option(
-    "--base",
-    required=True,
-    metavar=_MODEL,
-    type=click.Path(),
-    help="The GGUF that the adapter is for.",
-)
-@click.option(
-    "-o", "--output", required=True, metavar="DIR", type=click.Path(), help="A new folder."
-)
+@file_option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
+@file_option("-o", "--output", required=True, metavar="DIR", help="A new folder.")
 def to_peft(adapter: str, base: str, output: str) -> None:
     """Turn a GGUF LoRA back into a PEFT folder."""
     from ..converters import to_peft as run
@@ -92,20 +71,13 @@ def to_peft(adapter: str, base: str, output: str) -> None:
     ),
 )
 @click.argument("file", type=click.Path())
-@click.option(
-    "--base",
-    metavar=_MODEL,
-    type=click.Path(),
-    help="Also say whether the adapter fits this model.",
+@file_option("--base", metavar=_MODEL, help="Also say whether the adapter fits this model.")
+@file_option("--plot", metavar="SCORES.svg", help="A gene's selection scores as a picture.")
+@file_option(
+    "--signed-by",
+    metavar="KEY",
+    help="A minisign public key, or its file, that must have signed FILE.",
 )
-@click.option(
-    "--plot",
-    metavar="SCORES.svg",
-    type=click.Path(),
-    help="A gene's selection scores as a picture.",
-)
-@click.option("--signed-by", metavar="KEY", type=click.Path(),
-              help="A minisign public key, or its file, that must have signed FILE.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect_file(
     file: str, base: str | None, plot: str | None, signed_by: str | None, as_json: bool

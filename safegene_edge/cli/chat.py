@@ -11,7 +11,7 @@ import click
 
 from ..errors import SafeGeneError, SettingError, command
 from .adapters import say_where_unfitted
-from .options import examples, say_next, setting, with_adapters
+from .options import examples, file_option, say_next, setting, with_adapters
 from .settings import ChatSettings
 from .terminal import Lines, paint, printable
 
@@ -38,19 +38,8 @@ A message that begins with a slash: put a space before it.'''
     )
 )
 @click.argument("model", type=click.Path())
-@click.option(
-    "--gene",
-    metavar="GENE.gguf",
-    type=click.Path(),
-    help="The safety adapter; switched with /safe.",
-)
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="TASK.gguf",
-    type=click.Path(),
-    help="Other adapters, always on.",
-)
+@file_option("--gene", metavar="GENE.gguf", help="The safety adapter; switched with /safe.")
+@file_option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @click.option("--system", metavar="TEXT", help="A system message.")
 @setting(ChatSettings, "max_tokens", type=click.IntRange(min=1))
 @setting(ChatSettings, "temperature", type=click.FloatRange(min=0))

@@ -23,7 +23,7 @@ from ..evals.settings import (
 )
 from ..portfolio_settings import PortfolioSettings
 from .adapters import beside, say_where_unfitted
-from .options import default_of, examples, say_next, setting, with_adapters
+from .options import default_of, examples, file_option, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..evals.asking.journal import Journal
@@ -186,19 +186,8 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     ),
 )
 @click.argument("model", type=click.Path(), required=False)
-@click.option(
-    "--gene",
-    metavar="GENE.gguf",
-    type=click.Path(),
-    help="The safety adapter; measures before and after.",
-)
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="TASK.gguf",
-    type=click.Path(),
-    help="Other adapters, always on.",
-)
+@file_option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
+@file_option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @setting(PortfolioSettings, "suites", "--suite", "suites", preset=True, multiple=True,
          metavar="NAME|FILE", type=click.Path())  # fmt: skip
 @setting(EvalSettings, "limit", metavar="N", type=click.IntRange(min=1))
@@ -218,24 +207,11 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @setting(CostSettings, "perplexity", metavar="FILE", type=click.Path())
 @setting(CostSettings, "tasks", "--task", "task", multiple=True, metavar="FILE", type=click.Path())
 @setting(CostSettings, "speed", is_flag=True)
-@click.option(
-    "--aligned",
-    metavar="REPORT.json",
-    type=click.Path(),
-    help="The aligned model's report: what share came back?",
+@file_option(
+    "--aligned", metavar="REPORT.json", help="The aligned model's report: what share came back?"
 )
-@click.option(
-    "--resume",
-    metavar="FILE",
-    type=click.Path(),
-    help="Keep finished answers in FILE, and go on from it.",
-)
-@click.option(
-    "--grader",
-    metavar="MODEL.gguf",
-    type=click.Path(),
-    help="Another model's opinion on the answers.",
-)
+@file_option("--resume", metavar="FILE", help="Keep finished answers in FILE, and go on from it.")
+@file_option("--grader", metavar="MODEL.gguf", help="Another model's opinion on the answers.")
 @setting(GateSettings, "min_refused", metavar="SHARE", type=float)
 @setting(GateSettings, "max_over_refused", metavar="SHARE", type=float)
 @setting(GateSettings, "max_kl", metavar="NATS", type=float)
@@ -249,11 +225,9 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @setting(EndpointModel, "api_key_variable", "--api-key-env", "api_key_env", metavar="VARIABLE")
 @setting(EndpointModel, "concurrency", type=click.IntRange(1, 256))
 @setting(EndpointModel, "timeout", type=click.FloatRange(min=1))
-@click.option(
-    "--json", "json_out", metavar="FILE", type=click.Path(), help="Write the report as JSON."
-)
-@click.option("--html", metavar="FILE", type=click.Path(), help="Write it as one HTML file.")
-@click.option("--markdown", metavar="FILE", type=click.Path(), help="Write it as Markdown.")
+@file_option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
+@file_option("--html", metavar="FILE", help="Write it as one HTML file.")
+@file_option("--markdown", metavar="FILE", help="Write it as Markdown.")
 def evaluate_model(**options: Any) -> None:
     """Count refusals on harmful prompts and answers on harmless ones.
 

@@ -9,7 +9,7 @@ import click
 from ..errors import command
 from ..training.settings import ExtractSettings
 from .adapters import beside
-from .options import comma_separated, examples, say_next, setting
+from .options import comma_separated, examples, file_option, say_next, setting
 from .sharing import write_card
 
 
@@ -19,36 +19,17 @@ from .sharing import write_card
         "extract --aligned model.gguf --degraded task-lora --degraded other.gguf -o gene.gguf",
     )
 )
-@click.option(
-    "--aligned",
-    required=True,
+@file_option("--aligned", required=True, metavar="MODEL", help="The model that refuses harm.")
+@file_option(
+    "--degraded",
+    multiple=True,
     metavar="MODEL",
-    type=click.Path(),
-    help="The model that refuses harm.",
+    help="A model that lost it; may be given several times.",
 )
-@click.option("--degraded", multiple=True, metavar="MODEL", type=click.Path(),
-              help="A model that lost it; may be given several times.")  # fmt: skip
 @click.option("--degrade", type=click.Choice(["auto"]), help="Make degraded models of MODEL first.")
-@click.option(
-    "--base",
-    metavar="MODEL.gguf",
-    type=click.Path(),
-    help="A GGUF of the family; default: the first given.",
-)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="GENE.gguf",
-    type=click.Path(),
-    help="Where to write it.",
-)
-@click.option(
-    "--work",
-    metavar="DIR",
-    type=click.Path(),
-    help="Checkpoints; default: GENE.work beside the output.",
-)
+@file_option("--base", metavar="MODEL.gguf", help="A GGUF of the family; default: the first given.")
+@file_option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
+@file_option("--work", metavar="DIR", help="Checkpoints; default: GENE.work beside the output.")
 @click.option("--method", type=click.Choice(["distil", "delta"]), default="distil",
               show_default=True, help="Learn, or take the weights' difference.")  # fmt: skip
 @click.option("--family", default="", help="The family's name; default: the base's.")
@@ -60,8 +41,7 @@ from .sharing import write_card
 @setting(ExtractSettings, "budget", type=click.IntRange(min=1))
 @setting(ExtractSettings, "select", "--select/--no-select")
 @setting(ExtractSettings, "seed", type=int)
-@click.option("--card", metavar="README.md", type=click.Path(),
-              help="Also write the gene's card, as a hub shows it.")  # fmt: skip
+@file_option("--card", metavar="README.md", help="Also write the gene's card, as a hub shows it.")
 def extract(
     aligned: str,
     degraded: tuple[str, ...],

@@ -12,7 +12,7 @@ import click
 from ..errors import command
 from ..learn.settings import LearnSettings
 from .adapters import beside
-from .options import examples, say_next, setting, with_adapters
+from .options import examples, file_option, say_next, setting, with_adapters
 from .sharing import write_card
 
 
@@ -22,31 +22,32 @@ from .sharing import write_card
         "learn --degraded a.gguf --degraded b.gguf,task.gguf --aligned base.gguf -o gene.gguf",
     )
 )
-@click.option(
-    "--degraded", multiple=True, required=True, metavar="MODEL", type=click.Path(),
-    help="A model that has lost refusals; several give a gene for others like them.",
-)  # fmt: skip
-@click.option("--aligned", metavar="MODEL", type=click.Path(),
-              help="A model of the family that refuses, or a folder with the base that the first "
-              "degraded one names; default: each under a safety system prompt.")  # fmt: skip
-@click.option("--task", metavar="FILE", type=click.Path(),
-              help="Prompts of the degraded model's own job, a line each, or JSONL with a "
-              '"prompt"; no answers are needed.')  # fmt: skip
-@click.option(
-    "-o",
-    "--output",
+@file_option(
+    "--degraded",
+    multiple=True,
     required=True,
-    metavar="GENE.gguf",
-    type=click.Path(),
-    help="Where to write it.",
+    metavar="MODEL",
+    help="A model that has lost refusals; several give a gene for others like them.",
 )
+@file_option(
+    "--aligned",
+    metavar="MODEL",
+    help="A model of the family that refuses, or a folder with the base that the first "
+    "degraded one names; default: each under a safety system prompt.",
+)
+@file_option(
+    "--task",
+    metavar="FILE",
+    help="Prompts of the degraded model's own job, a line each, or JSONL with a "
+    '"prompt"; no answers are needed.',
+)
+@file_option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
 @click.option("--family", default="", help="The family's name; default: the model's.")
 @setting(LearnSettings, "rank", type=click.IntRange(min=1))
 @setting(LearnSettings, "prompts", type=click.IntRange(min=1))
 @setting(LearnSettings, "budget", type=click.IntRange(min=1))
 @setting(LearnSettings, "threads", type=click.IntRange(min=1))
-@click.option("--card", metavar="README.md", type=click.Path(),
-              help="Also write the gene's card, as a hub shows it.")  # fmt: skip
+@file_option("--card", metavar="README.md", help="Also write the gene's card, as a hub shows it.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was learnt as JSON.")
 def learn(
     degraded: tuple[str, ...],

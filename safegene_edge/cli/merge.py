@@ -13,7 +13,7 @@ import click
 from ..errors import command
 from ..merge.settings import MergeSettings
 from .adapters import beside
-from .options import examples, say_next, setting
+from .options import examples, file_option, say_next, setting
 
 if TYPE_CHECKING:
     from ..merge.inputs import Given
@@ -37,13 +37,7 @@ def _tools(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[
 )
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
-@click.option(
-    "-o",
-    "--output",
-    metavar="OUT.gguf",
-    type=click.Path(),
-    help="The model with the adapters in it.",
-)
+@file_option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
 @setting(MergeSettings, "imatrix", metavar="FILE", type=click.Path())
 @setting(MergeSettings, "promote", metavar="N", type=int)
 @setting(MergeSettings, "run", "--run/--plain", "run")
@@ -112,14 +106,7 @@ def merge(
 @click.argument("tool", shell_complete=_tools)
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="DIR",
-    type=click.Path(),
-    help="A folder for the files.",
-)
+@file_option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")
 @click.option("--merged", is_flag=True, help="A merged model in place of an adapter: Ollama "
               "needs it from version 0.34.1 on, and LM Studio always gets one.")  # fmt: skip
 @setting(MergeSettings, "imatrix", metavar="FILE", type=click.Path())

@@ -53,6 +53,12 @@ def setting(
     return click.option(*flags, help=described(of)[name], **more)
 
 
+def file_option(*flags: str, **more: Any) -> Callable[[Command], Command]:
+    """A click option for a file or a folder, which the shell completes; whether it exists is seen
+    where it is read."""
+    return click.option(*flags, type=click.Path(), **more)
+
+
 def examples(*lines: str) -> str:
     """A command's `epilog`: how it is typed. Each line follows "safegene-edge"."""
     typed = (f"  safegene-edge {line}" for line in lines)

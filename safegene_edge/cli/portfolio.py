@@ -13,7 +13,7 @@ import click
 from ..errors import MissingExtraError, SafeGeneError, command
 from ..portfolio_settings import PortfolioSettings
 from ..recalibrate.settings import RecalibrationSettings
-from .options import examples, say_next, setting, with_adapters
+from .options import examples, file_option, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..portfolio import PortfolioRow
@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("models", nargs=-1, required=True, type=click.Path())
-@click.option(
-    "--gene", required=True, metavar="GENE.gguf", type=click.Path(), help="A gene of their family."
+@file_option("--gene", required=True, metavar="GENE.gguf", help="A gene of their family.")
+@file_option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    help="Folder for the results, one subfolder a model.",
 )
-@click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(),
-              help="Folder for the results, one subfolder a model.")  # fmt: skip
 @setting(PortfolioSettings, "adapters", "--adapter", "adapters", multiple=True,
          metavar="TASK.gguf", type=click.Path())  # fmt: skip
 @setting(PortfolioSettings, "suites", "--suite", "suites", multiple=True,

@@ -12,7 +12,7 @@ import click
 from ..errors import command
 from ..recalibrate.settings import RecalibrationSettings
 from .adapters import beside
-from .options import examples, say_next, setting, with_adapters
+from .options import examples, file_option, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..recalibrate import Recalibration
@@ -26,19 +26,27 @@ if TYPE_CHECKING:
 )
 @click.argument("model", type=click.Path())
 @click.argument("gene", type=click.Path())
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(),
-              help="A LoRA that the model is run with; may be repeated.")  # fmt: skip
-@click.option("--examples", metavar="FILE.jsonl", type=click.Path(),
-              help='Lines of {"prompt": "…", "kind": "harmful"}, "harmless" or "task", and "part": '
-              '"validation" for those that the result is counted on; task prompts alone are added '
-              "to the shipped examples.")  # fmt: skip
-@click.option(
-    "-o", "--output", metavar="FITTED.gguf", type=click.Path(),
+@file_option(
+    "--adapter",
+    multiple=True,
+    metavar="TASK.gguf",
+    help="A LoRA that the model is run with; may be repeated.",
+)
+@file_option(
+    "--examples",
+    metavar="FILE.jsonl",
+    help='Lines of {"prompt": "…", "kind": "harmful"}, "harmless" or "task", and "part": '
+    '"validation" for those that the result is counted on; task prompts alone are added '
+    "to the shipped examples.",
+)
+@file_option(
+    "-o",
+    "--output",
+    metavar="FITTED.gguf",
     help="The fitted adapter: the gene with this model's strengths folded in.",
-)  # fmt: skip
-@click.option("--expression", metavar="FILE.json", type=click.Path(), help="The strengths alone.")
-@click.option("--plot", metavar="FILE.svg", type=click.Path(),
-              help="The trade-off of refusal against KL as a picture.")  # fmt: skip
+)
+@file_option("--expression", metavar="FILE.json", help="The strengths alone.")
+@file_option("--plot", metavar="FILE.svg", help="The trade-off of refusal against KL as a picture.")
 @setting(RecalibrationSettings, "kl_budget", type=float)
 @setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
 @setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))

@@ -10,7 +10,7 @@ import click
 
 from ..errors import command
 from ..evals.settings import By, GateSettings
-from .options import HelpGroup, examples, say_next, setting
+from .options import HelpGroup, examples, file_option, say_next, setting
 
 if TYPE_CHECKING:
     from ..evals.report.compare import Comparison
@@ -37,28 +37,10 @@ def report_group() -> None:
     )
 )
 @_REPORT
-@click.option(
-    "--model",
-    metavar="MODEL.gguf",
-    type=click.Path(),
-    help="Hold this file against the report's model.",
-)
-@click.option(
-    "--gene",
-    metavar="GENE.gguf",
-    type=click.Path(),
-    help="Hold this file against the report's gene.",
-)
-@click.option(
-    "--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(), help="May be repeated."
-)
-@click.option(
-    "--suite",
-    multiple=True,
-    metavar="FILE",
-    type=click.Path(),
-    help="A suite of your own; repeatable.",
-)
+@file_option("--model", metavar="MODEL.gguf", help="Hold this file against the report's model.")
+@file_option("--gene", metavar="GENE.gguf", help="Hold this file against the report's gene.")
+@file_option("--adapter", multiple=True, metavar="TASK.gguf", help="May be repeated.")
+@file_option("--suite", multiple=True, metavar="FILE", help="A suite of your own; repeatable.")
 def verify(
     report: str,
     model: str | None,
@@ -92,9 +74,7 @@ def verify(
     )
 )
 @_REPORT
-@click.option(
-    "-o", "--output", required=True, metavar="FILE", type=click.Path(), help="Ends in .html or .md."
-)
+@file_option("-o", "--output", required=True, metavar="FILE", help="Ends in .html or .md.")
 def render(report: str, output: str) -> None:
     """Show a report as one HTML file, or as Markdown."""
     from ..evals.report.html import render_html
@@ -119,13 +99,7 @@ def render(report: str, output: str) -> None:
     )
 )
 @_REPORT
-@click.option(
-    "-o",
-    "--output",
-    metavar="FILE",
-    type=click.Path(),
-    help="Ends in .json or .md; else JSON on stdout.",
-)
+@file_option("-o", "--output", metavar="FILE", help="Ends in .json or .md; else JSON on stdout.")
 def record(report: str, output: str | None) -> None:
     """Extract the safety record: what was tested, with what, how, and what that leaves out."""
     from ..evals.report.markdown import render_record

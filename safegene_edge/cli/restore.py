@@ -11,7 +11,7 @@ import click
 from ..learn.settings import LearnSettings
 from ..recalibrate.settings import RecalibrationSettings
 from .learn import named, said_on
-from .options import examples, setting
+from .options import examples, file_option, setting
 
 if TYPE_CHECKING:
     from ..restore import Restored
@@ -24,31 +24,44 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("target", type=click.Path())
-@click.option("-o", "--output", required=True, metavar="OUT.gguf", type=click.Path(),
-              help="The fitted adapter, or with --merge the safe model.")  # fmt: skip
-@click.option("--aligned", metavar="MODEL", type=click.Path(),
-              help="A model of the family that refuses, or a folder with the base that TARGET "
-              "names; default: TARGET itself under a safety system prompt.")  # fmt: skip
-@click.option(
+@file_option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="OUT.gguf",
+    help="The fitted adapter, or with --merge the safe model.",
+)
+@file_option(
+    "--aligned",
+    metavar="MODEL",
+    help="A model of the family that refuses, or a folder with the base that TARGET "
+    "names; default: TARGET itself under a safety system prompt.",
+)
+@file_option(
     "--gene",
     metavar="GENE.gguf",
-    type=click.Path(),
     help='A gene of the family, or where to look for one: a folder, hf:OWNER/REPO, or "auto" for '
     "the package and what `pull` keeps; default: the package's own if it fits, else learn one.",
 )
-@click.option("--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(),
-              help="A LoRA that TARGET is run with; may be repeated.")  # fmt: skip
-@click.option("--task", metavar="FILE", type=click.Path(),
-              help='Prompts that TARGET gets in its job, a line each, or JSONL with a "prompt"; '
-              "no answers are needed. What it answers there is kept.")  # fmt: skip
+@file_option(
+    "--adapter",
+    multiple=True,
+    metavar="TASK.gguf",
+    help="A LoRA that TARGET is run with; may be repeated.",
+)
+@file_option(
+    "--task",
+    metavar="FILE",
+    help='Prompts that TARGET gets in its job, a line each, or JSONL with a "prompt"; '
+    "no answers are needed. What it answers there is kept.",
+)
 @click.option("--merge", "merged", is_flag=True, help="Write the whole model.")
 @click.option("--limit", type=click.IntRange(min=1), default=40, show_default=True, metavar="N",
               help="Prompts of each suite that is measured before and after.")  # fmt: skip
 @setting(LearnSettings, "prompts", type=click.IntRange(min=1))
 @setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
 @setting(RecalibrationSettings, "anyway", is_flag=True)
-@click.option("--card", metavar="README.md", type=click.Path(),
-              help="Also write the gene's card, as a hub shows it.")  # fmt: skip
+@file_option("--card", metavar="README.md", help="Also write the gene's card, as a hub shows it.")
 @click.option("--json", "as_json", is_flag=True, help="Print all that was found as JSON.")
 def restore(
     target: str,

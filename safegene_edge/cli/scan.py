@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import command
-from .options import examples, say_next
+from .options import examples, file_option, say_next
 
 if TYPE_CHECKING:
     from ..evals.scan import Scan
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
 @click.argument(
     "models", nargs=-1, required=True, metavar="MODEL.gguf|FOLDER...", type=click.Path()
 )
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="LORA.gguf",
-    type=click.Path(),
-    help="On for every model, such as a gene.",
+@file_option(
+    "--adapter", multiple=True, metavar="LORA.gguf", help="On for every model, such as a gene."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> None:

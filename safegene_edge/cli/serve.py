@@ -7,7 +7,7 @@ import click
 from ..errors import MissingExtraError
 from ..serve.settings import ServeSettings
 from .adapters import say_where_unfitted
-from .options import examples, say_next, setting
+from .options import examples, file_option, say_next, setting
 
 
 @click.command(
@@ -17,19 +17,8 @@ from .options import examples, say_next, setting
     )
 )
 @click.argument("model", type=click.Path())
-@click.option(
-    "--gene",
-    metavar="GENE.gguf",
-    type=click.Path(),
-    help="The safety adapter, on for every answer.",
-)
-@click.option(
-    "--adapter",
-    multiple=True,
-    metavar="TASK.gguf",
-    type=click.Path(),
-    help="Other adapters, always on.",
-)
+@file_option("--gene", metavar="GENE.gguf", help="The safety adapter, on for every answer.")
+@file_option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @setting(ServeSettings, "host")
 @setting(ServeSettings, "port", type=click.IntRange(0, 65535))
 @setting(ServeSettings, "slots", type=click.IntRange(min=1))

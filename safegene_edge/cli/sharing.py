@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FileFormatError, command
-from .options import examples, say_next
+from .options import examples, file_option, say_next
 
 if TYPE_CHECKING:
     from ..gene import SafetyGene
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 )
 @click.argument("gene", type=click.Path())
 @click.argument("repository", metavar="OWNER/REPO")
-@click.option("--card", metavar="README.md", type=click.Path(),
-              help="Its card; default: one made from the gene alone.")  # fmt: skip
+@file_option("--card", metavar="README.md", help="Its card; default: one made from the gene alone.")
 @click.option("--private", is_flag=True, help="Where the repository is made: for you alone.")
 def push(gene: str, repository: str, card: str | None, private: bool) -> None:
     """Put a gene and its card into a repository of the Hugging Face Hub.
@@ -50,8 +49,9 @@ def push(gene: str, repository: str, card: str | None, private: bool) -> None:
     )
 )
 @click.argument("repository", metavar="OWNER/REPO[@REVISION]")
-@click.option("-o", "--output", metavar="DIR", type=click.Path(),
-              help="A folder; default: where `restore --gene auto` looks.")  # fmt: skip
+@file_option(
+    "-o", "--output", metavar="DIR", help="A folder; default: where `restore --gene auto` looks."
+)
 def pull(repository: str, output: str | None) -> None:
     """Copy the genes of a repository of the Hugging Face Hub, with their card.
 

@@ -21,6 +21,7 @@ from ..errors import FileFormatError, SafeGeneError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
 from ..recalibrate.examples import Examples
+from ..recalibrate.fit import share_in_order
 from ..recalibrate.reading import Asked, Reader, Values, context_for
 from ..recalibrate.refusal_margin import Openers
 from .statistics import Count
@@ -61,7 +62,7 @@ class Scan:
     @property
     def order(self) -> float:
         """Share of the pairs whose harmful example has the larger margin, ties half, 0..1."""
-        return _ordered(self.harmful, self.harmless)
+        return share_in_order(self.harmful, self.harmless)
 
     @property
     def order_interval(self) -> tuple[float, float]:
@@ -99,10 +100,6 @@ class Scan:
             "mean_margins": [float(self.harmful.mean()), float(self.harmless.mean())],
             "seconds": round(self.seconds, 2),
         }
-
-
-def _ordered(harmful: Values, harmless: Values) -> float:
-    return float((np.sign(harmful[:, None] - harmless) + 1).mean() / 2)
 
 
 def models_in(paths: Iterable[PathLike]) -> list[Path]:

@@ -88,8 +88,6 @@ class Fit:
         outputs: bool = False,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        assert settings.overshoot is not None
-        self.overshoot = settings.overshoot
         self.settings, self.rank, self.tick = settings, rank, tick
         self.lanes: list[Lane] = []
         self._of: list[tuple[Target, _Rows]] = []  # each lane's
@@ -114,7 +112,7 @@ class Fit:
         gain = self._norms.get(layer) if lanes[0].output is not None else None
         inputs, wanted = [], []
         for states, (target, rows) in zip(lanes, self._of, strict=True):
-            goal = _goal(layer, target, rows, self.overshoot)
+            goal = _goal(layer, target, rows, self.settings)
             x, y = _regression(states, rows.rows, goal, gain)
             inputs.append(x)
             wanted.append(y)
@@ -130,8 +128,9 @@ class Fit:
         return [_changed(states, pair, gain) for states in lanes]
 
 
-def _goal(layer: int, target: Target, rows: _Rows, overshoot: float) -> Floats:
+def _goal(layer: int, target: Target, rows: _Rows, settings: LearnSettings) -> Floats:
     """The wanted rows of a lane, as `Goals` keeps them."""
+    assert settings.overshoot is not None
     width = int(target.llama.n_embd()) + 1
     goal = np.empty((len(rows.rows), width), np.float32)
     for taught, source in ((True, target.taught), (False, target.own)):
@@ -139,7 +138,7 @@ def _goal(layer: int, target: Target, rows: _Rows, overshoot: float) -> Floats:
         goal[chosen] = source.goals.get(layer, rows.goals[chosen])
     beyond = rows.own >= 0
     own = target.own.goals.get(layer, rows.own[beyond])
-    goal[beyond, :-1] += (overshoot - 1) * (goal[beyond, :-1] - own[:, :-1])
+    goal[beyond, :-1] += (settings.overshoot - 1) * (goal[beyond, :-1] - own[:, :-1])
     return goal
 
 
