@@ -27,6 +27,8 @@ from .gguf_file import ArrayValue, GGUFFile, Value, write_gguf
 from .gguf_file.values import FLOAT32
 
 SHIPPED = "smollm2-135m.gene.gguf"
+# Of SmolLM2, whose shape SmolLM has, too; the file is older than the rule that genes name theirs.
+_TOKENIZER = "466c712f05bc8cf87141b44b671342255af7984e589ef2ec677bda2c341fbfca"
 FORMAT_VERSION = 1
 OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such as the output
 MAX_METADATA = 16 << 20  # bytes; all of it is decoded, and an adapter's is a few KB
@@ -259,7 +261,8 @@ class SafetyGene(Adapter):
     def shipped(cls) -> SafetyGene:
         """The gene of SmolLM2-135M that comes with the package."""
         with resources.as_file(resources.files("safegene_edge") / "data" / SHIPPED) as file:
-            return cls.load(file)
+            gene = cls.load(file)
+        return replace(gene, tokenizer=gene.tokenizer or _TOKENIZER)
 
     def express(self, expression: Expression) -> SafetyGene:
         """The gene with an expression folded into B, for tools that know nothing of us.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from safegene_edge import SafeLlama, SafetyGene, restore
 from safegene_edge.cli import cli
+from safegene_edge.compat import open_model, tokenizer_digest
 from safegene_edge.errors import FileFormatError, OutputError, SettingError
 from safegene_edge.files import sha256
 from safegene_edge.gene import Expression
@@ -249,7 +250,8 @@ def test_the_packages_own_gene_is_taken_where_it_fits(
     model: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless an aligned model is given: that one teaches."""
-    gene, seen = random_adapter(model, family="tiny"), []
+    tokenizer = tokenizer_digest(open_model(model))
+    gene, seen = random_adapter(model, family="tiny", tokenizer=tokenizer), []
     gene.save(tmp_path / "shipped.gguf")
     monkeypatch.setattr("safegene_edge.gene.SHIPPED", str(tmp_path / "shipped.gguf"))
     found = restore(model, output=tmp_path / "safe.gguf", limit=2, learning=LEARNING,
@@ -259,6 +261,10 @@ def test_the_packages_own_gene_is_taken_where_it_fits(
     assert "of the package" in seen[0] and "gene" not in found.files
     calls.clear()
     run(model, tmp_path / "other")
+    assert calls[0] == "learn"
+    calls.clear()
+    replace(gene, tokenizer="").save(tmp_path / "shipped.gguf")  # SmolLM2's, then
+    restore(model, output=tmp_path / "third.gguf", limit=2, learning=LEARNING)
     assert calls[0] == "learn"
 
 

