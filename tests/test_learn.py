@@ -32,7 +32,7 @@ from safegene_edge.learn.base import find_base
 from safegene_edge.learn.fit import Fit, Target
 from safegene_edge.learn.run import _Learning, plan
 from safegene_edge.learn.solve import reduced_rank
-from safegene_edge.learn.states import Captured, Sample, capture
+from safegene_edge.learn.states import Captured, Sample, capture, header_goals
 from safegene_edge.prompts import load_prompts
 from safegene_edge.runtime import lockstep
 from safegene_edge.runtime.lockstep import WRITER, Lane, run
@@ -100,9 +100,9 @@ class Model:
         self.llama = stack.enter_context(SafeLlama(str(path), n_ctx=256))
         self.scales = {self.llama.attach(adapter, 1.0): 1.0} if adapter else {}
 
-    def captured(self, prompts: list[list[int]], **more: Any) -> Captured:
+    def captured(self, prompts: list[list[int]], tokens: int = 3, **more: Any) -> Captured:
         found = capture(
-            self.llama, self.scales, prompts, LAYERS, header=3, tokens=3, lanes=2, **more
+            self.llama, self.scales, prompts, LAYERS, header=3, tokens=tokens, lanes=2, **more
         )
         self.stack.enter_context(found.goals)
         return found
@@ -125,13 +125,14 @@ def target_of(degraded: Model, aligned: Model, taught: int, own: int = 0) -> Tar
     """So many prompts whose answers are the aligned model's, and so many others."""
     prompts = sequences(taught + own)
     harmful, harmless = prompts[:taught], prompts[taught:]
-    theirs, mine = aligned.captured(harmful), degraded.captured(harmless + harmful, text=True)
+    theirs, mine = aligned.captured(prompts), degraded.captured(harmless + harmful, text=True)
+    headers = {True: degraded.captured(prompts, 0), False: aligned.captured(harmless + harmful, 0)}
     samples = [
-        theirs.sample(n, prompt, taught=True, start=mine.header_goals(len(harmless) + n))
-        for n, prompt in enumerate(harmful)
+        one.sample(n, prompt, taught=is_taught, other=header_goals(headers[is_taught], n))
+        for one, asked, is_taught in ((theirs, harmful, True), (mine, harmless, False))
+        for n, prompt in enumerate(asked)
     ]
-    samples += [mine.sample(n, prompt, taught=False) for n, prompt in enumerate(harmless)]
-    return Target(degraded.llama, degraded.scales, mine, theirs, samples)
+    return Target(degraded.llama, degraded.scales, mine, theirs, samples, headers)
 
 
 def states_along(model: Model, samples: Sequence[Sample]) -> dict[int, Any]:
@@ -169,14 +170,14 @@ def test_answers_and_states_are_those_of_a_plain_pass(
 
 
 def undone(
-    arch: str, tiny: Callable[..., Any], stack: ExitStack, overshoot: float
+    arch: str, tiny: Callable[..., Any], stack: ExitStack, *, taught: bool = True, **more: float
 ) -> tuple[Any, Any, Any, Any]:
     """States along a target's samples, of A, of D = A + a change, and of D with a gene; header."""
     path = tiny(arch, num_hidden_layers=5).gguf_path
     change = writer_change(path, 0.3)
     aligned, degraded = Model(stack, path), Model(stack, path, change)
-    target = target_of(degraded, aligned, 60)
-    settings = LearnSettings(ridge=1e-9, text_weight=1e-10, overshoot=overshoot)
+    target = target_of(degraded, aligned, 60 * taught, 60 * (not taught))
+    settings = LearnSettings(ridge=1e-9, text_weight=1e-10, **more)
     found = Fit([target], settings.for_teacher(itself=False), 64, lanes=2).run(LAYERS)
     wanted, before = (states_along(model, target.samples) for model in (aligned, degraded))
     gene = degraded.llama.attach(SafetyGene(change.architecture, 0.0, found.pairs))
@@ -190,7 +191,7 @@ def test_a_change_of_the_fitted_tensors_is_undone(
     arch: str, tiny: Callable[..., Any], stack: ExitStack
 ) -> None:
     """At full rank, without a ridge and an overshoot, D's states become A's."""
-    wanted, before, after, _ = undone(arch, tiny, stack, 1.0)
+    wanted, before, after, _ = undone(arch, tiny, stack, overshoot=1.0)
     for layer, goal in wanted.items():
         distance = [
             float(np.linalg.norm(one[layer] - goal) / np.linalg.norm(goal))
@@ -200,19 +201,33 @@ def test_a_change_of_the_fitted_tensors_is_undone(
         assert distance[1] < 1e-3, f"layer {layer}: {distance}"
 
 
-@pytest.mark.parametrize(
-    "arch", ["llama", "qwen3"]
-)  # a norm behind attn_output, as Gemma's, bounds it
+NO_NORM = ["llama", "qwen3"]  # a norm behind attn_output, as Gemma's, bounds how far an update goes
+
+
+def gone(arch: str, tiny: Callable[..., Any], stack: ExitStack, **more: Any) -> Iterator[float]:
+    """How far the header's states went, layer by layer: 0 are D's own, 1 are A's."""
+    wanted, before, after, header = undone(arch, tiny, stack, **more)
+    for layer, there in wanted.items():
+        way = (there - before[layer])[header]
+        yield float(((after[layer] - before[layer])[header] * way).sum() / (way * way).sum())
+
+
+@pytest.mark.parametrize("arch", NO_NORM)
 def test_the_header_goes_beyond_the_teacher_where_asked(
     arch: str, tiny: Callable[..., Any], stack: ExitStack
 ) -> None:
     """By no exact amount: the answers' rows, which one map serves as well, shall not."""
-    for overshoot, least, most in ((1.0, 0.99, 1.01), (3.0, 1.5, 3.0)):
-        wanted, before, after, header = undone(arch, tiny, stack, overshoot)
-        for layer, there in wanted.items():
-            way = (there - before[layer])[header]
-            gone = float(((after[layer] - before[layer])[header] * way).sum() / (way * way).sum())
-            assert least < gone < most, f"layer {layer}: {gone}"
+    assert all(0.99 < share < 1.01 for share in gone(arch, tiny, stack, overshoot=1.0))
+    assert all(1.5 < share < 3 for share in gone(arch, tiny, stack, overshoot=3.0))
+
+
+@pytest.mark.parametrize("arch", NO_NORM)
+def test_harmless_headers_go_away_from_the_teacher_where_asked(
+    arch: str, tiny: Callable[..., Any], stack: ExitStack
+) -> None:
+    assert all(abs(share) < 0.01 for share in gone(arch, tiny, stack, taught=False))
+    found = gone(arch, tiny, stack, taught=False, contrast=1.0)
+    assert all(-1.5 < share < -0.4 for share in found)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

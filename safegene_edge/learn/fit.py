@@ -3,8 +3,9 @@
 In a layer, x is what `attn_output` reads and h the residual stream with the attention added. On the
 decision rows of harmful prompts (the assistant's header and the first tokens of a refusal) h shall
 be the teacher's, on all others what the target itself had there: y = wanted - h. In the header it
-shall go beyond: wanted = h_D + overshoot (h_A - h_D). `solve` gives the update; h + B A x goes back
-into the pass, and the next layer sees it.
+shall go beyond, away from the other model: h_D + overshoot (h_A - h_D) on harmful prompts, and
+h_D - contrast (h_A - h_D) on harmless ones. `solve` gives the update; h + B A x goes back into the
+pass, and the next layer sees it.
 
 Where a norm lies between `attn_output` and the stream (Gemma), h = u + g * o / rms(o), with o what
 `attn_output` gives and g the norm's weights. Wanted is then o* = (wanted - u) / g * rms(o'), with
@@ -14,8 +15,8 @@ the stream: g * (B A x) / rms(o') against g * (o* - o) / rms(o').
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,7 @@ class Target:
     Attributes:
         own: its answers and states; taught: its teacher's.
         samples: of both.
+        headers: by whether a sample is taught, the other model's states in its header.
     """
 
     llama: SafeLlama
@@ -47,6 +49,7 @@ class Target:
     own: Captured
     taught: Captured
     samples: Sequence[Sample]
+    headers: Mapping[bool, Captured | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class _Rows:
     goals: Ints
     taught: npt.NDArray[np.bool_]
     weights: Floats
-    own: Ints  # where the target's own states are kept, of rows that shall go beyond; or -1
+    others: Ints  # where the other model's states are kept, of rows that go beyond; or -1
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,18 @@ class Fit:
 
 def _goal(layer: int, target: Target, rows: _Rows, settings: LearnSettings) -> Floats:
     """The wanted rows of a lane, as `Goals` keeps them."""
-    assert settings.overshoot is not None
+    assert settings.contrast is not None
     width = int(target.llama.n_embd()) + 1
     goal = np.empty((len(rows.rows), width), np.float32)
-    for taught, source in ((True, target.taught), (False, target.own)):
+    for taught, source, beyond in (
+        (True, target.taught, settings.overshoot - 1), (False, target.own, settings.contrast)
+    ):  # fmt: skip
         chosen = rows.taught == taught
         goal[chosen] = source.goals.get(layer, rows.goals[chosen])
-    beyond = rows.own >= 0
-    own = target.own.goals.get(layer, rows.own[beyond])
-    goal[beyond, :-1] += (settings.overshoot - 1) * (goal[beyond, :-1] - own[:, :-1])
+        if (other := target.headers.get(taught)) is not None:
+            chosen &= rows.others >= 0
+            away = goal[chosen, :-1] - other.goals.get(layer, rows.others[chosen])[:, :-1]
+            goal[chosen, :-1] += beyond * away
     return goal
 
 
@@ -165,10 +171,10 @@ def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnS
 
 
 def _kept(sample: Sample) -> Ints:
-    """Where the target's own states of a sample's header are kept; -1 of other rows."""
+    """Where the other model's states of a sample's header are kept; -1 of other rows."""
     place = np.arange(len(sample.offsets))
-    header = (place >= sample.text) & (sample.offsets < 0) & (sample.start >= 0)
-    return np.where(header, sample.start + place - sample.text, -1)
+    header = (place >= sample.text) & (sample.offsets < 0) & (sample.other >= 0)
+    return np.where(header, sample.other + place - sample.text, -1)
 
 
 def _regression(

@@ -31,7 +31,7 @@ from .base import Model, files_of
 from .fit import Fit, Fitted, Target
 from .samples import LOOK, choose, header_of, rendered
 from .settings import LearnSettings
-from .states import Captured, capture
+from .states import Captured, capture, header_goals
 from .teachers import TRIED, Taught, best_system_prompt, share_refused
 
 Progress = Callable[[str, int, int], None]
@@ -181,28 +181,39 @@ class _Learning:
                 self._tick()
             asked = rendered(model.llama, self.chosen.harmful, system)
             captured = self._captured("asking the teacher", model, asked, layers, look=LOOK)
-            return Taught.of(model.llama, self.chosen.harmful, captured, system)
+            asked = rendered(model.llama, self.chosen.harmless, system)
+            header = self._header(model, asked, layers) if self.settings.contrast else None
+            return Taught.of(model.llama, self.chosen.harmful, captured, header, system)
 
     def _target(self, files: list[PathLike], taught: Taught, layers: Sequence[int]) -> Target:
         """What a degraded model reads; it stays loaded for the fit."""
         model = _Model.load(self.stack, files)
         if self.teacher_files is not None:
             self._require_lost(model, taught)
-        asked = rendered(model.llama, self.chosen.harmless)
+        asked = rendered(model.llama, (*self.chosen.harmless, *self.chosen.tasks))
+        own = self._captured("asking the degraded model", model, asked, layers, text=True)
         harmful = rendered(model.llama, taught.prompts)
-        beyond = harmful if self.settings.overshoot != 1 else []  # its own states are needed then
-        own = self._captured("asking the degraded model", model, asked + beyond, layers, text=True)
-        samples = taught.samples(harmful, own, len(asked) if beyond else None)
-        samples += [own.sample(n, prompt, taught=False) for n, prompt in enumerate(asked)]
-        return Target(model.llama, model.scales, own, taught.captured, samples)
+        header = self._header(model, harmful, layers) if self.settings.overshoot != 1 else None
+        samples = taught.samples(harmful, header)
+        samples += [
+            own.sample(number, prompt, taught=False, other=header_goals(taught.header, number))
+            for number, prompt in enumerate(asked)
+        ]
+        return Target(model.llama, model.scales, own, taught.captured, samples,
+                      {True: header, False: taught.header})  # fmt: skip
+
+    def _header(self, model: _Model, asked: list[list[int]], layers: Sequence[int]) -> Captured:
+        """A model's states where an answer begins."""
+        return self._captured("comparing the models", model, asked, layers, tokens=0)
 
     def _captured(
         self, what: str, model: _Model, asked: list[list[int]], layers: Sequence[int], **more: Any
     ) -> Captured:
         self._begin(what, len(layers))
+        more = {"tokens": self.settings.tokens, **more}
         captured = capture(
             model.llama, model.scales, asked, layers, header=header_of(model.llama),
-            tokens=self.settings.tokens, lanes=self.lanes, tick=self._tick, **more,
+            lanes=self.lanes, tick=self._tick, **more,
         )  # fmt: skip
         self.stack.enter_context(captured.goals)
         self._read += captured.read
@@ -234,7 +245,7 @@ class _Learning:
             "safegene.learn.system_prompt": taught.system,
             "safegene.learn.refused": len(taught.kept),
             "safegene.learn.asked": taught.asked,
-            "safegene.learn.harmless": len(self.chosen.harmless),
+            "safegene.learn.harmless": len(self.chosen.harmless) + len(self.chosen.tasks),
             "safegene.learn.tokens_read": self._read,
             **{f"safegene.learn.{key}": value
                for key, value in asdict(self.settings).items() if isinstance(value, (int, float))},

@@ -17,10 +17,16 @@ _HEADER, _LONGEST = 3, 8  # tokens of the assistant's header where the template 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The prompts of one run."""
+    """The prompts of one run.
+
+    Attributes:
+        harmless: borderline and plain ones, as many as harmful ones.
+        tasks: harmless, too: requests of many kinds of task, and those of a task that was named.
+    """
 
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
+    tasks: tuple[Prompt, ...]
 
 
 def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chosen:
@@ -37,8 +43,8 @@ def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chose
     borderline = known["borderline"][: round(count * share)]
     plain = known["plain"][: count - len(borderline)]
     given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]
-    harmless = (*borderline, *plain, *task_kinds()[: count // 4], *given)
-    return Chosen(known["harmful"][:count], harmless)
+    tasks = (*task_kinds()[: count // 4], *given)
+    return Chosen(known["harmful"][:count], (*borderline, *plain), tasks)
 
 
 def _shorter(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -23,8 +23,10 @@ class LearnSettings:
         text_weight: What a token of the prompts' own text counts.
         overshoot: How far the header's states of harmful prompts shall go from the target's to
             the teacher's: 1 is there, 2 as far again beyond. Refusals begin there; on prompts
-            unlike those that were learnt from a gene reaches only part of the way. By default 2, or
-            1 where a model teaches itself.
+            unlike those that were learnt from a gene reaches only part of the way.
+        contrast: How far those of harmless prompts shall go the other way, away from the teacher's;
+            0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
+            prompt it refuses much that is harmless.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most; never more than 1 % of the model's.
@@ -37,7 +39,8 @@ class LearnSettings:
     borderline: float | None = None
     harmless_weight: float | None = None
     text_weight: float = 1.0
-    overshoot: float | None = None
+    overshoot: float = 2.0
+    contrast: float | None = None
     prompts: int = 128
     tokens: int = 8
     budget: int = 600_000
@@ -50,6 +53,8 @@ class LearnSettings:
                 raise SettingError(f"{name} is {value}", "Give a positive number")
         if self.borderline is not None and not 0 <= self.borderline <= 1:
             raise SettingError(f"borderline is {self.borderline}", "Give a share, 0 to 1")
+        if self.contrast is not None and not (self.contrast >= 0 and isfinite(self.contrast)):
+            raise SettingError(f"contrast is {self.contrast}", "Give 0 or more")
         for name in ("rank", "prompts", "tokens", "budget", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -57,10 +62,10 @@ class LearnSettings:
 
     def for_teacher(self, *, itself: bool) -> LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
-        share, weight, overshoot = (2 / 3, 2.0, 1.0) if itself else (0.2, 1.5, 2.0)
+        share, weight, contrast = (2 / 3, 2.0, 1.0) if itself else (0.2, 1.5, 0.0)
         return replace(
             self,
             borderline=share if self.borderline is None else self.borderline,
             harmless_weight=weight if self.harmless_weight is None else self.harmless_weight,
-            overshoot=overshoot if self.overshoot is None else self.overshoot,
+            contrast=contrast if self.contrast is None else self.contrast,
         )

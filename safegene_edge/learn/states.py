@@ -84,7 +84,8 @@ class Sample:
         offsets: the rows that count, from the prompt's end: negative in the prompt.
         goals: where each one's goal is kept.
         text: how many of the first are text before the assistant's header.
-        start: where the target's own states of the header are kept; -1 where they are not.
+        other: where the other model's states of the header are kept, the target's own if `taught`;
+            -1 where they are not.
     """
 
     prompt: tuple[int, ...]
@@ -93,7 +94,7 @@ class Sample:
     offsets: Ints
     goals: Ints
     text: int
-    start: int = -1
+    other: int = -1
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -122,19 +123,22 @@ class Captured:
     _texts: list[Ints]
     _tokens: int
 
-    def header_goals(self, number: int) -> int:
-        """Where the rows of a prompt's header begin."""
-        return self._starts[number] + len(self._texts[number])
-
     def sample(
-        self, number: int, prompt: Sequence[int], *, taught: bool, start: int = -1
+        self, number: int, prompt: Sequence[int], *, taught: bool, other: int = -1
     ) -> Sample:
         """What is learnt from one answer, by a target that reads `prompt`."""
         text, said = self._texts[number], self.answers[number][: self._tokens]
         behind = np.arange(-self.header, len(said))
         offsets = np.concatenate([text - len(self.prompts[number]), behind])
         goals = self._starts[number] + np.arange(len(offsets))
-        return Sample(tuple(prompt), tuple(said), taught, offsets, goals, len(text), start)
+        return Sample(tuple(prompt), tuple(said), taught, offsets, goals, len(text), other)
+
+
+def header_goals(header: Captured | None, number: int) -> int:
+    """Where the rows of a prompt's header begin; -1 if they were not kept."""
+    if header is None or number >= len(header.prompts):
+        return -1
+    return header._starts[number] + len(header._texts[number])
 
 
 def capture(

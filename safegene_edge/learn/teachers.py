@@ -12,7 +12,7 @@ from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
 from ..runtime.schedule import Scales
 from .samples import LOOK, refused, rendered
-from .states import Captured, Sample
+from .states import Captured, Sample, header_goals
 
 TRIED = 24  # harmful prompts that system prompts, or two models, are compared on
 _GAIN = 0.15  # of these that the best one must make the model refuse beyond its own
@@ -38,13 +38,15 @@ class Taught:
     """A teacher's refusals.
 
     Attributes:
-        captured: its answers to all prompts, and its states there.
+        captured: its answers to all harmful prompts, and its states there.
+        header: its states in the header of harmless prompts, if they are wanted.
         kept: the numbers of those that it refused; prompts: these; answers: its words.
         system: the system prompt that it had, or "".
         asked: how many prompts it was asked.
     """
 
     captured: Captured
+    header: Captured | None
     kept: tuple[int, ...]
     prompts: tuple[Prompt, ...]
     answers: tuple[str, ...]
@@ -53,8 +55,9 @@ class Taught:
 
     @classmethod
     def of(
-        cls, llama: SafeLlama, prompts: Sequence[Prompt], captured: Captured, system: str
-    ) -> Taught:
+        cls, llama: SafeLlama, prompts: Sequence[Prompt], captured: Captured,
+        header: Captured | None, system: str,
+    ) -> Taught:  # fmt: skip
         """What a model said to these prompts.
 
         Raises:
@@ -70,19 +73,18 @@ class Taught:
             )
         said = tuple(llama.text(captured.answers[number]) for number in kept)
         of = tuple(prompts[number] for number in kept)
-        return cls(captured, kept, of, said, system, len(prompts))
+        return cls(captured, header, kept, of, said, system, len(prompts))
 
-    def samples(self, asked: Sequence[list[int]], own: Captured, first: int | None) -> list[Sample]:
+    def samples(self, asked: Sequence[list[int]], header: Captured | None) -> list[Sample]:
         """What a target reads, and where the teacher's states are kept.
 
         Args:
-            asked: the prompts as the target reads them; it was asked them from the prompt
-                `first` of `own` on, or not at all (None).
+            asked: the prompts as the target reads them.
+            header: its own states there, if they are wanted.
         """
-        starts = [-1 if first is None else own.header_goals(first + n) for n in range(len(asked))]
         return [
-            self.captured.sample(number, prompt, taught=True, start=start)
-            for number, prompt, start in zip(self.kept, asked, starts, strict=True)
+            self.captured.sample(number, prompt, taught=True, other=header_goals(header, place))
+            for place, (number, prompt) in enumerate(zip(self.kept, asked, strict=True))
         ]
 
 
