@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError, UnsupportedError
-from ..files import PathLike, read_text
+from ..files import PathLike, folder_remedy, read_text
 from . import safetensors_file
 from .keys import module_of, of_senses, plain, within_peft
 from .patterns import Patterns
@@ -290,7 +290,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         )
     path = folder / CONFIG
     if not path.exists():
-        raise FileFormatError(f"{path}: no such file", "Give the folder that PEFT wrote")
+        remedy = folder_remedy(folder, "Give the folder that PEFT wrote")
+        raise FileFormatError(f"{path}: no such file", remedy)
     try:
         text = read_text(path)
         values = json.loads(text)

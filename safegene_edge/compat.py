@@ -44,7 +44,8 @@ def open_model(path: PathLike) -> GGUFFile:
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
         raise FileFormatError(
-            f"{file.path}: is of the type '{kind}', not a model", "Give a model's GGUF"
+            f"{file.path}: is of the type '{kind}', not a model",
+            "Give a model there; this file goes behind it, or after --gene or --adapter",
         )
     if not file.tensors:
         raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
@@ -147,7 +148,7 @@ def require_fit(adapter: Adapter, model: GGUFFile, source: PathLike = "the adapt
     more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     raise MismatchError(
         f"{source} does not fit {model.path}: {named}{more}",
-        "Use an adapter made for this model's family and size",
+        "Use one made for this model's family and size; `safegene-edge restore` learns a gene",
     )
 
 
@@ -164,7 +165,7 @@ def unfitted(gene: PathLike, model: PathLike) -> str:
     it was fitted; and of a model above 2 GiB only whether the gene was fitted at all is looked at.
     """
     found = SafetyGene.load(gene)
-    if not found.family:
+    if not found.family or check(found, open_model(model)):  # one that does not fit is refused
         return ""
     if not found.coefficients:
         return f"{gene} was never fitted to {model}, so its strength there is a guess"

@@ -69,8 +69,7 @@ def export(
         OutputError: the folder or a file in it cannot be written.
         FileFormatError, MismatchError: as for `merge`.
     """
-    if tool not in TOOLS:
-        raise SettingError(f"unknown tool '{tool}'", f"Give one of {', '.join(TOOLS)}")
+    require_tool(tool)
     home = Path(folder)
     source = open_model(model).path.absolute()
     if merged or tool == "lm-studio":
@@ -83,6 +82,12 @@ def export(
             f"{source}: Ollama takes no adapter with a split model", "Give --merged (merged=True)"
         )
     return _ollama(source, folded, home) if tool == "ollama" else _server(source, folded, home)
+
+
+def require_tool(tool: str) -> None:
+    """Raise SettingError for a tool that there is no export for."""
+    if tool not in TOOLS:
+        raise SettingError(f"unknown tool '{tool}'", f"Give one of {', '.join(TOOLS)}")
 
 
 def safe_name(model: Path) -> str:

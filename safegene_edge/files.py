@@ -6,6 +6,7 @@ local ones. Every output is written under a temporary name in its own folder and
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import os
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from .errors import FileFormatError, OutputError
+from .errors import FileFormatError, OutputError, command
 from .hub import resolve
 
 try:
@@ -30,6 +31,7 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 _SUFFIX = ".tmp"
 _NAME_BYTES = 80  # of the output's name in that of its temporary file
+_NEAR = 0.75  # of a name's letters must agree before it is suggested
 
 
 def cache_folder() -> Path:
@@ -54,9 +56,9 @@ def require_file(path: PathLike) -> Path:
     path = resolve(path)
     with reading(path):
         if path.is_dir():
-            raise FileFormatError(f"{path}: is a folder", _folder_remedy(path))
+            raise FileFormatError(f"{path}: is a folder", folder_remedy(path))
         if not path.is_file():
-            raise FileFormatError(f"{path}: no such file", "Check the path")
+            raise FileFormatError(f"{path}: no such file", _missing_remedy(path))
         if not os.access(path, os.R_OK):
             raise FileFormatError(f"{path}: cannot be read", "Check its permissions")
         if path.stat().st_size == 0:
@@ -100,14 +102,29 @@ def _sha256_by_block(handle: Any) -> str:
     return digest.hexdigest()
 
 
-def _folder_remedy(folder: Path) -> str:
-    """What to do with a folder that was given for a file."""
+def folder_remedy(folder: Path, otherwise: str = "Give a file") -> str:
+    """What to do with a folder that was given in place of a GGUF file."""
     if (folder / "adapter_config.json").is_file():
-        given = f"safegene-edge convert {folder} --base MODEL.gguf -o ADAPTER.gguf"
-        return f"It holds a PEFT or MLX adapter: convert it first with `{given}`"
+        given = command("convert", folder, "--base", "MODEL.gguf", "-o", "ADAPTER.gguf")
+        return f"The folder holds a PEFT or MLX adapter: convert it first with `{given}`"
     if (folder / "config.json").is_file():
-        return "It holds a Hugging Face model: convert it with llama.cpp's convert_hf_to_gguf.py"
-    return "Give a file"
+        return (
+            "The folder holds a Hugging Face model: llama.cpp's convert_hf_to_gguf.py converts it"
+        )
+    return otherwise
+
+
+def _missing_remedy(path: Path) -> str:
+    """The file that was meant, where one beside it has nearly this name."""
+    if not path.parent.is_dir():
+        return f"There is no folder {path.parent} either: check the path"
+    with suppress(OSError):  # a folder that cannot be listed
+        there = [file for file in path.parent.iterdir() if file.is_file()]
+        there.sort(key=lambda file: file.suffix == path.suffix)  # of one stem the last is kept
+        stems = {file.stem: file for file in there if not file.name.startswith(".")}
+        for stem in difflib.get_close_matches(path.stem, stems, n=1, cutoff=_NEAR):
+            return f"Did you mean {stems[stem]}?"
+    return "Check the path"
 
 
 def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:

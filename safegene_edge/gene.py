@@ -407,7 +407,9 @@ def _require_lora(file: GGUFFile) -> None:
         kind = file.metadata.get("adapter.type") or file.metadata.get("general.type", "model")
         raise FileFormatError(
             f"{file.path}: is of the type '{kind}', not a LoRA adapter",
-            "Give a GGUF LoRA, as `safegene-edge convert` writes it",
+            "Give a gene or an adapter there; the model goes before it"
+            if kind == "model"
+            else "Give a GGUF LoRA, as `safegene-edge convert` writes it",
         )
     if file.types.get(_ALPHA, FLOAT32) != FLOAT32:  # llama.cpp aborts the process on another type
         raise FileFormatError(

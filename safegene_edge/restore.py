@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from .compat import open_model
+from .compat import open_model, require_fit
 from .errors import MismatchError, OutputError, SettingError, command
 from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
@@ -114,15 +114,19 @@ def restore(
         settings or RecalibrationSettings(), progress or (lambda *_: None),
         None if card is None else Path(card),
     )  # fmt: skip
-    open_model(target)
+    model, teacher = open_model(target), files_of(aligned, target)
+    for path in work.outputs.values():
+        check_output(path, [*work.inputs, *teacher])
     place = PACKAGE if gene is None and aligned is None else gene
     if is_place(place):
         with suppress(MismatchError) if gene is None else nullcontext():
             name, gene = find(str(place), target)
             work.progress(f"taking the gene {name}", 1, 1)
-    teacher = files_of(aligned, target)
-    for path in work.outputs.values():
-        check_output(path, [*work.inputs, *teacher])
+    elif isinstance(gene, SafetyGene):
+        require_fit(gene, model, "the gene")
+    elif gene is not None:
+        check_output(output, [gene])
+        require_fit(SafetyGene.load(gene), model, gene)
     return work.run(teacher, gene, learning or LearnSettings())
 
 

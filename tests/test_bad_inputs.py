@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 from dataclasses import replace
@@ -78,10 +79,29 @@ def case(expected):
 # -- the base and the gene -------------------------------------------------
 
 
+def foreign(c):
+    random_adapter(c.tiny("qwen2").gguf_path, family="another").save(c.gene)
+    return c.gene
+
+
 @case("'qwen2'")
 def wrong_architecture(c):
-    random_adapter(c.tiny("qwen2").gguf_path).save(c.gene)
-    return c.evaluate()
+    return c.evaluate(foreign(c))
+
+
+@case("gene.gguf does not fit")
+def restoring_with_a_gene_of_another_family(c):
+    return ["restore", c.model, "--gene", foreign(c), "-o", c.output]
+
+
+@case("gene.gguf: is also an input")
+def restoring_over_the_gene(c):
+    return ["restore", c.model, "--gene", c.gene, "-o", c.gene]
+
+
+@case("gene.gguf does not fit")
+def recalibrating_a_gene_of_another_family(c):
+    return ["recalibrate", c.model, foreign(c), "-o", c.output]
 
 
 @case("64×32")
@@ -152,9 +172,31 @@ def text_file_named_gguf(c):
     return c.evaluate()
 
 
-@case("no such file")
+@case("but a pointer of Git LFS. Download the file itself")
+def pointer_named_gguf(c):
+    c.model.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    return c.evaluate()
+
+
+@case("but a PyTorch checkpoint. Convert it")
+def pickled_model(c):
+    c.model.write_bytes(pickle.dumps({"a": 1}, protocol=2))
+    return c.evaluate()
+
+
+@case("no such file. Check the path")
 def missing_gene(c):
     return c.evaluate(c.folder / "nowhere.gguf")
+
+
+@case("/gene.gguf?")
+def misspelt_gene(c):
+    return c.evaluate(c.folder / "gnee.gguf")
+
+
+@case("There is no folder")
+def gene_in_a_folder_that_is_not_there(c):
+    return c.evaluate(c.folder / "nowhere" / "gene.gguf")
 
 
 @case("line 1 is no example")
@@ -315,6 +357,16 @@ def missing_argument(c):
 @case("No such command")
 def unknown_command(c):
     return ["improve", c.model]
+
+
+@case("unknown tool")
+def export_without_the_tool(c):
+    return ["export", c.model, c.gene, "-o", c.folder / "new"]
+
+
+@case("Give a gene after --gene")
+def gene_without_its_option(c):
+    return ["chat", c.model, c.gene]
 
 
 # -- aLoRAs: meant to be on behind certain tokens alone -------------------
@@ -518,6 +570,12 @@ def convert_into_a_folder(c):
 def two_names_of_one_output(c):
     other_name = f"{c.folder}/./{c.output.name}"
     return ["recalibrate", c.model, c.gene, "-o", c.output, "--plot", other_name]
+
+
+@case("convert_hf_to_gguf.py")
+def convert_a_whole_model(c):
+    (c.peft / "adapter_config.json").rename(c.peft / "config.json")
+    return ["convert", c.peft, "--base", c.model, "-o", c.output]
 
 
 @case("not a folder")

@@ -67,7 +67,7 @@ def main() -> None:
         _fail(str(error), 2)
     except click.UsageError as error:
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _fail(error.format_message() + where, 2)
+        _fail(error.format_message() + _after_an_option(error) + where, 2)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
@@ -82,6 +82,14 @@ def main() -> None:
     else:
         if code:  # click returns the code of its Exit, and None where a command ends
             sys.exit(code)
+
+
+def _after_an_option(error: click.UsageError) -> str:
+    """Where an adapter belongs that was given without its option."""
+    taken = {param.name for param in error.ctx.command.params} if error.ctx else set()
+    if "unexpected extra argument" in error.message and taken >= {"gene", "adapter"}:
+        return ". Give a gene after --gene, another adapter after --adapter"
+    return ""
 
 
 def _fail(message: str, code: int) -> None:

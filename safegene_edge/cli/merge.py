@@ -23,10 +23,19 @@ _ADAPTERS = "ADAPTER.gguf[=SCALE|=EXPRESSION.json]..."
 
 
 def _tools(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """For the shell; `export` itself checks the name."""
+    """For the shell."""
     from ..export import TOOLS
 
     return [tool for tool in TOOLS if tool.startswith(incomplete)]
+
+
+def _known(ctx: click.Context, param: click.Parameter, tool: str) -> str:
+    """Before the adapters are missed, where TOOL was left out."""
+    from ..export import require_tool
+
+    if not ctx.resilient_parsing:
+        require_tool(tool)
+    return tool
 
 
 @click.command(
@@ -103,7 +112,7 @@ def merge(
         "export llama-server model.gguf fitted.gguf -o for-llama-server",
     )
 )
-@click.argument("tool", shell_complete=_tools)
+@click.argument("tool", shell_complete=_tools, callback=_known)
 @click.argument("model", type=click.Path())
 @click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
 @file_option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")

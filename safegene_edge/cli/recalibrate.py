@@ -70,6 +70,7 @@ def recalibrate(
 ) -> None:
     """Find a gene's strengths for MODEL.gguf from a few examples, without training."""
     from ..charts import curve_chart
+    from ..compat import open_model, require_fit
     from ..files import check_output, write_text
     from ..gene import SafetyGene
     from ..recalibrate import PARTS, Examples
@@ -89,6 +90,7 @@ def recalibrate(
         kl_budget=kl_budget, over_refusal=over_refusal, passes=passes, n_ctx=n_ctx, anyway=anyway
     )
     loaded = SafetyGene.load(gene)
+    require_fit(loaded, open_model(model), gene)
     given, kept = (Examples.load(examples, part) if examples else None for part in PARTS)
     with click.progressbar(
         length=100, label="recalibrating", file=sys.stderr, hidden=not sys.stderr.isatty()

@@ -22,12 +22,20 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError
-from ..files import PathLike, reading, require_file, sha256
+from ..files import PathLike, folder_remedy, reading, require_file, sha256
 from ..hub import resolve
 from .values import ARRAY, BOOL, FORMATS, STRING, UINT32, Scalar
 
 MAGIC = b"GGUF"
+_CUT = "It is truncated: download or convert it again"
 ALIGNMENT = "general.alignment"
+_OTHERS = {  # how the files begin that people give for a model
+    b"PK\x03\x04": "a PyTorch checkpoint",
+    b"\x80\x02": "a PyTorch checkpoint",
+    b"vers": "a pointer of Git LFS",
+    b"<": "a web page",
+    b"{": "a JSON file",
+}
 MAX_DIMENSIONS = 4
 MAX_NAME_BYTES = 63  # GGML_MAX_NAME is 64 with the closing NUL; longer names are refused by ggml
 MAX_ENTRIES = 1 << 16  # keys, or tensors: the largest models have 2,000, and each takes memory
@@ -195,8 +203,8 @@ class GGUFFile:
         return FileFormatError(f"{self.path}: {why}", remedy)
 
     def _parse(self, cursor: _Cursor) -> None:
-        if cursor.take(4) != MAGIC:
-            raise self._broken("not a GGUF file", self._remedy())
+        if (begin := cursor.take(4)) != MAGIC:
+            raise self._broken(*self._other(begin))
         version = cursor.unpack("<I")
         if version not in (2, 3):
             raise self._broken(
@@ -206,7 +214,7 @@ class GGUFFile:
         n_tensors, n_values = cursor.unpack("<Q"), cursor.unpack("<Q")
         # A tensor record takes at least 24 bytes and a value 13: more cannot be in the file.
         if n_tensors * 24 + n_values * 13 > cursor.left:
-            raise self._broken("its header counts more entries than the file could hold")
+            raise self._broken("its header counts more entries than the file could hold", _CUT)
         if max(n_tensors, n_values) > MAX_ENTRIES:
             raise self._broken(f"its header counts {max(n_tensors, n_values)} entries")
         for _ in range(n_values):
@@ -221,12 +229,18 @@ class GGUFFile:
         for info in pending:
             self._place(info, start, alignment)
 
-    def _remedy(self) -> str:
-        if self.path.suffix != ".safetensors":
-            return "Give a .gguf file as llama.cpp writes it"
-        if (self.path.parent / "adapter_config.json").is_file():
-            return f"Convert its folder first: safegene-edge convert {self.path.parent}"
-        return "Convert it first: it is a safetensors file"
+    def _other(self, begin: bytes) -> tuple[str, str]:
+        """What a file is that is no GGUF, by its first four bytes, and what to do with it."""
+        what = next((what for start, what in _OTHERS.items() if begin.startswith(start)), "")
+        if self.path.suffix == ".safetensors":
+            what = "a safetensors file"
+        if what in ("a PyTorch checkpoint", "a safetensors file"):
+            remedy = folder_remedy(self.path.parent, "Convert it with llama.cpp's scripts")
+        elif what in ("a pointer of Git LFS", "a web page"):
+            remedy = "Download the file itself"
+        else:
+            remedy = "Give a .gguf file as llama.cpp writes it"
+        return f"not a GGUF file{what and f' but {what}'}", remedy
 
     def _entry(self, cursor: _Cursor) -> None:
         begin = cursor.position
@@ -255,7 +269,7 @@ class GGUFFile:
         value = ArrayValue(self, kind, cursor.position, count)
         if kind == STRING:
             if count * 8 > cursor.left:
-                raise self._broken("a list of strings is longer than the file")
+                raise self._broken("a list of strings is longer than the file", _CUT)
             cursor.skip_strings(count)
         else:
             cursor.skip(count * self._dtype(kind).itemsize)
@@ -332,7 +346,7 @@ class _Cursor:
         if n_bytes > self.left:
             raise FileFormatError(
                 f"{self._path}: the file ends in the middle of its header",
-                "It is truncated: download or convert it again",
+                _CUT,
             )
         self.position += n_bytes
 

@@ -47,8 +47,9 @@ def read_report(path: PathLike) -> dict[str, Any]:
     try:
         report = json.loads(read_text(path), parse_constant=_no_constant)
     except (ValueError, RecursionError) as fault:
+        why = "it is no text" if isinstance(fault, UnicodeDecodeError) else fault
         raise FileFormatError(
-            f"{path}: is not JSON ({fault})", "Give a file that `eval --json` wrote"
+            f"{path}: is not JSON ({why})", "Give a file that `eval --json` wrote"
         ) from fault
     for problem in problems(report):
         raise FileFormatError(f"{Path(path)}: {problem}", "Give a file that `eval --json` wrote")
