@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ast
 import io
+import json
+import os
 import re
 import shlex
 import shutil
@@ -25,6 +27,7 @@ import pytest
 
 from safegene_edge import SafetyGene
 from safegene_edge.cli import cli
+from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.merge.settings import RUN_UP_TO, MergeSettings
 from safegene_edge.serve.settings import ServeSettings
 
@@ -40,6 +43,19 @@ NOT_RUN = {
 }  # fmt: skip
 NEEDS = {"plugins.md": "langchain_community"}
 PROGRAMS = ("safegene-edge", "make", "pip", "python", "llm", "ollama", "printf")
+# Stands where Ollama would: notes how it was started, and reads what Ollama reads first.
+OLLAMA = """#!{python} -I
+import json, os, sys
+from pathlib import Path
+words, model = sys.argv[1:], ""
+if words[0] == "create":
+    (line,) = Path(words[words.index("-f") + 1]).read_text().splitlines()
+    name = line.removeprefix("FROM ").strip('"')
+    assert Path(name).read_bytes()[:4] == b"GGUF", line
+    model = os.path.abspath(name)
+with open({log!r}, "a") as log:
+    print(json.dumps([os.getcwd(), words, model]), file=log)
+"""
 MARK = re.compile(r"<!-- not run: (.+) -->")
 
 
@@ -105,6 +121,50 @@ def test_the_snippets_of(page, place, monkeypatch):
     if page.name in NEEDS:
         pytest.importorskip(NEEDS[page.name])
     run_page(page, monkeypatch)
+
+
+def test_from_lost_refusals_to_where_ollama_starts(place, monkeypatch):
+    """The longest way in the guides, by the cookbook's own lines."""
+    log = put_ollama(place, monkeypatch)
+    for heading in ("My fine-tune lost its refusals", "Ollama"):
+        page = place / "way.md"
+        page.write_text(section("cookbook.md", heading), encoding="utf-8")
+        for block in blocks_of(page):
+            if block.not_run:
+                subprocess.run(["bash", "-euc", block.text], check=True)
+                continue
+            for line in block.commands if block.kind == "commands" else ():
+                run_command(line, "", f"{heading}:{block.line}", monkeypatch)
+    started = [json.loads(line) for line in log.read_text().splitlines()]
+    folder, safe = str(place / "ollama"), str(place / "ollama" / "MODEL-safe.gguf")
+    assert started == [
+        [folder, ["create", "guarded", "-f", "Modelfile"], safe],
+        [folder, ["run", "guarded"], ""],
+    ]
+    # The gene is in the model, at the strength that was found for it.
+    fitted = SafetyGene.load(place / "FITTED.gguf")
+    before, after = GGUFFile(place / "MODEL.gguf"), GGUFFile(safe)
+    assert fitted.coefficients
+    assert set(fitted.pairs) == {
+        name for name in before.tensors if before.raw(name).tobytes() != after.raw(name).tobytes()
+    }
+
+
+def section(page, heading):
+    """A page's text below a heading of the second level."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def put_ollama(folder, monkeypatch):
+    """Put the program that stands for Ollama on the path; where it notes how it was started."""
+    log, programs = folder / "ollama.log", folder / "programs"
+    programs.mkdir()
+    program = programs / "ollama"
+    program.write_text(OLLAMA.format(python=sys.executable, log=str(log)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return log
 
 
 def run_page(page, monkeypatch):

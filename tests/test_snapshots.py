@@ -12,10 +12,14 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+from adapters import random_adapter
+from safetensors.numpy import save_file
 
 from safegene_edge.cli import cli, main
 from safegene_edge.learn import teachers
@@ -101,6 +105,57 @@ RUNS = {
     "doctor": ["doctor", "doctor now"],
     "scan": ["scan MODEL.gguf", "scan none.gguf", "scan"],
 }  # fmt: skip
+# What somebody new types in the README's five steps: mistakes first, then what the lines lead to.
+MISTAKES = (
+    (
+        "evla model.gguf --quick",
+        "eval modle.gguf --quick",
+        "eval download.gguf --quick",
+        "eval pytorch_model.bin --quick",
+        "eval folder --quick",
+        "eval folder/model.safetensors --quick",
+        "eval PEFT_DIR/adapter_model.safetensors --quick",
+        "eval half.gguf --quick",
+        "eval GENE.gguf --quick",
+        "eval --quick",
+        "eval model.gguf --qiuck",
+        "eval model.gguf --limit 1 --kl 0 --max-tokens 2",
+    ),
+    (
+        "restore model.gguf --task prompts.txt",
+        "restore model.gguf --taks prompts.txt -o fitted.gguf",
+        "restore model.gguf --task prompt.txt -o fitted.gguf",
+        "restore prompts.txt --task model.gguf -o fitted.gguf",
+        "restore model.gguf --task prompts.txt -o results/fitted.gguf",
+        "restore model.gguf --task prompts.txt -o folder",
+        "restore model.gguf --task prompts.txt -o model.gguf",
+        "restore model.gguf --gene other-family.gguf -o fitted.gguf",
+        "restore GENE.gguf --gene model.gguf -o fitted.gguf",
+        "restore model.gguf --gene GENE.gguf --task prompts.txt --limit 1 -o fitted.gguf",
+    ),
+    (
+        "chat fitted.gguf --gene model.gguf",
+        "chat model.gguf fitted.gguf",
+        "chat model.gguf --gene PEFT_DIR",
+        "chat model.gguf --gene other-family.gguf",
+        "chat model.gguf --gene fitted.gguf --max-tokens 2",
+    ),
+    (
+        "merge fitted.gguf model.gguf -o safe.gguf",
+        "merge model.gguf -o safe.gguf",
+        "merge model.gguf fitted.gguf safe.gguf",
+        "merge model.gguf fitted.gguf -o model.gguf",
+        "merge model.gguf fited.gguf -o safe.gguf",
+        "merge model.gguf fitted.gguf -o safe.gguf",
+    ),
+    (
+        "export model.gguf fitted.gguf --merged -o ollama",
+        "export olama model.gguf fitted.gguf --merged -o ollama",
+        "export ollama model.gguf fitted.gguf --merged",
+        "export ollama model.gguf fitted.gguf --merged -o prompts.txt",
+        "export ollama model.gguf fitted.gguf --merged -o ollama",
+    ),
+)
 MEASURED = ("restore", "eval", "recalibrate", "learn", "portfolio", "doctor", "merge", "report",
             "scan")  # fmt: skip
 
@@ -147,7 +202,41 @@ def plain(line, text, folder):
 @pytest.mark.parametrize("name", RUNS, ids=lambda name: name or "safegene-edge")
 def test_what_a_user_sees_of(name, typed):
     seen = "\n".join(typed(line) for line in (f"{name} --help".strip(), *RUNS[name]))
-    file = SNAPSHOTS / f"{name.replace(' ', '-') or 'safegene-edge'}.txt"
+    hold(name.replace(" ", "-") or "safegene-edge", seen)
+
+
+def test_somebody_new_makes_mistakes_and_finds_the_way_out(typed, place, tiny, capsys):
+    """Each mistake is one line that ends in what to do. What is there already is replaced."""
+    with_foreign_files(place, tiny)
+    capsys.readouterr()  # what making the files printed
+    seen = {line: typed(line) for step in MISTAKES for line in step}
+    hold("mistakes", "\n".join(seen.values()))
+    for *wrong, right in MISTAKES:
+        assert seen[right].endswith("-- exit 0 --\n")
+        for line in wrong:
+            said, end = seen[line].split("-- stderr --\n")[1].splitlines()
+            assert end == "-- exit 2 --"
+            assert re.search(r"\. [A-Z]|\(see safegene-edge ", said), said
+
+
+def with_foreign_files(place, tiny):
+    """What people have lying beside their model."""
+    (place / "folder").mkdir()
+    (place / "folder" / "config.json").write_text("{}")
+    save_file({"a": np.zeros(1)}, place / "folder" / "model.safetensors")
+    with zipfile.ZipFile(place / "pytorch_model.bin", "w") as archive:  # as torch.save does
+        archive.writestr("archive/data.pkl", b"")
+    (place / "download.gguf").write_text("<!DOCTYPE html><title>Sign in</title>")
+    (place / "half.gguf").write_bytes((place / "model.gguf").read_bytes()[:9000])
+    (place / "safe.gguf").write_text("an earlier run's")
+    (place / "prompts.txt").write_text("Is this review positive? A joy.\n")
+    gene = random_adapter(tiny("qwen2").gguf_path, family="tiny qwen2")
+    gene.save(place / "other-family.gguf")
+
+
+def hold(name, seen):
+    """Hold what was seen against the kept file, or write it anew."""
+    file = SNAPSHOTS / f"{name}.txt"
     if os.environ.get("SAFEGENE_UPDATE_SNAPSHOTS"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(seen, encoding="utf-8")
