@@ -74,9 +74,12 @@ docs: $(VENV)/dev
 gene: $(VENV)/dev
 	$(BIN)/python -m safegene_edge.training.gene --aligned-adapter examples/smollm2-135m-safety
 
-# The README's lines from the built wheel, outside the checkout; then the tests of the sdist.
+# The README's lines from the built wheel, outside the checkout; then tests of the sdist, of every
+# part that reads data files, starts children or is called by name. `make release TESTS=tests` runs all.
+RELEASE_TESTS = convert to_peft gene compat gguf_file llama recalibrate merge exports judge suites \
+	evaluate html record serve inspect package snapshots
 release: $(VENV)/dev
-	$(BIN)/python tests/release.py --tests tests
+	$(BIN)/python tests/release.py --tests $(or $(TESTS),$(RELEASE_TESTS:%=tests/test_%.py))
 
 bench: $(VENV)/dev
 	for run in bench/*/run.py; do $(BIN)/python $$run || exit 1; done

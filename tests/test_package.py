@@ -57,8 +57,8 @@ def test_the_source_distribution_can_test_itself(built):
 
 def test_an_installed_wheel_works_outside_of_the_checkout(built, tmp_path, tiny, tiny_adapter):
     """In an environment of its own, which borrows only the dependencies."""
-    programs = release.installed(built[1], tmp_path / "venv")
-    user = release.outside(programs, tmp_path)
+    programs = release.borrowing(built[1], tmp_path / "venv")
+    user = release.outside(programs, tmp_path / "user")
     code = "import safegene_edge.converters as c; print(c.__file__)"
     where = release.run([str(programs / "python"), "-c", code], tmp_path, **user)
     assert where.startswith(str(tmp_path / "venv"))
