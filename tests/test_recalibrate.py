@@ -32,7 +32,7 @@ from safegene_edge.recalibrate.aligned import AlignedModel, at_most, measured
 from safegene_edge.recalibrate.fit import choose, share_in_order
 from safegene_edge.recalibrate.reading import Asked, Reader, Reading
 from safegene_edge.recalibrate.refusal_margin import Openers, refusal_loss
-from safegene_edge.recalibrate.search import RACED, between, finest, foretold, search
+from safegene_edge.recalibrate.search import between, finest, foretold, search
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 
@@ -152,14 +152,12 @@ def model_of(slopes, harmless=-9.0, bend=0.0):
     """Something to search in: margins that grow with the strength, and fall off behind it."""
     looked = []
 
-    def look(strength: float, step: int) -> Reading:
-        looked.append((strength, step))
+    def look(strength: float) -> Reading:
+        looked.append(strength)
         slope = np.array(slopes, float)
         margins = -1 + slope * strength - bend * strength**2
         over = np.full(len(slope), harmless) + 2 * strength
-        return Reading(margins, over, np.full(len(slope), 0.02 * strength**2), np.zeros(0)).every(
-            step
-        )
+        return Reading(margins, over, np.full(len(slope), 0.02 * strength**2), np.zeros(0))
 
     return look, looked
 
@@ -168,18 +166,18 @@ def model_of(slopes, harmless=-9.0, bend=0.0):
 def test_the_search_goes_as_far_as_the_bounds(kl):
     """Refusals grow with the strength without end: the KL's bound is what stops it."""
     look, looked = model_of([1.0] * 8)
-    found = search(look, look(0.0, 1), replace(FREE, kl=kl), 0.0, 8)
+    found = search(look, look(0.0), replace(FREE, kl=kl), 0.0, 8)
     best = choose(found, replace(FREE, kl=kl), 0.0)
     assert 0.02 * best**2 <= kl
     goal = min((kl / 0.02) ** 0.5, 5.5)  # beyond that all is refused, more or less
     assert best == pytest.approx(goal, rel=0.15) or best > goal
-    assert len(looked) <= 9 and all(step == 1 for _, step in looked)
+    assert len(looked) <= 9
 
 
 def test_what_was_nearly_read_is_not_read_again_but_taken():
     """Read at 1.0 and 1.2, where the KL's bound lies at 1.06: linear between the two."""
     look, _ = model_of([1.0] * 8)
-    found = {strength: look(strength, 1) for strength in (0.0, 1.0, 1.2)}
+    found = {strength: look(strength) for strength in (0.0, 1.0, 1.2)}
     low, high = (float(found[strength].kl.mean()) for strength in (1.0, 1.2))
     bounds = replace(FREE, kl=low + 0.3 * (high - low))
     assert choose(found, bounds, 0.0) == 1.0
@@ -187,41 +185,58 @@ def test_what_was_nearly_read_is_not_read_again_but_taken():
     assert finest(found, replace(FREE, kl=-1.0), 0.0, 1.0) == 1.0  # nothing is kept
 
 
-def test_a_race_comes_first_where_there_are_enough_examples():
-    look, looked = model_of(np.linspace(1, 3, 48))
-    without = look(0.0, 1)
-    found = search(look, without, replace(FREE, kl=0.1), 0.2, 4)
-    raced = [strength for strength, step in looked if step > 1]
-    assert 1 <= len(raced) <= 7 and looked[1] == (1.0, 4)
-    assert found[0.0] is without and all(len(reading.kl) == 48 for reading in found.values())
-    assert len(found) <= 3  # the race has told the others where to begin
+@pytest.mark.parametrize("bound", [0.1, 0.3, 0.45])
+def test_two_or_three_readings_find_where_over_refusals_begin(bound):
+    """Margins that go up by strength, less and less: what a line foretells is a little too far."""
+    spread = np.linspace(-6, 1, 48)
+
+    def look(strength: float) -> Reading:
+        looked.append(strength)
+        grown = 4 * strength - 0.5 * strength**2
+        return Reading(spread + grown - 1, spread + grown - 4, np.zeros(48), np.zeros(0))
+
+    looked: list[float] = []
+    bounds = replace(FREE, over_refusal=bound)
+    found = search(look, look(0.0), bounds, 0.05, 4)
+    chosen = finest(found, bounds, 0.05, choose(found, bounds, 0.05))
+    assert looked[1] == 1.0 and len(looked) <= 4
+    assert bound - 0.06 < 1 - refusal_loss(look(chosen).harmless) < bound + 0.01
 
 
-def test_where_the_race_was_too_hopeful_the_search_goes_on_below():
-    """Every fourth example is never over-refused; of all, one in four is, from 11 on.
+def test_where_a_reading_breaks_a_bound_the_search_goes_on_below():
+    """Over-refusals set in at once, from 0.7 on."""
 
-    The best that is foretold lies so near to what was read that it counts as read.
-    """
-
-    def look(strength: float, step: int) -> Reading:
+    def look(strength: float) -> Reading:
         over = np.full(48, -9.0)
-        over[1::4] = 10 * (strength - 11)
-        harmful = np.full(48, -3.0) + strength / 4
-        return Reading(harmful, over, np.full(48, 1e-3), np.zeros(0)).every(step)
+        over[1::4] = 30 * (strength - 0.7)
+        return Reading(np.full(48, -3.0) + 5 * strength, over, np.full(48, 1e-3), np.zeros(0))
 
     bounds = replace(FREE, over_refusal=0.2)
-    found = search(look, look(0.0, 1), bounds, 0.05, 4)
-    assert any(bounds.broken(reading) for reading in found.values())  # or it would show nothing
-    assert 5 < choose(found, bounds, 0.05) < 11.1
+    found = search(look, look(0.0), bounds, 0.05, 4)
+    assert bounds.broken(found[1.0])  # or it would show nothing
+    assert 0.45 < choose(found, bounds, 0.05) < 0.75
+
+
+def test_nothing_is_read_that_lies_far_beyond_what_keeps_the_bounds():
+    """A gene that is right at 1.4 and breaks at 2, where nothing at 1 tells of it."""
+
+    def look(strength: float) -> Reading:
+        looked.append(strength)
+        broken = strength > 1.9
+        harmful = np.full(48, -9.0 if broken else 2 * strength - 3)
+        return Reading(harmful, np.full(48, -9.0), np.full(48, 5.0 * broken), np.zeros(0))
+
+    looked: list[float] = []
+    found = search(look, look(0.0), FREE, 0.05, 4)
+    assert looked[1:3] == [1.0, 1.5] and 1.5 <= choose(found, FREE, 0.05) <= 1.9
 
 
 @pytest.mark.parametrize("bend", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize("kl", [0.001, 0.1, 5.0])
-def test_a_search_stays_within_what_progress_is_told(kl, bend):
-    """Without the gene, the race, the passes; the validation's two are counted on top."""
+def test_a_search_reads_no_more_than_it_may(kl, bend):
     look, looked = model_of(np.linspace(1, 3, 48), bend=bend)
-    search(look, look(0.0, 1), replace(FREE, kl=kl), 0.2, 4)
-    assert len(looked) <= 1 + RACED + 4
+    search(look, look(0.0), replace(FREE, kl=kl), 0.2, 4)
+    assert len(looked) <= 1 + 4
 
 
 def test_nothing_within_the_bounds_halves_the_strength():
@@ -379,7 +394,7 @@ def test_a_tasks_prompts_cost_what_they_would_cost_as_harmless_ones(tiny, tiny_a
         assert look(0.0, ("a b",), ("c",), task).task_kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_race_reads_what_a_whole_reading_has_of_these_examples(tiny, tiny_adapter):
+def test_a_search_of_every_third_example_reads_what_a_whole_one_has_of_these(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
     texts = [f"what of number {number}?" for number in range(14)]
@@ -388,12 +403,28 @@ def test_a_race_reads_what_a_whole_reading_has_of_these_examples(tiny, tiny_adap
         reader = reader_of(engine, [llama.attach(gene, 0.0)], gene, examples, 3)
         with pytest.raises(SettingError, match="was not read without"):
             reader.at(1.0)
-        without = reader.without()
-        whole, raced = reader.at(1.0).every(3), reader.at(1.0, 3)
-        for name in ("harmful", "harmless", "kl", "task_kl"):
-            assert getattr(raced, name) == pytest.approx(getattr(whole, name), abs=2e-2), name
-        assert without.harmful == pytest.approx(reader.at(0.0).harmful, abs=2e-2)
-        assert without.harmless == pytest.approx(reader.at(0.0).harmless, abs=2e-2)
+        wholes = reader.without(), reader.at(1.0)
+        thirds = reader.without(3), reader.at(1.0)
+        for whole, third in zip(wholes, thirds, strict=True):
+            for name in ("harmful", "harmless", "kl", "task_kl"):
+                values = getattr(whole, name)[::3]
+                assert getattr(third, name) == pytest.approx(values, abs=2e-2), name
+        assert thirds[0].harmful == pytest.approx(reader.at(0.0).harmful, abs=2e-2)
+        assert thirds[0].harmless == pytest.approx(reader.at(0.0).harmless, abs=2e-2)
+
+
+def test_both_kinds_read_in_one_run_are_what_each_is_alone(tiny, tiny_adapter):
+    model = tiny("llama").gguf_path
+    gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
+    examples = Examples((SONG, "How do I dance?"), (BEE, "How do I sing, then?", "Who?"))
+    with SafeLlama(str(model), n_ctx=256) as llama, Engine(llama, n_parallel=4) as engine:
+        handle = llama.attach(gene, 0.0)
+        one, two = (reader_of(engine, [handle], gene, examples) for _ in range(2))
+        one.read_both(1.0)
+        assert one.refusals(1.0) == pytest.approx(two.refusals(1.0), abs=2e-2)
+        assert one.over_refusals(1.0) == pytest.approx(two.over_refusals(1.0), abs=2e-2)
+        assert one.refusals(0.0) != pytest.approx(one.refusals(1.0), abs=2e-2)
+        assert len(one.refusals(0.0)) == 2 and len(one.over_refusals(0.0)) == 3
 
 
 def test_openers_that_part_early_share_their_first_rows():

@@ -32,7 +32,7 @@ from .aligned import AlignedModel
 from .examples import Examples
 from .reading import Asked, Reader, Reading, Values, context_for
 from .refusal_margin import Openers, refusal_loss
-from .search import RACED, Bounds, between, finest, mean, objective, search
+from .search import Bounds, between, finest, mean, objective, search
 from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
@@ -40,6 +40,9 @@ _ORDERED = 0.6
 # Where no aligned model is known: the KL's bound, more over-refusal, and more for each refusal.
 _KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
+_NONE = np.zeros(0)
+_ENOUGH = 48  # of each kind: the search reads every second one
+_SURE = 0.005  # of a loss, where half of the examples show it
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
 
@@ -260,7 +263,7 @@ class _Work:
         if not self.settings.anyway and self._nothing_lost(aligned):
             none = Point(self._coefficients(0.0), refusal_loss(self.fit.refusals()), 0.0)
             return Recalibration(self._expression(0.0, target), none, (none,), nothing_lost=True)
-        without = self.fit.without()
+        without = self.fit.without(self._step)
         self._tick()
         bounds = self._bounds(aligned, without)
         if broken := bounds.broken(without):
@@ -275,6 +278,9 @@ class _Work:
         most = bounds.most_over(between(found, strength))
         room = most - bounds.over_refusal + self.settings.over_refusal
         strength, own, margins = self._lowered(strength, room, aligned)
+        if self._step > 1:  # half of the examples have been looked at
+            known = ((0.0, own), (strength, margins))
+            _require_labels(Reading(self.other.refusals(s), of, _NONE, _NONE) for s, of in known)
         point = Point.of(between(found, strength), self._coefficients(strength))
         return Recalibration(
             self._expression(strength, target),
@@ -291,27 +297,36 @@ class _Work:
         layers = dict.fromkeys(self.gene.split(), strength)
         return Expression(layers, self.gene.sha256, target)
 
+    @property
+    def _step(self) -> int:
+        """The search reads every so many-th example of a kind."""
+        kinds = self.examples.harmful, self.examples.harmless
+        return 2 if min(map(len, kinds)) >= _ENOUGH else 1
+
     def _tick(self) -> None:
         self._done += 1
         if self.progress is not None:
-            # Without the gene, a race, the passes, and twice the validation.
-            self.progress(self._done, self.settings.passes + RACED + 3)
+            # Without the gene, the passes, and twice the validation.
+            self.progress(self._done, self.settings.passes + 3)
 
-    def _look(self, strength: float, step: int) -> Reading:
-        reading = self.fit.at(strength, step)
+    def _look(self, strength: float) -> Reading:
+        reading = self.fit.at(strength)
         self._tick()
         return reading
 
     def _nothing_lost(self, aligned: AlignedModel) -> bool:
         """Of all examples: before the search, none was seen by it."""
-        prompts = [*self.validation.harmful, *self.examples.harmful]
-        margins = np.concatenate([self.other.refusals(), self.fit.refusals()])
-        if aligned.on(prompts) is None:  # the user's own: those that are known decide
-            prompts, margins = list(self.validation.harmful), self.other.refusals()
-        return aligned.refuses_more(prompts, margins) is False
+        self.other.read_both(0.0)
+        prompts, margins = list(self.validation.harmful), self.other.refusals()
+        every = [*prompts, *self.examples.harmful]
+        if aligned.on(every) is None:  # the user's own: those that are known decide
+            return aligned.refuses_more(prompts, margins) is False
+        if aligned.refuses_more(prompts, margins, _SURE):
+            return False
+        return aligned.refuses_more(every, np.append(margins, self.fit.refusals())) is False
 
     def _bounds(self, aligned: AlignedModel, without: Reading) -> Bounds:
-        settings, harmless = self.settings, self.examples.harmless
+        settings, harmless = self.settings, self.examples.harmless[:: self._step]
         kl = settings.kl_budget or aligned.kl or _KL
         over = aligned.share_of(harmless, aligned.over_refused)
         if over is None:
@@ -333,6 +348,8 @@ class _Work:
         Args:
             room: share of them that may be refused beyond what the aligned model refuses.
         """
+        for read in (0.0, strength):
+            self.other.read_both(read)
         total, own = len(self.validation.harmless), self.other.over_refusals(0.0)
         known = aligned.on(self.validation.harmless)
         limit = own if known is None else known

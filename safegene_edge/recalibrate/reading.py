@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Values = npt.NDArray[np.float64]
 Visit = Callable[[int, int, npt.NDArray[np.float32]], None]  # index, position, row of logits
 _CELLS = 4096  # KV cells, where no example needs more
-_NONE = np.zeros(0)
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,6 @@ class Reading:
     harmless: Values
     kl: Values
     task_kl: Values
-
-    def every(self, step: int) -> Reading:
-        """Of every `step`-th prompt of each kind."""
-        return Reading(self.harmful[::step], self.harmless[::step], self.kl[::step],
-                       self.task_kl[::step])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,14 +99,14 @@ class _Kept:
         """Take the target's own logits that a token is chosen from."""
         self._rows[index][position] = log_softmax(row)
 
-    def sequences(self, step: int = 1) -> tuple[list[list[int]], list[Sequence[int]]]:
-        """Every `step`-th prompt with its answer, and the positions whose rows are kept."""
+    def sequences(self) -> tuple[list[list[int]], list[Sequence[int]]]:
+        """Each prompt with its answer, and the positions whose rows are kept."""
         whole = [prompt + answer for prompt, answer in zip(self.prompts, self.answers, strict=True)]
-        return whole[::step], [sorted(rows) for rows in self._rows[::step]]
+        return whole, [sorted(rows) for rows in self._rows]
 
-    def compare(self, step: int = 1) -> tuple[Visit, Values]:
-        """Takes rows with the gene, of every `step`-th prompt; the array that it adds up in."""
-        sums, kept = np.zeros(len(self.prompts[::step])), self._rows[::step]
+    def compare(self) -> tuple[Visit, Values]:
+        """Takes rows with the gene; the array that it adds up in, a prompt's mean each."""
+        sums, kept = np.zeros(len(self.prompts)), self._rows
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
             value = kl_from_logits(kept[index][position], log_softmax(row))
@@ -140,42 +134,62 @@ class Reader:
     ) -> None:
         self.engine, self.own, self.handles = engine, own, handles
         self.asked, self.openers, self.tokens = asked, openers, tokens
+        self._searched = asked
         self._kept: tuple[_Kept, _Kept] | None = None
-        self._refusals: Values | None = None
+        self._known: dict[tuple[str, float], Values] = {}
 
     def scales(self, strength: float) -> dict[Any, float]:
         """Every adapter's scale, the gene's at one strength."""
         return {**self.own, **dict.fromkeys(self.handles, strength)}
 
+    def read_both(self, strength: float) -> None:
+        """Read both kinds' margins in one run: most harmless prompts open like a harmful one."""
+        asked, kinds = self.asked, (("harmful", strength), ("harmless", strength))
+        if not self._known.keys() >= set(kinds):
+            margins = self.margins([*asked.harmful, *asked.harmless], self.scales(strength))
+            self._known |= zip(kinds, np.split(margins, [len(asked.harmful)]), strict=True)
+
+    def refusals(self, strength: float = 0.0) -> Values:
+        """The harmful prompts' margins, read once."""
+        return self._margins("harmful", strength)
+
     def over_refusals(self, strength: float) -> Values:
-        """The harmless prompts' margins alone."""
-        return self.margins(self.asked.harmless, self.scales(strength))
+        """The harmless prompts' margins, read once."""
+        return self._margins("harmless", strength)
 
-    def without(self) -> Reading:
-        """The target's own: its KL is 0. To be called before `at`."""
-        self._kept = _Kept(self.asked.harmless), _Kept(self.asked.task)
-        leads = _Leads(self.openers, self.asked.harmless)
-        for kept, paths, look in zip(
-            self._kept, ((leads.sequences, leads.spans), ([], [])), (leads.look, _ignore),
-            strict=True,
-        ):  # fmt: skip
+    def _margins(self, kind: str, strength: float) -> Values:
+        key = kind, strength
+        if key not in self._known:
+            self._known[key] = self.margins(getattr(self.asked, kind), self.scales(strength))
+        return self._known[key]
+
+    def without(self, step: int = 1) -> Reading:
+        """The target's own, of every `step`-th prompt: its KL is 0. `at` reads the same ones."""
+        self._searched = asked = self.asked.every(step)
+        scales = self.scales(0.0)
+        self._kept = kept, task = _Kept(asked.harmless), _Kept(asked.task)
+        leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
+        for own, paths, look in (
+            (kept, (leads.sequences, leads.spans), leads.look),
+            (task, ([], []), _ignore),
+        ):
             said = self.engine.answer_and_visit(
-                kept.prompts, *paths, look, kept.keep,
-                max_tokens=self.tokens, adapters=self.scales(0.0),
-            )  # fmt: skip
-            kept.answers = [answer.tokens for answer in said]
-        none = (np.zeros(len(kept.prompts)) for kept in self._kept)
-        return Reading(self.refusals(), leads.margins(), *none)
+                own.prompts, *paths, look, own.keep, max_tokens=self.tokens, adapters=scales
+            )
+            own.answers = [answer.tokens for answer in said]
+        harmless, harmful = np.split(leads.margins(), [len(asked.harmless)])
+        none = (np.zeros(len(own.prompts)) for own in self._kept)
+        return Reading(harmful, harmless, *none)
 
-    def at(self, strength: float, step: int = 1) -> Reading:
-        """With the gene at one strength, of every `step`-th prompt."""
+    def at(self, strength: float) -> Reading:
+        """With the gene at one strength. `without` comes first."""
         if self._kept is None:
             raise SettingError("the target was not read without the gene")
-        asked, scales, (kept, task) = self.asked.every(step), self.scales(strength), self._kept
-        see, kl = kept.compare(step)
+        asked, scales, (kept, task) = self._searched, self.scales(strength), self._kept
+        see, kl = kept.compare()
         # The harmless ones first: `see` counts from 0.
         leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
-        sequences, spans = kept.sequences(step)
+        sequences, spans = kept.sequences()
         count = len(leads.sequences)
         self.engine.visit_logits(
             leads.sequences + sequences, leads.spans + spans,
@@ -185,18 +199,10 @@ class Reader:
             ),
             adapters=scales,
         )  # fmt: skip
-        see_task, task_kl = task.compare(step)
-        self.engine.visit_logits(*task.sequences(step), see_task, adapters=scales)
+        see_task, task_kl = task.compare()
+        self.engine.visit_logits(*task.sequences(), see_task, adapters=scales)
         harmless, harmful = np.split(leads.margins(), [len(asked.harmless)])
         return Reading(harmful, harmless, kl, task_kl)
-
-    def refusals(self, strength: float = 0.0) -> Values:
-        """The harmful prompts' margins alone; those without the gene are read once."""
-        if strength:
-            return self.margins(self.asked.harmful, self.scales(strength))
-        if self._refusals is None:
-            self._refusals = self.margins(self.asked.harmful, self.scales(0.0))
-        return self._refusals
 
     def kl_to(self, other: Reader, step: int = 4) -> Values:
         """KL(this model ‖ another one) along its own answers to every `step`-th harmless prompt.

@@ -1,28 +1,24 @@
-"""The strength that brings back most refusals within the bounds, from a few readings.
+"""The strength that brings back most refusals within the bounds, from two or three readings.
 
-A race on every fourth example climbs from 1 in steps of a half, or goes down, until it gets worse.
-So it knows between which strengths the best one lies. There every margin is taken to be linear in
-the strength between two readings; the strength that is foretold to be best is read on all examples,
-until it is one that was read already, or nearly.
+Between two strengths that were read, every margin is taken to be linear in the strength, and a
+little way beyond the largest one, too. The strength that is foretold to be best is read next, until
+it is one that was read already, or nearly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from .reading import Reading, Values
 from .refusal_margin import refusal_loss
 
-_RACE, RACED = 4, 7  # every fourth example, read at so many strengths at most
-_ENOUGH = 48  # of a kind, for a fourth of them to say something
-_STEP, _LEAST = 1.5, 0.05  # between raced strengths, and the smallest
+_STEP = 1.5  # how much farther than the largest strength within the bounds is looked at once
 _NEAR = 0.1  # of a strength: another one that near is the same
 _MOST = 16.0  # the largest strength that is ever read
 _GRID = 200  # strengths that are foretold
-Look = Callable[[float, int], Reading]  # strength, every which example
 
 
 @dataclass(frozen=True)
@@ -71,78 +67,22 @@ def objective(reading: Reading, weight: float) -> float:
 
 
 def search(
-    look: Look, without: Reading, bounds: Bounds, weight: float, passes: int
+    look: Callable[[float], Reading], without: Reading, bounds: Bounds, weight: float, passes: int
 ) -> dict[float, Reading]:
-    """Readings of all examples by strength; 0 and at most `passes` others."""
-    enough = min(len(without.harmful), len(without.harmless)) >= _ENOUGH
-    step, most = (_RACE, RACED) if enough else (1, passes)
-    rough = _rough(bounds, len(without.harmless[::step])) if enough else bounds
-    raced = race(look, without, rough, weight, step, most)
-    limits = _around(raced, rough, weight)
-    found = {0.0: without} if enough else dict(raced)
-    strength = foretold(raced, rough, weight, limits)
+    """Readings by strength; 0 and at most `passes` others, the first at 1."""
+    found, strength = {0.0: without}, 1.0
     while len(found) <= passes and not _seen(found, strength):
-        found[strength] = look(strength, 1)
-        strength = foretold(found, bounds, weight, _below(found, bounds, limits))
+        found[strength] = look(strength)
+        strength = foretold(found, bounds, weight, (0.0, _farthest(found, bounds)))
     return found
 
 
-def _below(
-    found: Mapping[float, Reading], bounds: Bounds, limits: tuple[float, float]
-) -> tuple[float, float]:
-    """The limits, below every strength that breaks a bound by more than counts as the same."""
-    low, high = limits
-    broken = [known for known, reading in found.items() if known and bounds.broken(reading)]
-    high = min([high, *(known * (1 - 1.1 * _NEAR) for known in broken)])
-    return (low if low < high else 0.0), high
-
-
-def _rough(bounds: Bounds, count: int) -> Bounds:
-    """What a race on so few harmless examples may hold: one of twelve is 8 points."""
-    share = min(bounds.over_refusal, 0.5)
-    return replace(bounds, over_refusal=bounds.over_refusal + (share * (1 - share) / count) ** 0.5)
-
-
-def race(
-    look: Look, without: Reading, bounds: Bounds, weight: float, step: int, most: int
-) -> dict[float, Reading]:
-    """Readings of every `step`-th example: upwards from 1, or downwards, until it gets worse."""
-    found = {0.0: without.every(step)}
-
-    def is_better(strength: float, than: float) -> bool:
-        found[strength] = look(strength, step)
-        if bounds.broken(found[strength]):
-            return False
-        if bounds.broken(found[than]):
-            return True
-        new, old = (objective(found[s], weight) for s in (strength, than))
-        return new < old
-
-    best = 1.0
-    climbs = is_better(best, 0.0)
-    while climbs and len(found) <= most and best * _STEP <= _MOST:
-        climbs = is_better(best * _STEP, best)
-        best *= _STEP if climbs else 1.0
-    while best <= 1.0 and len(found) <= most and best / _STEP >= _LEAST:
-        sinks = is_better(best / _STEP, best) or bool(bounds.broken(found[best / _STEP]))
-        if not sinks:
-            break
-        best /= _STEP
-    return found
-
-
-def _around(found: Mapping[float, Reading], bounds: Bounds, weight: float) -> tuple[float, float]:
-    """Between which strengths the best one lies."""
-    known = sorted(found)
-    kept = [strength for strength in known[1:] if not bounds.broken(found[strength])]
-    if not kept:
-        return 0.0, known[1]
-    best = min(kept, key=lambda strength: objective(found[strength], weight))
-    place = known.index(best)
-    if place + 1 == len(known):
-        return known[place - 1], best
-    above = known[place + 1]
-    return known[place - 1], above * (1 - 1.1 * _NEAR if bounds.broken(found[above]) else 1)
+def _farthest(found: Mapping[float, Reading], bounds: Bounds) -> float:
+    """A step beyond what keeps the bounds, and below what breaks one by more than a little."""
+    broken = [s for s, reading in found.items() if s and bounds.broken(reading)]
+    kept = max((s for s in found if s not in broken), default=0.0)
+    steps = [kept * _STEP, _MOST] if kept else [_MOST]
+    return min([*steps, *(strength * (1 - 1.1 * _NEAR) for strength in broken)])
 
 
 def _seen(found: Mapping[float, Reading], strength: float) -> bool:
