@@ -1,10 +1,13 @@
 """Is there a better strength within the bounds? A dense search on the validation part.
 
     python bench/recovery/dense.py smollm2 [--gene GENE.gguf] [--task agnews,dolly]
+    python bench/recovery/dense.py smollm2 --learnt [--task agnews,dolly]
 
 The part that no fit sees is read on a line of common strengths and at random strengths of six
 groups of layers. The best of them within the bounds is set beside the strength that
-`recalibrate` chose. Writes dense-FAMILY.json and dense.md.
+`recalibrate` chose. Writes dense-FAMILY.json and dense.md. With --learnt it is each fine-tune's own
+gene, on the line alone, beside the strength that speed.json has; dense-FAMILY-learnt.json and
+dense-learnt.md.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, table
 from forms import Forms
+from speed import FILE as SPEED
+from speed import files
 
 from safegene_edge import SafeLlama, SafetyGene, recalibrate
 from safegene_edge.files import write_text
@@ -34,6 +39,7 @@ from safegene_edge.recalibrate.search import Bounds, mean
 HERE = Path(__file__).parent
 LINE = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 3.0)
 RANDOM, GROUPS, SEED = 8, 6, 5
+LEARNT_LINE = (0.4, 0.7, 0.9, 1.0, 1.1, 1.2, 1.35, 1.6)
 CUT = 3  # readings on the line beyond the bounds, after which it goes no further
 
 
@@ -45,7 +51,9 @@ class ByLayer(Reader):
         return {**self.own, **dict(zip(self.handles, map(float, values), strict=True))}
 
 
-def searched(target: Path, gene: SafetyGene, bounds: Bounds, chosen: float) -> dict[str, Any]:
+def searched(
+    target: Path, gene: SafetyGene, bounds: Bounds, chosen: float, learnt: bool
+) -> dict[str, Any]:
     """The points that were read, and where the chosen one lies among them."""
     settings, part = RecalibrationSettings(), Examples.shipped("validation")
     aligned = AlignedModel.of(gene)
@@ -55,14 +63,15 @@ def searched(target: Path, gene: SafetyGene, bounds: Bounds, chosen: float) -> d
     draws = np.random.default_rng(SEED)
     count = len(gene.layers)
     group = np.arange(count) * GROUPS // count
-    random = [(chosen or 1.0) * np.exp(draws.normal(0, 0.5, GROUPS))[group] for _ in range(RANDOM)]
+    random = [(chosen or 1.0) * np.exp(draws.normal(0, 0.5, GROUPS))[group]
+              for _ in range(0 if learnt else RANDOM)]  # fmt: skip
     points, beyond = [], 0
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(str(target), n_ctx=512))
         (made,) = fit._readers(stack, llama, gene, (part,), settings)
         reader = ByLayer(made.engine, made.own, made.handles, made.asked, made.openers, made.tokens)
         reader.without()
-        for strength in sorted({*LINE, *([chosen] if chosen else [])}):
+        for strength in sorted({*(LEARNT_LINE if learnt else LINE), *([chosen] if chosen else [])}):
             if beyond < CUT or strength == chosen:
                 points.append(_point("common", strength, reader.at(strength), bounds))
                 beyond += bool(points[-1]["broken"])
@@ -110,27 +119,34 @@ def write_table(found: dict[str, Any]) -> None:
         f"{found['family']}, Q4_K_M; the validation part, 48 prompts of a kind, by openers.\n\n"
         f"{table(head, rows)}\nMachine: {said}.\n"
     )
-    (HERE / "dense.md").write_text(text, encoding="utf-8")
+    name = "dense-learnt.md" if found.get("learnt") else "dense.md"
+    (HERE / name).write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("family")
     parser.add_argument("--gene", type=Path)
+    parser.add_argument("--learnt", action="store_true", help="each fine-tune's own gene")
     parser.add_argument("--task", default="agnews,sst2,dolly,gsm8k")
     given = parser.parse_args()
-    work = Forms(given.family)
-    gene = SafetyGene.load(given.gene or work.bench.family.gene)
-    file = HERE / f"dense-{given.family}.json"
-    found: dict[str, Any] = {"family": given.family, "tasks": {}}
+    file = HERE / f"dense-{given.family}{'-learnt' * given.learnt}.json"
+    found: dict[str, Any] = {"family": given.family, "learnt": given.learnt, "tasks": {}}
     if file.exists():
         found |= json.loads(file.read_text(encoding="utf-8"))
     for task in given.task.split(","):
-        target = work.target(task)
-        result = recalibrate(target, gene, settings=RecalibrationSettings(anyway=True))
-        assert result.bounds is not None
-        chosen = max(result.expression.coefficients.values())
-        found["tasks"][task] = searched(target, gene, result.bounds, chosen)
+        if given.learnt:
+            pair = f"{given.family}/{task}"
+            target, path = files(pair)
+            said = json.loads(SPEED.read_text(encoding="utf-8"))["pairs"][pair]["now"]
+            gene, bounds, chosen = SafetyGene.load(path), Bounds(**said["bounds"]), said["strength"]
+        else:
+            work = Forms(given.family)
+            target, gene = work.target(task), SafetyGene.load(given.gene or work.bench.family.gene)
+            result = recalibrate(target, gene, settings=RecalibrationSettings(anyway=True))
+            assert result.bounds is not None
+            bounds, chosen = result.bounds, max(result.expression.coefficients.values())
+        found["tasks"][task] = searched(target, gene, bounds, chosen, given.learnt)
         write_text(file, json.dumps(found, indent=1) + "\n")
         write_table(found)
         print(task, "done", file=sys.stderr, flush=True)
