@@ -15,6 +15,7 @@ from safegene_edge.compat import open_model, unfitted
 from safegene_edge.errors import FileFormatError
 from safegene_edge.files import sha256
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
+from safegene_edge.runtime.requantise import requantise
 
 
 @pytest.fixture()
@@ -81,7 +82,8 @@ def test_a_tensor_in_two_parts_is_named(tmp_path):
 
 
 def test_a_gene_that_was_not_fitted_to_this_model_is_known(tiny, tmp_path):
-    model, other = tiny("llama").gguf_path, tiny("qwen2").gguf_path
+    model, other = tiny("llama").gguf_path, tmp_path / "other.gguf"
+    requantise(model, other, "F16")  # of its family, and not the same
     gene, fitted = tmp_path / "gene.gguf", tmp_path / "fitted.gguf"
     whole = random_adapter(model, family="tiny")
     whole.save(gene)
@@ -90,6 +92,9 @@ def test_a_gene_that_was_not_fitted_to_this_model_is_known(tiny, tmp_path):
     assert "never fitted" in unfitted(gene, model)
     assert unfitted(fitted, model) == ""
     assert "another model" in unfitted(fitted, other)
+    assert (
+        unfitted(fitted, tiny("qwen2").gguf_path) == ""
+    )  # it does not fit
     whole.express(Expression(strengths)).save(fitted)  # nobody says for which model
     assert unfitted(fitted, model) == ""
     replace(whole, family="").save(gene)  # a LoRA that is no gene
