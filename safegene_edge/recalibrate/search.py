@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..runtime.refusal_margin import refusal_loss
 from .reading import Reading, Values
-from .refusal_margin import refusal_loss
 
 _RACE, RACED = 4, 7  # every fourth example, read at so many strengths at most
 _ENOUGH = 48  # of a kind, for a fourth of them to say something
