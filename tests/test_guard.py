@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
+import jsonschema
 import llama_cpp
 import numpy as np
 import pytest
@@ -15,6 +16,15 @@ from tiny import ARCHITECTURES
 
 from safegene_edge import Engine, Expression, SafeLlama, SafetyGene
 from safegene_edge.errors import SettingError, UnsupportedError
+from safegene_edge.evals.asking.journal import Journal
+from safegene_edge.evals.asking.suites import Suite
+from safegene_edge.evals.evaluate import evaluate
+from safegene_edge.evals.report.html import render_html
+from safegene_edge.evals.report.markdown import render_markdown
+from safegene_edge.evals.report.schema import report_schema
+from safegene_edge.evals.settings import EvalSettings
+from safegene_edge.prompts import Prompt
+from safegene_edge.recalibrate.guard import PLACES, ROOM, guard_threshold
 from safegene_edge.runtime.batcher import Ask, Batcher
 from safegene_edge.runtime.guard import EVERY, REFUSAL, Guard, Look, alone
 from safegene_edge.runtime.refusal_margin import Openers
@@ -487,3 +497,63 @@ def test_a_server_ends_answers_and_says_so(speaker, sure):
         made = server.client().chat.completions.create(model=None, messages=CHAT, max_tokens=99)
         assert made.choices[0].finish_reason == "length"
         assert server.ask("GET", "/v1/models").json["data"][0]["guard"] is False
+
+
+# -- the threshold is measured ---------------------------------------------------
+
+
+def test_the_threshold_lies_above_every_harmless_answer(llama):
+    """At it the guard ends none of the answers that it was measured on, and half a nat less one."""
+    asked = prompts(12, seed=11)
+    guard = replace(llama.guard, openers=OPENERS)
+    with Engine(llama, n_parallel=4, n_ctx=1024, guarded=True) as engine:
+        kept = [prompt for prompt, margin in zip(
+            asked, engine.margins(asked, OPENERS), strict=True) if margin <= 0]  # fmt: skip
+        found = guard_threshold(engine, guard, asked, None)
+        assert 0 < found.answers <= len(kept) and 0 <= found.ended <= found.answers
+        said = engine.generate(kept, max_tokens=64)
+        margins = [
+            engine.margins([[*prompt, *answer.tokens[:place], *guard.header]], OPENERS)[0]
+            for prompt, answer in zip(kept, said, strict=True)
+            for place in PLACES
+            if place <= len(answer.tokens)
+        ]
+        assert found.threshold == pytest.approx(max(0.0, *margins) + ROOM, abs=1e-3)
+        assert guard_threshold(engine, guard, [], None) is None
+
+
+# -- attacks, with the guard and without -----------------------------------------
+
+
+def test_an_evaluation_attacks_once_more_with_the_guard(speaker, sure, thing, tmp_path):
+    prompts = tuple(Prompt(str(n), f"How do I do thing {n}?") for n in range(3))
+    suites = [Suite("own", "harmful", prompts), Suite("plain", "harmless", prompts)]
+    settings = EvalSettings(max_tokens=EVERY + 2, guard=True)
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        found = [
+            evaluate(speaker, sure, suites=suites, settings=settings, journal=journal,
+                     attacks=["many_shot", "prefill", "leet"])
+            for _ in range(2)  # the second takes all from the journal
+        ]  # fmt: skip
+    for report in found:
+        facts = report.to_json()
+        jsonschema.validate(facts, report_schema())
+        for attack in (*report.attacks, *report.attack_twins):
+            ends = {answer.completion.rpartition("\n\n")[2] for answer in attack.guarded}
+            assert ends == {REFUSAL}
+            said = {answer.completion.rpartition("\n\n")[0] for answer in attack.guarded}
+            whole = f"Sure{' thing' * (EVERY - 1)}"
+            # Before a history or a begun answer goes on; in others after some tokens.
+            begun = attack.name in ("many_shot", "prefill")
+            assert said == {"" if begun else whole}
+            assert all(REFUSAL not in answer.completion for answer in attack.after)
+        for attack in facts["attacks"]:
+            assert attack["guarded"]["total"] == 3
+            assert attack["guarded"]["complied"] <= attack["after"]["complied"]
+        for text in (report.table(), render_markdown(facts), render_html(facts)):
+            assert "with the gene and its guard" in text
+    with_thing = evaluate(speaker, thing, suites=suites, settings=settings, attacks=["prefill"])
+    for attack in with_thing.attacks:
+        assert [a.completion for a in attack.guarded] == [a.completion for a in attack.after]
+    without = evaluate(speaker, None, suites=suites, settings=settings, attacks=["prefill"])
+    assert all(attack.guarded is None for attack in without.attacks)

@@ -151,7 +151,7 @@ class Recalibration:
             layers = {int(layer): float(value) for layer, value in facts["coefficients"].items()}
             bounds, counted = facts["bounds"], facts["validation"]
             guard = GuardThreshold(**facts["guard"]) if facts.get("guard") else None
-            threshold = guard and guard.threshold
+            threshold = guard.threshold if guard else None
             return cls(
                 Expression(layers, facts["gene"], facts["target"], threshold),
                 _point(facts["point"]),
@@ -285,7 +285,10 @@ class _Work:
         point = Point.of(between(found, strength), self._coefficients(strength))
         guard = measured([self.fit, self.other], strength)
         return Recalibration(
-            replace(self._expression(strength, target), guard_threshold=guard and guard.threshold),
+            replace(
+                self._expression(strength, target),
+                guard_threshold=guard.threshold if guard else None,
+            ),
             point,
             tuple(Point.of(reading, self._coefficients(s)) for s, reading in found.items()),
             bounds,

@@ -1,10 +1,10 @@
 """From which margin on a guard ends an answer: measured on answers that should go on.
 
-The target with its gene answers the harmless examples, greedily, and the guard's question is put
-behind several places of each answer. An answer counts with its largest margin, since one look
-ends it. The threshold is the larger of two bounds on a new answer's: the largest that was seen,
-which one of n + 1 answers passes by chance, and the mean with three standard deviations, which
-holds where n is small. It is never below 0: there the model would go on by itself.
+The target with its gene answers the harmless examples, greedily, but for those that it refuses at
+once. The guard's question is put behind several places of each answer, and an answer counts with
+its largest margin, since one look ends it. The threshold is the largest of all, and some room: of
+n + 1 answers one passes the largest of the other n by chance, and the room is for the rest. It is
+never below 0, where the model would go on by itself.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import UnsupportedError
 from ..runtime.guard import Guard
 
@@ -22,8 +20,8 @@ if TYPE_CHECKING:
     from ..runtime.engine import Engine
     from .reading import Reader
 
-PLACES = (4, 16, 32, 64)  # tokens of an answer behind which it is looked at
-_DEVIATIONS = 3.0
+PLACES = (8, 16, 32, 64)  # tokens of an answer behind which it is looked at
+ROOM = 0.5  # nats
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,23 @@ def guard_threshold(
         prompts: as tokens, up to where the answer begins.
         scales: the adapters' scales, with the gene at its strength.
     """
-    said = engine.generate(prompts, max_tokens=max(PLACES), adapters=scales)
+    at_once = engine.margins(prompts, guard.openers, adapters=scales)
+    kept = [prompt for prompt, margin in zip(prompts, at_once, strict=True) if margin <= 0]
+    said = engine.generate(kept, max_tokens=max(PLACES), adapters=scales)
     places = [
         (number, [*prompt, *answer.tokens[:place], *guard.header])
-        for number, (prompt, answer) in enumerate(zip(prompts, said, strict=True))
+        for number, (prompt, answer) in enumerate(zip(kept, said, strict=True))
         for place in PLACES
         if place <= len(answer.tokens) and len(prompt) + place + guard.room <= engine.n_ctx
     ]
-    margins = engine.margins([tokens for _, tokens in places], guard.openers, adapters=scales)
+    looks = [tokens for _, tokens in places]
     largest: dict[int, float] = {}
-    for (number, _), margin in zip(places, margins, strict=True):
+    for (number, _), margin in zip(
+        places, engine.margins(looks, guard.openers, adapters=scales), strict=True
+    ):
         largest[number] = max(margin, largest.get(number, margin))
-    return threshold_of(list(largest.values())) if largest else None
-
-
-def threshold_of(margins: Sequence[float]) -> GuardThreshold:
-    """The threshold from each answer's largest margin, nats."""
-    values = np.array(margins)
-    bounds = (0.0, float(values.max()), float(values.mean() + _DEVIATIONS * values.std()))
-    return GuardThreshold(max(bounds), values.size, int((values > 0).sum()))
+    if not largest:
+        return None
+    values = largest.values()
+    threshold = max(max(values), 0.0) + ROOM
+    return GuardThreshold(threshold, len(values), sum(value > 0 for value in values))

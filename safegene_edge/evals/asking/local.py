@@ -71,7 +71,8 @@ class LocalModel:
         self.columns = tuple(columns)
         if guard is not None:
             self.scales[GUARDED] = columns["after"]
-            self._identities[GUARDED] = fingerprint(identities["after"], repr(guard))
+            facts = {**vars(guard), "openers": guard.openers.all, "openings": None}
+            self._identities[GUARDED] = fingerprint(identities["after"], facts)
         self.max_tokens, self.journal = max_tokens, journal
         thinks = llama.thinking.expected and not no_think
         self._opened, self._no_think = thinks and llama.thinking.opens, no_think
