@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from itertools import islice
 
 import jsonschema
 import llama_cpp
@@ -312,6 +313,11 @@ def test_a_full_context_is_refused_by_name_and_never_runs_over(llama):
             batcher.submit(listener.ask)
         assert [(listener.text(), listener.finish)[1] for listener in full] != ["error"] * 2
         assert "error" not in {listener.finish for listener in full}
+        # Two that would fill the context together, but for the looks.
+        half = [Listener([n % 290 for n in range(k, k + 120)], 8) for k in (0, 50)]
+        for listener in half:
+            batcher.submit(listener.ask)
+        assert [(listener.text(), listener.finish)[1] for listener in half] == ["length"] * 2
         for ask in (Listener(prompt, 9).ask, Listener(prompt, 8, alone=[*other, 1]).ask):
             with pytest.raises(SettingError):
                 batcher.submit(ask)
@@ -398,6 +404,24 @@ def test_the_models_own_answers_are_ended(speaker, sure, thing, ask):
         assert ask(llama, CHAT, max_tokens=200) == (f"Sure{' thing' * 199}", "length")
 
 
+def test_an_answer_that_ends_by_itself_is_not_ended(tiny, tmp_path):
+    path = speaking(tiny("llama").gguf_path, tmp_path / "m.gguf", TEMPLATES["none"], *SAID)
+    with SafeLlama(path, n_ctx=512, guard=True) as llama:
+        sure = Openers.of(llama, ["Sure"])
+        guard = replace(llama.guard, openers=sure, every=2)
+        llama._made_guard = None, guard
+        assert chunks(llama, [USER]) == whole(llama, [USER]) == ("Sure thing", "stop")
+        prompt = llama.render([USER])
+        assert answered(llama, guard, [Listener(prompt)]) == [("Sure thing", "stop")]
+        with Engine(llama, n_parallel=2, n_ctx=512, guarded=True) as engine:
+            made = engine.generate([prompt], max_tokens=8, guard=guard)[0]
+            assert (llama.text(made.tokens), made.finish) == ("Sure thing", "stop")
+        early = replace(guard, every=1)
+        assert answered(llama, early, [Listener(prompt)]) == [
+            (f"Sure\n\n{REFUSAL}", "content_filter")
+        ]
+
+
 def test_a_begun_answer_is_looked_at_before_it_goes_on(speaker, sure):
     with SafeLlama(speaker, [sure], n_ctx=512, guard=True) as llama:
         prompt = [*llama.render([USER]), llama.tokenize(b"Sure", add_bos=False)[0]]
@@ -424,6 +448,12 @@ def test_looks_do_not_disturb_the_own_context(model):
                         for one in (plain, llama)
                     ]
                     assert made[0]["choices"] == made[1]["choices"]
+        # A prompt that is cached to its last token is not read again, unless a look came between.
+        prompt = prompts(1, seed=9)[0]
+        for look in (lambda: None, lambda: llama.refuses(prompt[::-1], guard)):
+            tokens = list(islice(llama.generate(prompt, temp=0.0), 3))
+            look()
+            assert next(llama.generate([*prompt, *tokens[:2]], temp=0.0)) == tokens[2]
         turns = list(CHAT)
         for _ in range(3):
             said = [whole(one, turns, max_tokens=6) for one in (plain, llama)]
@@ -505,15 +535,18 @@ def test_a_server_ends_answers_and_says_so(speaker, sure):
 def test_the_threshold_lies_above_every_harmless_answer(llama):
     """At it the guard ends none of the answers that it was measured on, and half a nat less one."""
     asked = prompts(12, seed=11)
-    guard = replace(llama.guard, openers=OPENERS)
     with Engine(llama, n_parallel=4, n_ctx=1024, guarded=True) as engine:
+        first = engine.generate(asked[:3], max_tokens=1)
+        openers = Openers(tuple(answer.tokens) for answer in first)  # these count as refused
+        guard = replace(llama.guard, openers=openers)
         kept = [prompt for prompt, margin in zip(
-            asked, engine.margins(asked, OPENERS), strict=True) if margin <= 0]  # fmt: skip
+            asked, engine.margins(asked, openers), strict=True) if margin <= 0]  # fmt: skip
         found = guard_threshold(engine, guard, asked, None)
-        assert 0 < found.answers <= len(kept) and 0 <= found.ended <= found.answers
         said = engine.generate(kept, max_tokens=64)
+        assert found.answers == sum(len(answer.tokens) >= PLACES[0] for answer in said)
+        assert 0 <= found.ended <= found.answers < len(asked) - 2
         margins = [
-            engine.margins([[*prompt, *answer.tokens[:place], *guard.header]], OPENERS)[0]
+            engine.margins([[*prompt, *answer.tokens[:place], *guard.header]], openers)[0]
             for prompt, answer in zip(kept, said, strict=True)
             for place in PLACES
             if place <= len(answer.tokens)

@@ -43,6 +43,7 @@ JOURNAL = cache_folder() / "bench-guard.jsonl"
 CELLS = cache_folder() / "bench-guard.json"
 LONG, LONG_TOKENS = 100, 256
 ANSWER = 96  # tokens of an attack's answer: long enough for a look within it
+FIRST = ("prefill", "many_shot", "crescendo")  # what the guard is for
 ADAPTIVE_LIMIT = 8
 ROUNDS, SPEED_TOKENS = 5, 128
 
@@ -75,6 +76,7 @@ def main() -> None:
 def measurements(options: argparse.Namespace, until: float) -> list[tuple[str, Any]]:
     """Every cell of the table, by name."""
     fixed = [name for name, attack in ATTACKS.items() if attack.apply and name != "direct"]
+    fixed.sort(key=lambda name: name not in FIRST)
     return [
         ("threshold", lambda: fitted(options.strength)),
         ("long", lambda: long_answers(until)),
