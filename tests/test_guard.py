@@ -400,6 +400,10 @@ def test_the_models_own_answers_are_ended(speaker, sure, thing, ask):
         assert ask(llama, CHAT, max_tokens=4) == (f"Sure{' thing' * 3}", "length")
     with SafeLlama(speaker, [thing], n_ctx=512, guard=True) as llama:
         assert ask(llama, CHAT, max_tokens=200) == (f"Sure{' thing' * 199}", "length")
+        other = llama.attach(random_adapter(speaker, size=1e-3, seed=1))  # a task's, no gene
+        assert llama.guard.openers.all == Openers.of(llama, [" thing"]).all
+        llama.set_scale(thing, 0.0)
+        assert llama.guard is None and other.scale
     with SafeLlama(speaker, [sure], n_ctx=512) as llama:
         assert ask(llama, CHAT, max_tokens=200) == (f"Sure{' thing' * 199}", "length")
 
