@@ -384,14 +384,19 @@ class SafeLlama(SharedLlama):
     @property
     def guard(self) -> Guard | None:
         """What looks at answers, with the openers and the threshold of the gene that is on."""
-        genes = self._genes() or self._attached
+        genes = list(self._genes()) or self._attached
         if not self._guarded or (genes and not any(handle.scale for handle in genes)):
             return None
         return self.make_guard()
 
-    def _genes(self) -> list[AttachedAdapter]:
-        """The adapters that know how refusals open."""
-        return [handle for handle in self._attached if _openers(handle.content)]
+    def _genes(self) -> dict[AttachedAdapter, SafetyGene]:
+        """The adapters that say something of refusals, which a task's do not."""
+        return {
+            handle: gene
+            for handle in self._attached
+            if isinstance(gene := handle.content, SafetyGene)
+            and (gene.refusal_openers or gene.guard_threshold is not None)
+        }
 
     def make_guard(self) -> Guard:
         """A guard for this model, of the gene that was attached last, for whatever answers.
@@ -399,22 +404,22 @@ class SafeLlama(SharedLlama):
         Raises:
             UnsupportedError: the template opens no answer, or the model's memory cannot be forked.
         """
-        gene = next((handle.content for handle in reversed(self._genes())), None)
+        gene = next(reversed(self._genes().values()), None)
         if self._made_guard[0] is not gene:
             self._made_guard = gene, self._make_guard(gene)
         made: Guard = self._made_guard[1]
         return made
 
-    def _make_guard(self, gene: Adapter | None) -> Guard:
+    def _make_guard(self, gene: SafetyGene | None) -> Guard:
         if self._is_recurrent or self._is_hybrid:
             raise UnsupportedError(
                 f"{self._file.path}: the guard cannot look at a model with a recurrent memory",
                 "Switch it off (guard=False, --no-guard)",
             )
         header, openings = self._turn_tokens()
-        known = getattr(gene, "guard_threshold", None)
-        threshold = DEFAULT_THRESHOLD if known is None else known
-        return Guard(Openers.of(self, _openers(gene)), header, openings, threshold)
+        openers, threshold = (gene.refusal_openers, gene.guard_threshold) if gene else ((), None)
+        threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        return Guard(Openers.of(self, openers), header, openings, threshold)
 
     def _turn_tokens(self) -> tuple[tuple[int, ...], frozenset[tuple[int, ...]]]:
         """The template's end of turn with the assistant header; and how its prompts end."""
@@ -609,10 +614,6 @@ class SafeLlama(SharedLlama):
 
     def _token_text(self, token: int) -> str:
         return str(self._model.token_get_text(token)) if token >= 0 else ""
-
-
-def _openers(adapter: Adapter | None) -> tuple[str, ...]:
-    return adapter.refusal_openers if isinstance(adapter, SafetyGene) else ()
 
 
 def _require_finite(scale: float) -> None:
