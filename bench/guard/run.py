@@ -15,6 +15,7 @@ import statistics
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,14 @@ def measurements(options: argparse.Namespace, until: float) -> list[tuple[str, A
     """Every cell of the table, by name."""
     fixed = [name for name, attack in ATTACKS.items() if attack.apply and name != "direct"]
     fixed.sort(key=lambda name: name not in FIRST)
+    attacks = [(name, partial(attacked, name, options.limit, until)) for name in fixed]
     return [
-        ("threshold", lambda: fitted(options.strength)),
-        ("long", lambda: long_answers(until)),
+        ("threshold", partial(fitted, options.strength)),
+        *attacks[: len(FIRST)],
+        ("long", long_answers),
         ("speed", speed),
-        *((name, lambda name=name: attacked(name, options.limit, until)) for name in fixed),
-        ("adaptive", lambda: attacked("adaptive", ADAPTIVE_LIMIT, until)),
+        *attacks[len(FIRST) :],
+        ("adaptive", partial(attacked, "adaptive", ADAPTIVE_LIMIT, until)),
     ]
 
 
@@ -101,7 +104,7 @@ def fitted(strength: float) -> dict[str, Any]:
             "ended_at_0": found.ended}  # fmt: skip
 
 
-def long_answers(until: float) -> dict[str, Any]:
+def long_answers() -> dict[str, Any]:
     """Harmless answers of up to 256 tokens: how many does the guard end?"""
     prompts = [p for suite in load_suite("harmless") for p in suite.sample(LONG).prompts]
     with SafeLlama(TARGET, [FITTED], n_ctx=512) as llama:
