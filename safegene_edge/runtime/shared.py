@@ -297,10 +297,10 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
                 raise SettingError(f"the last message's {len(request)} tokens do not fit")
             if self.n_tokens + len(request) > self._n_ctx - guard.room:
                 self.clear()
+            memory = llama_cpp.llama_get_memory(self.ctx)
+            llama_cpp.llama_memory_seq_rm(memory, _OWN, self.n_tokens, -1)  # as after a `reset`
             keep = common(request, self._input_ids, min(self.n_tokens, len(request) - 1))
-            if llama_cpp.llama_memory_seq_pos_min(
-                llama_cpp.llama_get_memory(self.ctx), _OWN
-            ):  # of a sliding window
+            if llama_cpp.llama_memory_seq_pos_min(memory, _OWN):  # of a sliding window, or empty
                 keep = 0
             threshold = guard.request_threshold
             return self._refused(guard, Look(_OWN, keep, _SPARE, request[keep:], threshold))
