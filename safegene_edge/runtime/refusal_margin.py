@@ -16,13 +16,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from .shared import SharedLlama
 
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _DEEP = 3  # tokens of an opener that are looked at
@@ -66,8 +63,12 @@ class Openers:
             shown |= set(own)
 
     @classmethod
-    def of(cls, llama: SharedLlama, texts: Iterable[str] = ()) -> Openers:
-        """The openers that a gene carries, or those that instruct models commonly have."""
+    def of(cls, llama: Any, texts: Iterable[str] = ()) -> Openers:
+        """The openers that a gene carries, or those that instruct models commonly have.
+
+        Args:
+            llama: the `SafeLlama` whose tokens they become.
+        """
         return cls(
             tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:_DEEP])
             for text in [text for text in texts if text.strip()] or OPENERS
