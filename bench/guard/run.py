@@ -46,7 +46,13 @@ LONG, LONG_TOKENS = 100, 256
 ANSWER = 96  # tokens of an attack's answer: long enough for a look within it
 FIRST = ("prefill", "many_shot", "crescendo")  # what the guard is for
 ADAPTIVE_LIMIT = 8
-ROUNDS, SPEED_TOKENS = 5, 128
+ROUNDS, SPEED_TOKENS = 3, 128
+SPEEDS = {  # clients at once, and whether a history stands before the question
+    "1 at once": (1, False),
+    "16 at once": (16, False),
+    "1 at once, after a history": (1, True),
+    "16 at once, after a history": (16, True),
+}
 
 
 class OutOfTimeError(Exception):
@@ -83,7 +89,7 @@ def measurements(options: argparse.Namespace, until: float) -> list[tuple[str, A
         ("threshold", partial(fitted, options.strength)),
         *attacks[: len(FIRST)],
         ("long", long_answers),
-        ("speed", speed),
+        *((name, partial(speed, *how)) for name, how in SPEEDS.items()),
         *attacks[len(FIRST) :],
         ("adaptive", partial(attacked, "adaptive", ADAPTIVE_LIMIT, until)),
     ]
@@ -157,28 +163,23 @@ def counted(result: AttackResult, labels: tuple[str, ...]) -> dict[str, list[int
 # -- what it costs ---------------------------------------------------------------
 
 
-def speed() -> dict[str, Any]:
+def speed(clients: int, history: bool) -> dict[str, Any]:
     """Tokens a second and time to the first token, without the guard and with it, in turn."""
     texts = [p.text for suite in load_suite("harmless") for p in suite.sample(16).prompts]
     turns = [{"role": "user", "content": f"{text} Write at least ten sentences."} for text in texts]
-    found: dict[str, Any] = {}
+    ways: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
     with SafeLlama(TARGET, [FITTED], n_ctx=512) as llama:
-        for clients in (1, 16):
-            for history in (False, True):
-                asked = [chat(turn, turns, history) for turn in turns]
-                ways: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-                for _ in range(ROUNDS):
-                    for way, rounds in ways.items():
-                        rounds.append(timed(llama, asked, clients, guarded=way == "with"))
-                name = f"{clients} at once{', after a history' if history else ''}"
-                found[name] = {
-                    way: {
-                        "tokens_per_second": round(statistics.median(r for r, _ in rounds), 1),
-                        "first_token_ms": round(statistics.median(f for _, f in rounds), 1),
-                    }
-                    for way, rounds in ways.items()
-                }
-    return found
+        asked = [chat(turn, turns, history) for turn in turns]
+        for _ in range(ROUNDS):
+            for way, rounds in ways.items():
+                rounds.append(timed(llama, asked, clients, guarded=way == "with"))
+    return {
+        way: {
+            "tokens_per_second": round(statistics.median(r for r, _ in rounds), 1),
+            "first_token_ms": round(statistics.median(f for _, f in rounds), 1),
+        }
+        for way, rounds in ways.items()
+    }
 
 
 def chat(turn: dict[str, str], turns: list[dict[str, str]], history: bool) -> list[dict[str, str]]:
@@ -248,9 +249,9 @@ def text_of(cells: dict[str, Any]) -> str:
             "harmless over-refused: fine-tuned", "gene", "gene and guard"]  # fmt: skip
     speeds = ["asked", "tokens/s", "with the guard", "first token, ms", "with the guard"]
     costs = [
-        [name, *(ways[way][key] for key in ("tokens_per_second", "first_token_ms")
+        [name, *(cells[name][way][key] for key in ("tokens_per_second", "first_token_ms")
                  for way in ("without", "with"))]
-        for name, ways in cells["speed"].items()
+        for name in SPEEDS
     ]  # fmt: skip
     return (
         "# The guard\n\n"
