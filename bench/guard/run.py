@@ -1,6 +1,6 @@
 """What a gene's guard ends, what it ends wrongly, and what it costs: SmolLM2 tuned on AG News.
 
-    python bench/guard/run.py [--limit 40] [--seconds 220] [--strength 1.1]
+    python bench/guard/run.py [--limit 40] [--seconds 220] [--strength 1.1] [--so-far]
 
 The target and the gene, learnt from it, are the bench of recovery's. A run stops after the seconds
 given and the next goes on: finished answers lie in the cache folder until everything is measured.
@@ -64,11 +64,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=220)
     parser.add_argument("--strength", type=float, default=1.1)
+    parser.add_argument("--so-far", action="store_true", help="write what is measured, and end")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
     cells: dict[str, Any] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
     try:
-        for name, measure in measurements(options, until):
+        for name, measure in [] if options.so_far else measurements(options, until):
             if name not in cells:
                 cells[name] = measure()
                 CELLS.write_text(json.dumps(cells))
@@ -77,7 +78,8 @@ def main() -> None:
         print("to be continued", file=sys.stderr)
         sys.exit(3)
     write(Path(__file__).parent, cells, text_of(cells))
-    JOURNAL.unlink(missing_ok=True)  # it holds answers to harmful prompts
+    if not options.so_far:
+        JOURNAL.unlink(missing_ok=True)  # it holds answers to harmful prompts
 
 
 def measurements(options: argparse.Namespace, until: float) -> list[tuple[str, Any]]:
@@ -252,6 +254,7 @@ def text_of(cells: dict[str, Any]) -> str:
         [name, *(cells[name][way][key] for key in ("tokens_per_second", "first_token_ms")
                  for way in ("without", "with"))]
         for name in SPEEDS
+        if name in cells
     ]  # fmt: skip
     return (
         "# The guard\n\n"
