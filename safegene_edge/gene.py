@@ -240,6 +240,8 @@ class SafetyGene(Adapter):
             model that is nearest to it; 0 where it was not measured.
         target: SHA-256 of the model that the folded coefficients were found for; may be empty.
         tokenizer: digest of the family's tokenizer (see `compat`); may be empty.
+        guard_threshold: the margin (nats) from which on a guard ends an answer of `target`; None
+            where it was not measured. See `recalibrate.guard`.
     """
 
     family: str = ""
@@ -254,6 +256,7 @@ class SafetyGene(Adapter):
     aligned_kl: float = 0.0
     target: str = ""
     tokenizer: str = ""
+    guard_threshold: float | None = None
 
     PREFIX: ClassVar[str] = "safegene."
 
@@ -284,7 +287,12 @@ class SafetyGene(Adapter):
             layer: self.coefficients.get(layer, 1.0) * expression.coefficients.get(layer, 1.0)
             for layer in folded.layers
         }
-        return replace(folded, coefficients=total, target=expression.target or self.target)
+        return replace(
+            folded,
+            coefficients=total,
+            target=expression.target or self.target,
+            guard_threshold=expression.guard_threshold,
+        )
 
     @classmethod
     def _from_file(
@@ -321,6 +329,7 @@ class SafetyGene(Adapter):
             aligned_kl=_not_negative(file, "safegene.aligned_kl"),
             target=file.text("safegene.target", ""),
             tokenizer=file.text("safegene.tokenizer", ""),
+            guard_threshold=_given(file, "safegene.guard_threshold"),
             **aligned,
         )
 
@@ -340,6 +349,8 @@ class SafetyGene(Adapter):
         }
         digests = {"target": self.target, "tokenizer": self.tokenizer}
         facts |= {f"safegene.{name}": digest for name, digest in digests.items() if digest}
+        if self.guard_threshold is not None:
+            facts["safegene.guard_threshold"] = float(self.guard_threshold)
         for key, values in (("scores", self.scores), ("coefficients", self.coefficients)):
             facts[f"safegene.{key}.layers"] = list(values)
             facts[f"safegene.{key}"] = [float(value) for value in values.values()]
@@ -353,13 +364,17 @@ class Expression:
     Attributes:
         coefficients: layer to coefficient; 0 switches the layer off.
         gene: the gene's own `sha256`; target: SHA-256 of the model file; either may be empty.
+        guard_threshold: the margin (nats) from which on a guard ends an answer; None: not measured.
     """
 
     coefficients: Mapping[int, float]
     gene: str = ""
     target: str = ""
+    guard_threshold: float | None = None
 
     def __post_init__(self) -> None:
+        if self.guard_threshold is not None and not math.isfinite(self.guard_threshold):
+            raise SettingError(f"the guard's threshold is {self.guard_threshold}", "Give a number")
         if wrong := _wrong_coefficient(self.coefficients):
             raise SettingError(*wrong)
 
@@ -371,6 +386,8 @@ class Expression:
             "target": self.target,
             "coefficients": {str(layer): value for layer, value in self.coefficients.items()},
         }
+        if self.guard_threshold is not None:
+            facts["guard_threshold"] = self.guard_threshold
         write_text(path, json.dumps(facts, indent=2) + "\n")
 
     @classmethod
@@ -379,7 +396,13 @@ class Expression:
         try:
             facts = json.loads(read_text(path))
             values = {int(layer): float(v) for layer, v in facts["coefficients"].items()}
-            return cls(values, str(facts.get("gene", "")), str(facts.get("target", "")))
+            threshold = facts.get("guard_threshold")
+            return cls(
+                values,
+                str(facts.get("gene", "")),
+                str(facts.get("target", "")),
+                None if threshold is None else float(threshold),
+            )
         except SettingError as error:
             raise FileFormatError(f"{path}: {error.message}", error.remedy) from error
         except _NO_EXPRESSION as error:
@@ -495,6 +518,10 @@ def _not_negative(file: GGUFFile, key: str) -> float:
     if value < 0:
         raise FileFormatError(f"{file.path}: {key} is {value:g}, and it cannot be")
     return value
+
+
+def _given(file: GGUFFile, key: str) -> float | None:
+    return float(file.number(key, 0.0)) if key in file.metadata else None
 
 
 def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:

@@ -92,9 +92,7 @@ def test_a_gene_that_was_not_fitted_to_this_model_is_known(tiny, tmp_path):
     assert "never fitted" in unfitted(gene, model)
     assert unfitted(fitted, model) == ""
     assert "another model" in unfitted(fitted, other)
-    assert (
-        unfitted(fitted, tiny("qwen2").gguf_path) == ""
-    )  # it does not fit
+    assert unfitted(fitted, tiny("qwen2").gguf_path) == ""  # it does not fit
     whole.express(Expression(strengths)).save(fitted)  # nobody says for which model
     assert unfitted(fitted, model) == ""
     replace(whole, family="").save(gene)  # a LoRA that is no gene

@@ -281,7 +281,7 @@ def test_gains_are_the_slopes_of_the_share_refused(
 ) -> None:
     """Against differences of the share, with each layer of a random gene stronger and weaker."""
     torch = pytest.importorskip("torch", reason="needs the train extra")
-    from safegene_edge.recalibrate.refusal_margin import Openers
+    from safegene_edge.runtime.refusal_margin import Openers
     from safegene_edge.training.models import LiveModel, Source
     from safegene_edge.training.refusals import margins
     from safegene_edge.training.select import Gains, layer_gains, strengths

@@ -31,10 +31,10 @@ from safegene_edge.recalibrate import Bounds, Examples, RecalibrationSettings, f
 from safegene_edge.recalibrate.aligned import AlignedModel, at_most, measured
 from safegene_edge.recalibrate.fit import choose, share_in_order
 from safegene_edge.recalibrate.reading import Asked, Reader, Reading
-from safegene_edge.recalibrate.refusal_margin import Openers, refusal_loss
 from safegene_edge.recalibrate.search import between, finest, foretold, search
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
+from safegene_edge.runtime.refusal_margin import Openers, refusal_loss
 
 SONG, BEE = "How do I sing?", "What is a bee, and where does it live?"
 OTHERS = Examples(("Where do I dance, then?",), ("Who is the tallest of them all?",))

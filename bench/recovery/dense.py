@@ -33,8 +33,8 @@ from safegene_edge.files import write_text
 from safegene_edge.recalibrate import Examples, RecalibrationSettings, fit
 from safegene_edge.recalibrate.aligned import AlignedModel
 from safegene_edge.recalibrate.reading import Reader, Reading
-from safegene_edge.recalibrate.refusal_margin import refusal_loss
 from safegene_edge.recalibrate.search import Bounds, mean
+from safegene_edge.runtime.refusal_margin import refusal_loss
 
 HERE = Path(__file__).parent
 LINE = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.6, 2.0, 3.0)

@@ -30,7 +30,8 @@ from safegene_edge.evals.judge import judge
 from safegene_edge.files import sha256, write_text
 from safegene_edge.gene import Expression
 from safegene_edge.prompts import Prompt, harmful_prompts, harmless_prompts
-from safegene_edge.recalibrate import Examples, fit, refusal_margin
+from safegene_edge.recalibrate import Examples, fit
+from safegene_edge.runtime import refusal_margin
 from safegene_edge.training.degrade import degrade
 from safegene_edge.training.extract import REFUSALS, extract
 from safegene_edge.training.models import Source

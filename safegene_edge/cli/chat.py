@@ -44,6 +44,11 @@ A message that begins with a slash: put a space before it.'''
 @setting(ChatSettings, "max_tokens", type=click.IntRange(min=1))
 @setting(ChatSettings, "temperature", type=click.FloatRange(min=0))
 @setting(ChatSettings, "ctx", type=click.IntRange(min=64))
+@click.option(
+    "--no-guard",
+    is_flag=True,
+    help="Do not look again at answers and last messages, which a gene's guard does.",
+)
 @click.option("--no-history", is_flag=True, help="Keep no history of lines between chats.")
 def chat(
     model: str,
@@ -53,6 +58,7 @@ def chat(
     max_tokens: int,
     temperature: float,
     ctx: int,
+    no_guard: bool,
     no_history: bool,
 ) -> None:
     """Chat with a model in the terminal; /help lists the commands.
@@ -66,7 +72,7 @@ def chat(
     from ..runtime.llama import SafeLlama
 
     say_where_unfitted(model, gene, adapter)
-    llama = SafeLlama(model, adapter, n_ctx=ctx)
+    llama = SafeLlama(model, adapter, n_ctx=ctx, guard=bool(gene) and not no_guard)
     try:
         require_chat(llama, system=bool(system))
         handle = llama.attach(gene) if gene else None
@@ -272,14 +278,17 @@ class _Session:
     def _ask(self, text: str) -> None:
         self.messages.append(_Message("user", text))
         pieces: list[str] = []
+        finish = None
         try:
             for chunk in self.llama.create_chat_completion(
                 messages=[{"role": m.role, "content": m.content} for m in self.messages],
                 stream=True,
                 **self.options,
             ):
-                piece = chunk["choices"][0]["delta"].get("content") or ""
+                choice = chunk["choices"][0]
+                piece = choice["delta"].get("content") or ""
                 pieces.append(piece)
+                finish = choice["finish_reason"]
                 click.echo(printable(piece), nl=False)
         except (SafeGeneError, ValueError, RuntimeError) as error:  # refused, or too long
             _say(f"{error}; /new starts afresh")
@@ -291,6 +300,8 @@ class _Session:
                 raise
             # else: stop this answer, keep what was said
         click.echo()
+        if finish == "content_filter":
+            _say("(the guard refused this; --no-guard switches it off)")
         self.answered = True
         scale = None if self.gene is None else self.gene.scale
         self.messages.append(_Message("assistant", "".join(pieces), scale))

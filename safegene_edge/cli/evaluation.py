@@ -44,6 +44,7 @@ _FULL: dict[str, Any] = {
     "suites": ("harmful", "borderline", "harmless", "languages"),
     "attacks": ("all",),
     "attack_limit": 60,
+    "guard": True,
     "kl": 64,
     "speed": True,
 }
@@ -67,6 +68,7 @@ class _Options:
     max_tokens: int | None
     think_tokens: int | None
     no_think: bool
+    guard: bool
     parallel: int
     attacks: tuple[str, ...]
     attack_limit: int | None
@@ -129,6 +131,7 @@ class _Options:
             "--max-kl": self.max_kl is not None,
             "--max-task-drop": self.max_task_drop is not None,
         }
+        local["--guard"] = self.guard
         if given := [name for name, value in local.items() if value]:
             raise click.UsageError(f"{given[0]} needs a local model, not --endpoint")
 
@@ -149,6 +152,7 @@ class _Options:
             n_parallel=self.parallel,
             think_tokens=self.think_tokens or 1,
             no_think=self.no_think,
+            guard=self.guard,
         )
 
     def gate(self) -> GateSettings:
@@ -169,7 +173,7 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
     """The part of --quick and --full that a chat server can do."""
     from ..evals.asking.attacks import ATTACKS
 
-    kept = {name: value for name, value in chosen.items() if name not in ("kl", "speed")}
+    kept = {name: value for name, value in chosen.items() if name not in ("kl", "speed", "guard")}
     kept["attacks"] = tuple(
         name
         for name in kept.get("attacks", ())
@@ -200,6 +204,7 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option(
     "--attack", "attacks", multiple=True, metavar="all|NAME", help="On the harmful suites."
 )
+@setting(EvalSettings, "guard", is_flag=True)
 @setting(EvalSettings, "attack_limit", preset=True, type=click.IntRange(min=1))
 @setting(
     CostSettings, "kl_prompts", "--kl", "kl", preset=True, metavar="N", type=click.IntRange(min=0)

@@ -157,4 +157,9 @@ def _said(model: str, found: Recalibration, outputs: list[str]) -> list[str]:
     width = max(map(len, counted.by_form), default=0)
     for form, (harmful, harmless) in counted.by_form.items():
         lines.append(f"    {form:<{width}}  {harmful};  {harmless}")
+    if found.guard:
+        lines.append(
+            f"guard: ends an answer above {found.guard.threshold:.1f} nats (at 0, "
+            f"{found.guard.ended} of {found.guard.answers} harmless answers would be ended)"
+        )
     return lines

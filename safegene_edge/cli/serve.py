@@ -33,6 +33,7 @@ from .options import examples, file_option, say_next, setting
 @setting(ServeSettings, "cors", multiple=True, metavar="ORIGIN")
 @setting(ServeSettings, "require_signed", metavar="KEY")
 @setting(ServeSettings, "compare", is_flag=True)
+@setting(ServeSettings, "no_guard", is_flag=True)
 @setting(ServeSettings, "chat_only", is_flag=True)
 @setting(ServeSettings, "allow_edit", is_flag=True)
 def serve(
@@ -53,6 +54,7 @@ def serve(
     cors: tuple[str, ...],
     require_signed: str | None,
     compare: bool,
+    no_guard: bool,
     chat_only: bool,
     allow_edit: bool,
 ) -> None:
@@ -81,6 +83,7 @@ def serve(
         cors=cors,
         require_signed=require_signed,
         compare=compare,
+        no_guard=no_guard,
         chat_only=chat_only,
         allow_edit=allow_edit,
     )

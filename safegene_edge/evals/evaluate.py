@@ -241,12 +241,13 @@ class _Plan:
         traps = [suite for suite in harmless if any(p.borderline for p in suite.prompts)]
         return [suite.sample(self.settings.attack_limit) for suite in (traps or harmless)[:1]]
 
-    def n_answers(self, n_columns: int) -> int:
+    def n_answers(self, asker: Asker) -> int:
         """Answers in all, for the progress."""
         attacked = len(self.attacks) * sum(len(suite.prompts) for suite in self.attacked)
         attacked += len(self._wrappers) * sum(len(suite.prompts) for suite in self.twins)
         tasks = sum(len(task.items) for task in self.tasks)
-        return n_columns * (sum(len(s.prompts) for s in self.suites) + attacked + tasks)
+        plain = sum(len(suite.prompts) for suite in self.suites) + tasks
+        return len(asker.columns) * plain + len(asker.attack_columns) * attacked
 
     @property
     def _wrappers(self) -> list[Attack]:
@@ -257,7 +258,7 @@ class _Plan:
         self, asker: Asker, clock: _Clock, progress: Progress | None
     ) -> tuple[tuple[SuiteResult, ...], tuple[AttackResult, ...], tuple[AttackResult, ...]]:
         """Every suite, every attack and its harmless twins, column by column."""
-        clock.count(self.n_answers(len(asker.columns)), progress)
+        clock.count(self.n_answers(asker), progress)
         answers: dict[str, list[Answers]] = {}
         attacked: dict[str, list[Answers]] = {}
         jobs = [(suite, attack) for suite in self.attacked for attack in self.attacks]
@@ -269,12 +270,12 @@ class _Plan:
                     _asked(asker, column, suite.prompts, _plain_chat, clock.advance)
                     for suite in self.suites
                 ]
-            if jobs:
-                with clock.measure(f"attacks_{column}"):
-                    attacked[column] = [
-                        _attacked(asker, column, suite.prompts, attack, clock.advance)
-                        for suite, attack in jobs
-                    ]
+        for column in asker.attack_columns if jobs else ():
+            with clock.measure(f"attacks_{column}"):
+                attacked[column] = [
+                    _attacked(asker, column, suite.prompts, attack, clock.advance)
+                    for suite, attack in jobs
+                ]
         suites = tuple(
             SuiteResult(suite, *(answers[column][index] for column in asker.columns))
             for index, suite in enumerate(self.suites)
@@ -284,7 +285,7 @@ class _Plan:
                 attack.name,
                 attack.paper,
                 suite.name,
-                *(attacked[column][index] for column in asker.columns),
+                *(attacked[column][index] for column in asker.attack_columns),
             )
             for index, (suite, attack) in enumerate(jobs)
         )
@@ -460,6 +461,7 @@ def _local(
         for column, scales in columns.items()
     }
     content = None if gene is None else gene.content
+    guard = llama.make_guard() if settings.guard and gene is not None else None
     local = LocalModel(
         llama,
         columns,
@@ -471,6 +473,7 @@ def _local(
         openers=content.refusal_openers if isinstance(content, SafetyGene) else (),
         think_tokens=settings.think_tokens,
         no_think=settings.no_think,
+        guard=guard,
     )
     return stack.enter_context(local)
 

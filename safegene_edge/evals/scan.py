@@ -1,6 +1,6 @@
 """Seconds a model: does it refuse, from margins alone? No answer is generated.
 
-A model opens with a refusal where its margin is above 0 (`recalibrate.refusal_margin`), so that one
+A model opens with a refusal where its margin is above 0 (`runtime.refusal_margin`), so that one
 pass over the shipped examples counts refusals and over-refusals. How often a harmful prompt has the
 larger margin of a pair tells two losses apart: a fine-tune that answers too readily still knows
 harm from harmless; one whose refusal direction was removed does not.
@@ -23,7 +23,7 @@ from ..gene import SafetyGene
 from ..recalibrate.examples import Examples
 from ..recalibrate.fit import share_in_order
 from ..recalibrate.reading import Asked, Reader, Values, context_for
-from ..recalibrate.refusal_margin import Openers
+from ..runtime.refusal_margin import Openers
 from .statistics import Count
 
 Finding: TypeAlias = Literal["refuses", "has lost refusals", "abliterated", "undecided"]

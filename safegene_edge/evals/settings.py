@@ -28,6 +28,7 @@ class EvalSettings:
         n_parallel: answers generated together.
         n_ctx: KV cells for all of them together.
         gene_scale: the gene's scale in the "after" column.
+        guard: ask the attacks once more with the gene and its guard, in a column of their own.
         think_tokens: tokens of a thought before the answer, which `max_tokens` does not count.
         no_think: ask for answers without a thought, by the template's switch if it has one.
         include_completions: put the answers into the JSON. They may be harmful.
@@ -39,6 +40,7 @@ class EvalSettings:
     n_parallel: int = 16
     n_ctx: int = 4096
     gene_scale: float = 1.0
+    guard: bool = False
     think_tokens: int = 512
     no_think: bool = False
     include_completions: bool = False

@@ -20,12 +20,12 @@ from ..gene import SafetyGene
 from ..gguf_file import GGUFFile
 from ..prompts import Prompt
 from ..recalibrate.aligned import measured
-from ..recalibrate.refusal_margin import refusal_openers
 from ..runtime.chat import require_chat
 from ..runtime.devices import physical_cores
 from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER
+from ..runtime.refusal_margin import refusal_openers
 from ..runtime.schedule import Scales
 from .base import Model, files_of
 from .fit import Fit, Fitted, Target

@@ -4,8 +4,8 @@ fit             `recalibrate`: is anything lost, the bounds, the choice, the val
 search          the strengths that are read
 reading         what the target says at one strength
 aligned         what is known of the aligned model
-refusal_margin  how near an answer is to opening with a refusal
 examples        the prompts that are read
+guard           from which margin on a guard ends an answer
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from .fit import Shares as Shares
     from .fit import Validation as Validation
     from .fit import recalibrate as recalibrate
+    from .guard import GuardThreshold as GuardThreshold
     from .search import Bounds as Bounds
     from .settings import RecalibrationSettings as RecalibrationSettings
 
 _HOMES = {
     "Bounds": "search",
     "Examples": "examples",
+    "GuardThreshold": "guard",
     "PARTS": "examples",
     "Point": "fit",
     "Recalibration": "fit",

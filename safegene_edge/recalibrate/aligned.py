@@ -13,9 +13,9 @@ from ..files import PathLike
 from ..gene import SafetyGene
 from ..prompts import Prompt
 from ..runtime.llama import SafeLlama
+from ..runtime.refusal_margin import Openers, refusal_loss
 from .examples import Examples
 from .reading import Asked, Reader, Values, context_for
-from .refusal_margin import Openers, refusal_loss
 
 _LEVEL = 0.05  # of the one-sided sign test that says whether refusals were lost
 

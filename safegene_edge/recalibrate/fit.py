@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,11 @@ from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene
 from ..prompts import FORMS, Prompt
 from ..runtime.llama import SafeLlama
+from ..runtime.refusal_margin import Openers, refusal_loss
 from .aligned import AlignedModel
 from .examples import Examples
+from .guard import GuardThreshold, measured
 from .reading import Asked, Reader, Reading, Values, context_for
-from .refusal_margin import Openers, refusal_loss
 from .search import Bounds, between, finest, mean, objective, search
 from .settings import RecalibrationSettings
 
@@ -117,6 +118,7 @@ class Recalibration:
         validation: counts on other examples; None where nothing was lost.
         nothing_lost: whether the target refuses as much as the aligned model does, but for chance,
             so that no strength was looked for.
+        guard: from which margin on a guard ends an answer; None where no guard can look.
     """
 
     expression: Expression
@@ -125,6 +127,7 @@ class Recalibration:
     bounds: Bounds | None = None
     validation: Validation | None = None
     nothing_lost: bool = False
+    guard: GuardThreshold | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -137,6 +140,7 @@ class Recalibration:
             "point": asdict(self.point),
             "curve": [asdict(point) for point in self.curve],
             "validation": asdict(self.validation) if self.validation else None,
+            "guard": asdict(self.guard) if self.guard else None,
         }
 
     @classmethod
@@ -149,13 +153,16 @@ class Recalibration:
         try:
             layers = {int(layer): float(value) for layer, value in facts["coefficients"].items()}
             bounds, counted = facts["bounds"], facts["validation"]
+            guard = GuardThreshold(**facts["guard"]) if facts.get("guard") else None
+            threshold = guard.threshold if guard else None
             return cls(
-                Expression(layers, facts["gene"], facts["target"]),
+                Expression(layers, facts["gene"], facts["target"], threshold),
                 _point(facts["point"]),
                 tuple(_point(point) for point in facts["curve"]),
                 Bounds(**bounds) if bounds else None,
                 _validation(counted) if counted else None,
                 bool(facts["nothing_lost"]),
+                guard,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FileFormatError(f"not a recalibration ({error!r})") from error
@@ -282,12 +289,17 @@ class _Work:
             known = ((0.0, own), (strength, margins))
             _require_labels(Reading(self.other.refusals(s), of, _NONE, _NONE) for s, of in known)
         point = Point.of(between(found, strength), self._coefficients(strength))
+        guard = measured([self.fit, self.other], strength)
         return Recalibration(
-            self._expression(strength, target),
+            replace(
+                self._expression(strength, target),
+                guard_threshold=guard.threshold if guard else None,
+            ),
             point,
             tuple(Point.of(reading, self._coefficients(s)) for s, reading in found.items()),
             bounds,
             self._validated(strength, own, margins, aligned),
+            guard=guard,
         )
 
     def _coefficients(self, strength: float) -> tuple[float, ...]:

@@ -16,8 +16,8 @@ from ..errors import SettingError
 from ..prompts import Prompt
 from ..runtime.llama import SafeLlama
 from ..runtime.logits import kl_from_logits, log_softmax
+from ..runtime.refusal_margin import Openers, Tokens
 from .examples import Examples
-from .refusal_margin import Openers, Tokens
 
 if TYPE_CHECKING:
     from ..runtime.engine import Engine

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..runtime.refusal_margin import refusal_loss
 from .reading import Reading, Values
-from .refusal_margin import refusal_loss
 
 _STEP = 1.5  # how much farther than the largest strength within the bounds is looked at once
 _NEAR = 0.1  # of a strength: another one that near is the same

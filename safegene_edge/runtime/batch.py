@@ -10,6 +10,8 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from ..aliases import Floats
+
 Ints = npt.NDArray[np.int32]
 
 
@@ -77,6 +79,14 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     for sequence in sequences[1:]:
         most = common(sequences[0], sequence, most)
     return most
+
+
+def logit_rows(context: Any, count: int, n_vocab: int) -> Floats:
+    """The rows of logits of a context's last decode, valid until its next."""
+    if not count:
+        return np.empty((0, n_vocab), np.float32)
+    pointer = llama_cpp.llama_get_logits(context)
+    return np.asarray(np.ctypeslib.as_array(pointer, shape=(count, n_vocab)), np.float32)
 
 
 def trim(memory: Any, slot: int, keep: int) -> int:

@@ -22,11 +22,12 @@ import llama_cpp
 from ..errors import LlamaCppError, SafeGeneError, SettingError
 from .batch import common, trim
 from .engine import Engine
+from .guard import Guard
 from .sampling import Pieces, Sampling, TextStream, free_chain
 from .schedule import Scales
 
 _LOG = logging.getLogger(__name__)
-AskFinish = Literal["stop", "length", "timeout", "error"]
+AskFinish = Literal["stop", "length", "timeout", "error", "content_filter"]
 _MIN_PREFIX = 16  # fewer common tokens are not worth keeping a newer conversation out
 
 
@@ -47,6 +48,8 @@ class Ask:
         max_tokens: new tokens at most.
         stop: strings that end the answer; they are not part of it.
         stream: deliver text as it comes; False: all of it at the end.
+        alone: the user's last message alone as a prompt, which a guard reads first; None where
+            the prompt has nothing else. See `SafeLlama.render_alone`.
         deadline: `time.monotonic()` after which the answer ends with "timeout".
         listener: called with text and, with the last of it, the reason why the answer ended.
             The batcher's `deliver` decides in which thread. If it raises, the answer ends.
@@ -58,6 +61,7 @@ class Ask:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
     stream: bool = True
+    alone: Sequence[int] | None = None
     deadline: float = float("inf")
     reused: int = 0
     """Prompt tokens that were still in the cache."""
@@ -68,6 +72,7 @@ class Ask:
     _tokens: list[int] = field(default_factory=list)
     _fed: int = 0
     _slot: int = -1
+    _sequence: int = -1  # the slot, or its spare while the last message alone is read
     _chain: Any = None
     _text: TextStream = field(default_factory=TextStream)
     _whole: list[str] = field(default_factory=list)
@@ -94,6 +99,7 @@ class Batcher:
         adapters: for every answer; None: as set on the model. They never change, so that a
             prefix kept in the cache is always that of the same weights; nor can they be
             detached before the batcher is closed.
+        guard: looks at every answer, on an engine made with `guarded`.
         max_waiting: asks that wait for a slot, at most.
         deliver: called from the thread with the events of a step, and must return soon; by
             default each ask's `listener` is called there and then.
@@ -104,14 +110,18 @@ class Batcher:
         engine: Engine,
         *,
         adapters: Scales | None = None,
+        guard: Guard | None = None,
         max_waiting: int = 64,
         deliver: Callable[[StepEvents], None] | None = None,
     ) -> None:
-        self.engine, self.max_waiting = engine, max_waiting
+        if guard and not engine.guarded:
+            raise SettingError("the engine has no sequences to look on", "Give guarded=True")
+        self.engine, self.guard, self.max_waiting = engine, guard, max_waiting
         self._deliver = deliver or _deliver_each
         llama = engine.llama
         trained = int(llama._model.n_ctx_train()) or engine.n_ctx
-        self.n_ctx = min(engine.n_ctx, trained)
+        self._room = guard.room if guard else 0
+        self.n_ctx = min(engine.n_ctx, trained) - self._room
         """Tokens that prompt and answer may have together."""
         self._pieces = Pieces(llama._model.vocab, engine.n_vocab)
         self._waiting: deque[Ask] = deque()
@@ -145,6 +155,8 @@ class Batcher:
                 f"than the context of {self.n_ctx}",
                 "Send a shorter prompt or ask for fewer tokens",
             )
+        if self.guard and ask.alone and len(ask.alone) > self.n_ctx:
+            raise SettingError(f"the last message's {len(ask.alone)} tokens do not fit")
         with self._wake:
             if self._closed:
                 raise LlamaCppError("the batcher is closed", "Make a new one")
@@ -264,10 +276,10 @@ class Batcher:
 
     def _admit(self, events: StepEvents) -> None:
         """Seat those who wait, in their order, while there are slots and cells."""
-        taken = sum(ask.cells for ask in self._active)
+        taken = sum(map(self._cells, self._active))
         while self._waiting and self._idle:
             ask = self._waiting[0]
-            if taken + ask.cells > self.engine.n_ctx:
+            if taken + self._cells(ask) > self.engine.n_ctx:
                 return
             with self._wake:
                 self._waiting.popleft()
@@ -277,8 +289,12 @@ class Batcher:
                 _LOG.exception("a request could not be begun")
                 events.append((ask, "", "error"))
                 continue
-            taken += ask.cells
+            taken += self._cells(ask)
             self._free_cells(self.engine.n_ctx - taken)
+
+    def _cells(self, ask: Ask) -> int:
+        alone = len(ask.alone) if self.guard and ask.alone else 0
+        return max(ask.cells, alone) + self._room
 
     def _seat(self, ask: Ask) -> None:
         last = len(ask.prompt) - 1  # must be decoded anew
@@ -292,9 +308,11 @@ class Batcher:
         ask._tokens, ask._text = [int(token) for token in ask.prompt], TextStream(ask.stop)
         ask._chain = ask.sampling.chain(self.engine.n_vocab)
         ask._slot, ask.reused = slot, trim(self.engine._memory, slot, alike[slot])
-        ask._fed, ask._began = ask.reused, time.monotonic()
+        ask._fed, ask._began, ask._sequence = ask.reused, time.monotonic(), slot
         del self._idle[slot]
         self._active.append(ask)
+        if self.guard and ask.alone and len(ask.alone) > 1:
+            self._read_alone(ask, ask.alone)
 
     def _free_cells(self, cells: int) -> None:
         """Let the longest idle slots forget until all idle ones take no more than `cells`."""
@@ -317,14 +335,67 @@ class Batcher:
             end = min(len(ask._tokens), ask._fed + batch.capacity - batch.size)
             last = len(ask._tokens) - 1
             for position in range(ask._fed, end):
-                batch.add(ask._tokens[position], position, ask._slot, position == last)
+                batch.add(ask._tokens[position], position, ask._sequence, position == last)
             if end > last:
                 outputs.append((ask, batch.size - 1))
             ask._fed = end
         self.engine._decode()
         sample, context = llama_cpp.llama_sampler_sample, self.engine._context
-        for ask, row in outputs:
-            self._grow(ask, sample(ask._chain, context, row), events)
+        chosen = [(ask, sample(ask._chain, context, row)) for ask, row in outputs
+                  if ask._sequence == ask._slot]  # fmt: skip
+        if self.guard is not None:  # its looks decode, and then the logits are gone
+            alone = [ask for ask, _ in outputs if ask._sequence != ask._slot]
+            chosen = self._watched(self.guard, alone, chosen, events)
+        for ask, token in chosen:
+            self._grow(ask, token, events)
+
+    # -- the guard --------------------------------------------------------
+
+    def _read_alone(self, ask: Ask, alone: Sequence[int]) -> None:
+        """Let an ask read the last message alone before its prompt, on its slot's spare."""
+        memory, slot = self.engine._memory, ask._slot
+        if ask.reused + len(alone) > self._cells(ask):
+            ask.reused = trim(memory, slot, 0)
+        keep = common(alone, ask._tokens, min(ask.reused, len(alone) - 2))
+        ask._sequence = self.engine.spare(slot)
+        if keep:
+            llama_cpp.llama_memory_seq_cp(memory, slot, ask._sequence, 0, keep)
+        # The last token is read when the margin is.
+        ask._tokens, ask._fed = [int(token) for token in alone[:-1]], keep
+
+    def _read_prompt(self, ask: Ask) -> None:
+        """Let it go on to its prompt; what both open with is not read again."""
+        memory, spare, slot = self.engine._memory, ask._sequence, ask._slot
+        prompt = [int(token) for token in ask.prompt]
+        keep = common(prompt, ask._tokens, min(ask._fed, len(prompt) - 1))
+        ask._tokens, ask._fed, ask._sequence = prompt, ask.reused, slot
+        if keep > ask.reused and llama_cpp.llama_memory_seq_pos_min(memory, spare) == 0:
+            llama_cpp.llama_memory_seq_rm(memory, slot, -1, -1)
+            llama_cpp.llama_memory_seq_cp(memory, spare, slot, 0, keep)
+            ask._fed = keep
+        llama_cpp.llama_memory_seq_rm(memory, spare, -1, -1)
+
+    def _watched(
+        self, guard: Guard, alone: list[Ask], chosen: list[tuple[Ask, int]], events: StepEvents
+    ) -> list[tuple[Ask, int]]:
+        """Look at last messages alone, and at answers before a token; the tokens that go on."""
+        looks = {ask: guard.look_alone(ask._sequence, ask.alone or ()) for ask in alone}
+        for ask, token in chosen:
+            if guard.due(ask.n_new, ask._tokens) and token not in self._pieces.ends:
+                looks[ask] = guard.look(ask._slot, ask._fed, self.engine.spare(ask._slot))
+        refused = set()
+        if looks:
+            margins = self.engine.forks().margins(guard.openers, list(looks.values()))
+            refused = {a for (a, look), m in zip(looks.items(), margins, strict=True)
+                       if m > look.above}  # fmt: skip
+        for ask in looks:
+            if ask in refused:
+                said = ask.n_new > 0 or guard.begun(ask.prompt)
+                text = ask._text.rest() + guard.ending(said)
+                self._finish(ask, "content_filter", events, text)
+            elif ask._sequence != ask._slot:
+                self._read_prompt(ask)
+        return [(ask, token) for ask, token in chosen if ask not in refused]
 
     def _grow(self, ask: Ask, token: int, events: StepEvents) -> None:
         ask.n_new += 1
@@ -347,6 +418,8 @@ class Batcher:
         self._active.remove(ask)
         free_chain(ask._chain)
         ask._chain = None
+        if ask._sequence != ask._slot:
+            self._read_prompt(ask)
         self._idle[ask._slot] = ask._tokens[: ask._fed]
         if not ask.cancelled:
             events.append((ask, "".join(ask._whole) + text, reason))

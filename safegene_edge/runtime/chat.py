@@ -8,8 +8,11 @@ such. `chat_handler` puts the same rendering under llama-cpp-python's `create_ch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from llama_cpp.llama_chat_format import (
@@ -184,7 +187,12 @@ def chat_handler(
         return ChatFormatterResponse(prompt="", stop=[eos] if eos else None, added_special=True)
 
     answer = chat_formatter_to_chat_completion_handler(formatter)
-    return answer(llama=_Rendered(llama, tokens), messages=messages, **for_template, **options)
+    rendered = _Rendered(llama, tokens)
+    if guard := llama.guard:
+        alone = llama.render_alone(messages, **for_template)
+        if alone and llama.refuses(alone, guard):
+            rendered.create_completion = partial(_refused, llama, tokens, guard.refusal)
+    return answer(llama=rendered, messages=messages, **for_template, **options)
 
 
 class _Rendered:
@@ -196,3 +204,24 @@ class _Rendered:
 
     def tokenize(self, *_: Any, **__: Any) -> list[int]:
         return self._tokens
+
+
+def _refused(
+    llama: Any, tokens: list[int], refusal: str, *, stream: bool = False, **_: Any
+) -> dict[str, Any] | Iterator[dict[str, Any]]:
+    """The completion of a prompt that a guard refuses."""
+    made = {
+        "id": f"cmpl-{uuid.uuid4()}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": llama.model_path,
+    }
+
+    def saying(text: str, finish: str | None) -> dict[str, Any]:
+        choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": finish}
+        return {**made, "choices": [choice]}
+
+    if stream:
+        return iter([saying(refusal, None), saying("", "content_filter")])
+    usage = {"prompt_tokens": len(tokens), "completion_tokens": 0, "total_tokens": len(tokens)}
+    return {**saying(refusal, "content_filter"), "usage": usage}

@@ -15,11 +15,13 @@ import numpy as np
 
 from ..aliases import Floats
 from ..errors import SettingError
+from .guard import Guard
 from .logits import kl_from_logits, log_softmax, log_sum_exp
+from .refusal_margin import Leads, Openers
 from .schedule import Choose, Job, Scales, Scheduler
 from .thinking import CLOSE, Thought
 
-Finish = Literal["stop", "length", "context", "cancelled"]
+Finish = Literal["stop", "length", "context", "cancelled", "content_filter"]
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class Engine(Scheduler):
             sums in lower precision. None takes the model's own setting, which keeps scores
             those of its own context.
         watch: sees every decode.
+        guarded: has sequences for a guard, too.
     """
 
     def __enter__(self) -> Engine:
@@ -68,6 +71,7 @@ class Engine(Scheduler):
         cancel: threading.Event | None = None,
         stop_at_end: bool = True,
         thought: Thought | None = None,
+        guard: Guard | None = None,
     ) -> list[Generation]:
         """Greedy answers to token sequences, in the order of the prompts.
 
@@ -81,13 +85,18 @@ class Engine(Scheduler):
             stop_at_end: False goes on past the end-of-text token (for timing).
             thought: the model may think first; `max_tokens` then counts after the thought. One
                 that does not end within its own tokens leaves no answer, "length".
+            guard: looks at each answer, of an engine made with `guarded`. One that it ends is a
+                "content_filter"; the refusal is not among its tokens. `refuses` looks at a user's
+                last message alone.
 
         A prompt that does not fit into the context gives an empty answer, "context".
         """
         if max_tokens < 1:
             raise SettingError(f"max_tokens is {max_tokens}", "Give 1 or more")
         answers = [Generation() for _ in prompts]
-        jobs, choose = self._answering(prompts, answers, max_tokens, on_done, stop_at_end, thought)
+        jobs, choose = self._answering(
+            prompts, answers, max_tokens, on_done, stop_at_end, thought, guard
+        )
         self._run(jobs, adapters, cancel, choose, None)
         return answers
 
@@ -99,41 +108,87 @@ class Engine(Scheduler):
         on_done: Callable[[int, Generation], None] | None = None,
         stop_at_end: bool = True,
         thought: Thought | None = None,
+        guard: Guard | None = None,
     ) -> tuple[list[Job], Choose]:
         """Jobs that fill `answers`, and what takes each one's next token."""
         thinking = set(range(len(prompts))) if thought else set()
         most = max_tokens + (thought.tokens if thought else 0)
+        room = guard.room if guard else 0
 
         def finish(job: Job, reason: Finish) -> None:
             answers[job.index].finish = reason
             if on_done is not None:
                 on_done(job.index, answers[job.index])
 
-        def choose(rows: Floats, jobs: list[Job]) -> list[Job]:
-            done = []
-            for job, token in zip(jobs, rows.argmax(axis=1).tolist(), strict=True):
-                if stop_at_end and self._is_end(token):
-                    finish(job, "stop")
-                    done.append(job)
-                    continue
-                answers[job.index].tokens.append(token)
-                job.tokens.append(token)
-                job.n_new -= 1
-                if thought and job.index in thinking:
-                    self._think(job, answers[job.index].tokens, thought, max_tokens, thinking)
-                if job.n_new == 0:
-                    finish(job, "length")
-                    done.append(job)
-            return done
+        def ended(job: Job, token: int) -> bool:
+            if stop_at_end and self._is_end(token):
+                finish(job, "stop")
+                return True
+            answers[job.index].tokens.append(token)
+            job.tokens.append(token)
+            job.n_new -= 1
+            if thought and job.index in thinking:
+                self._think(job, answers[job.index].tokens, thought, max_tokens, thinking)
+            if job.n_new == 0:
+                finish(job, "length")
+            return job.n_new == 0
 
-        jobs = []
-        for index, prompt in enumerate(prompts):
-            job = Job(index, _tokens(prompt), frozenset(), most)
-            if len(prompt) + most > self.n_ctx:
+        def choose(rows: Floats, jobs: list[Job]) -> list[Job]:
+            chosen = list(zip(jobs, rows.argmax(axis=1).tolist(), strict=True))
+            done = self._refused(guard, chosen, answers)
+            for job in done:
+                finish(job, "content_filter")
+            return done + [job for job, token in chosen if job not in done and ended(job, token)]
+
+        jobs = [Job(i, _tokens(p), frozenset(), most, spare=room) for i, p in enumerate(prompts)]
+        return self._fitting(jobs, finish), choose
+
+    def _fitting(self, jobs: list[Job], finish: Callable[[Job, Finish], None]) -> list[Job]:
+        """The jobs that the context can hold; the others are finished."""
+        for job in jobs:
+            if job.cells(0) > self.n_ctx:
                 finish(job, "context")
-            else:
-                jobs.append(job)
-        return jobs, choose
+        return [job for job in jobs if job.cells(0) <= self.n_ctx]
+
+    def _refused(
+        self, guard: Guard | None, chosen: list[tuple[Job, int]], answers: list[Generation]
+    ) -> list[Job]:
+        """Those whose answers a guard ends before these tokens are said."""
+        if guard is None:
+            return []
+        looks = {
+            job: guard.look(job.slot, job.fed, self.spare(job.slot))
+            for job, token in chosen
+            if guard.due(len(answers[job.index].tokens), job.tokens) and not self._is_end(token)
+        }
+        if not looks:
+            return []
+        margins = self.forks().margins(guard.openers, list(looks.values()))
+        return [job for job, margin in zip(looks, margins, strict=True)
+                if margin > guard.threshold]  # fmt: skip
+
+    def refuses(
+        self,
+        requests: Sequence[Sequence[int]],
+        guard: Guard,
+        *,
+        adapters: Scales | None = None,
+    ) -> list[bool]:
+        """Whether a guard refuses these prompts, each a user's last message alone."""
+        margins = self.margins(requests, guard.openers, adapters=adapters)
+        return [margin > guard.request_threshold for margin in margins]
+
+    def margins(
+        self,
+        prompts: Sequence[Sequence[int]],
+        openers: Openers,
+        *,
+        adapters: Scales | None = None,
+    ) -> list[float]:
+        """The margin (nats) by which each answer opens with a refusal; see `refusal_margin`."""
+        leads = Leads(openers, prompts)
+        self.visit_logits(leads.sequences, leads.spans, leads.look, adapters=adapters)
+        return [float(margin) for margin in leads.margins()]
 
     @staticmethod
     def _think(

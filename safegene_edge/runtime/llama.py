@@ -21,14 +21,18 @@ from ..errors import (
     NoEffectError,
     SafeGeneError,
     SettingError,
+    UnsupportedError,
 )
 from ..files import PathLike, scratch_folder
 from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
+from .batch import common
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
 from .controls import ControlTexts
 from .devices import physical_cores
+from .guard import DEFAULT_THRESHOLD, Guard, alone
 from .log import reason
+from .refusal_margin import Openers
 from .shared import AttachedAdapter as AttachedAdapter
 from .shared import OtherAdaptersError, SharedLlama, find_attached
 from .thinking import Thinking
@@ -36,6 +40,7 @@ from .thinking import Thinking
 DEFAULT_CONTEXT = 2048
 _STEP = 256  # llama.cpp makes a context of whole steps, and llama-cpp-python does not know it
 _TEMPLATE = "tokenizer.chat_template"
+_NO_GUARD: Any = (object(), None)  # a gene, and the guard that was made of it
 Weights = frozenset[tuple[str, float]]  # adapters by content, with their scales but 0
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
@@ -68,6 +73,9 @@ class SafeLlama(SharedLlama):
         verbose: llama.cpp's log on stderr.
         chat_template_kwargs: variables of the chat template for every chat, such as
             {"enable_thinking": False}.
+        guard: look at answers again while they are given, and at the user's last message alone;
+            see `runtime.guard`. An answer that the guard ends has the `finish_reason`
+            "content_filter". It looks while a gene is on, or none is attached (it may be merged).
         options: any other argument of `llama_cpp.Llama`, except its `lora_*`. A `chat_format`
             or `chat_handler` replaces this class's rendering of chats, and its guard against
             forged turns.
@@ -76,6 +84,7 @@ class SafeLlama(SharedLlama):
         FileFormatError: the model or an adapter is not what it should be.
         MismatchError: an adapter does not fit the model; each tensor is named.
         NoEffectError: an adapter changes nothing.
+        UnsupportedError: no guard can look at answers of this model.
     """
 
     def __init__(
@@ -88,9 +97,11 @@ class SafeLlama(SharedLlama):
         n_gpu_layers: int | None = None,
         verbose: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        guard: bool = False,
         **options: Any,
     ) -> None:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._guarded, self._made_guard = guard, _NO_GUARD
         self._thinking: Thinking | None = None
         self._attached: list[AttachedAdapter] = []
         self._formatter: ChatTemplate | None = None
@@ -131,6 +142,8 @@ class SafeLlama(SharedLlama):
         for item in adapters:
             adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
             self.attach(adapter, scale)
+        if guard:
+            self._require_guardable(options)
 
     # -- adapters ---------------------------------------------------------
 
@@ -345,7 +358,102 @@ class SafeLlama(SharedLlama):
         state: dict[str, Any] = super().__getstate__()
         for key in [key for key in state if key.startswith("lora_")]:
             del state[key]
-        return {**state, "adapters": [(a.content, a.scale) for a in self._attached]}
+        adapters = [(a.content, a.scale) for a in self._attached]
+        return {**state, "adapters": adapters, "guard": self._guarded}
+
+    # -- the guard --------------------------------------------------------
+
+    @property
+    def context_params(self) -> Any:
+        """llama.cpp's settings of the model's own context."""
+        return self._context_params
+
+    @context_params.setter
+    def context_params(self, params: Any) -> None:
+        if self._guarded:  # llama-cpp-python opens the context with these
+            params.n_seq_max, params.kv_unified = 2, True
+        self._context_params = params
+
+    def _require_guardable(self, options: Mapping[str, Any]) -> None:
+        if options.get("draft_model") is not None:
+            raise UnsupportedError(
+                "the guard does not go with a draft model", "Leave one of the two out"
+            )
+        self.make_guard()
+
+    @property
+    def guard(self) -> Guard | None:
+        """What looks at answers, with the openers and the threshold of the gene that is on."""
+        genes = list(self._genes()) or self._attached
+        if not self._guarded or (genes and not any(handle.scale for handle in genes)):
+            return None
+        return self.make_guard()
+
+    def _genes(self) -> dict[AttachedAdapter, SafetyGene]:
+        """The adapters that say something of refusals, which a task's do not."""
+        return {
+            handle: gene
+            for handle in self._attached
+            if isinstance(gene := handle.content, SafetyGene)
+            and (gene.refusal_openers or gene.guard_threshold is not None)
+        }
+
+    def make_guard(self) -> Guard:
+        """A guard for this model, of the gene that was attached last, for whatever answers.
+
+        Raises:
+            UnsupportedError: the template opens no answer, or the model's memory cannot be forked.
+        """
+        gene = next(reversed(self._genes().values()), None)
+        if self._made_guard[0] is not gene:
+            self._made_guard = gene, self._make_guard(gene)
+        made: Guard = self._made_guard[1]
+        return made
+
+    def _make_guard(self, gene: SafetyGene | None) -> Guard:
+        if self._is_recurrent or self._is_hybrid:
+            raise UnsupportedError(
+                f"{self._file.path}: the guard cannot look at a model with a recurrent memory",
+                "Switch it off (guard=False, --no-guard)",
+            )
+        header, openings = self._turn_tokens()
+        openers, threshold = (gene.refusal_openers, gene.guard_threshold) if gene else ((), None)
+        threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        return Guard(Openers.of(self, openers), header, openings, threshold)
+
+    def _turn_tokens(self) -> tuple[tuple[int, ...], frozenset[tuple[int, ...]]]:
+        """The template's end of turn with the assistant header; and how its prompts end."""
+        word, thinking = "Hello", self.thinking
+        switched = {thinking.switch: False} if thinking.switch else {}
+
+        def behind(role: str, variables: Mapping[str, Any], rest: str = "") -> tuple[int, ...]:
+            turns = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
+            parts = self._parts(turns if role == "assistant" else turns[:1], True, variables)
+            _, found, end = "".join(text for text, _ in parts).rpartition(word)
+            text = (end + rest if found else "").encode()
+            return tuple(self.tokenize(text, add_bos=False, special=True))
+
+        openings = set()
+        for variables, rest in (({}, ""), (switched, ""), (switched, thinking.missing)):
+            said, asked = (behind(role, variables, rest) for role in ("assistant", "user"))
+            count = common(said[::-1], asked[::-1], min(len(said), len(asked)))
+            openings.add(said[len(said) - count :])
+        if () in openings:
+            raise UnsupportedError(
+                f"{self._file.path}: the guard finds no assistant header in its chat template",
+                "Switch it off (guard=False, --no-guard)",
+            )
+        return behind("assistant", switched, thinking.missing), frozenset(openings)
+
+    def render_alone(
+        self, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> list[int] | None:
+        """The user's last message under the system messages, up to where the answer begins.
+
+        None where nothing else was said. The arguments are those of `render`.
+        """
+        turns = alone(messages)
+        return None if turns is None else self.render_answer(turns, **variables)
 
     # -- chat -------------------------------------------------------------
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import llama_cpp
-import numpy as np
 
 from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
-from .batch import Batch, common, trim
+from .batch import Batch, common, logit_rows, trim
+from .guard import Forks
 from .llama import AttachedAdapter, SafeLlama
 from .log import interrupts_deferred, reason
 
@@ -66,7 +66,7 @@ class Job:
     n_new: int
     fed: int = 0
     slot: int = -1
-    spare: int = 0  # cells that it turned out not to need, and holds until it is done
+    spare: int = 0  # cells that it turned out not to need, or a guard may, held until it is done
     own_from: int = field(init=False)  # a wanted position, or its last token: never copied
 
     def __post_init__(self) -> None:
@@ -99,13 +99,15 @@ class Scheduler:
         n_threads: int | None = None,
         flash_attn: bool | None = None,
         watch: Watch | None = None,
+        guarded: bool = False,
     ) -> None:
-        limit = int(llama_cpp.llama_max_parallel_sequences()) - 1
+        limit = (int(llama_cpp.llama_max_parallel_sequences()) - 1) // (2 if guarded else 1)
         if not 1 <= n_parallel <= limit:
             raise SettingError(f"n_parallel is {n_parallel}", f"Give 1 to {limit}")
-        self.llama = llama
+        self.llama, self.guarded = llama, guarded
         self.n_parallel, self.n_batch = n_parallel, min(n_batch, n_ctx)
-        self.max_outputs = max(max_outputs, n_parallel + 1)  # llama.cpp aborts below n_seq_max
+        self._n_sequences = n_parallel * (2 if guarded else 1) + 1
+        self.max_outputs = max(max_outputs, self._n_sequences)  # llama.cpp aborts below n_seq_max
         self.n_vocab: int = llama.n_vocab()
         self._lock = threading.Lock()  # held by a run
         self._runner: int | None = None
@@ -121,7 +123,7 @@ class Scheduler:
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._context))
 
     def _open(self, n_ctx: int, n_threads: int, flash_attn: bool | None) -> Any:
-        params = context_params(self.llama, n_ctx, self.n_parallel + 1, flash_attn)
+        params = context_params(self.llama, n_ctx, self._n_sequences, flash_attn)
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_outputs_max = self.max_outputs
         params.n_threads = params.n_threads_batch = n_threads
@@ -213,6 +215,21 @@ class Scheduler:
     def _set_adapters(self, adapters: Scales | None) -> None:
         with self.llama._guard:  # or one could be detached before it is noted here
             self._adapters = self.llama.set_adapters_on(self._context, adapters)
+
+    def forks(self) -> Forks:
+        """What reads margins between two decodes; slot s has the spare sequence `spare(s)`.
+
+        Raises:
+            SettingError: the engine was not made with `guarded`.
+        """
+        if not self.guarded:
+            raise SettingError("the engine has no sequences to look on", "Give guarded=True")
+        most = self.max_outputs
+        return Forks(self._context, self._batch, self._decode, self.n_vocab, most)
+
+    def spare(self, slot: int) -> int:
+        """The sequence on which a slot's answer is looked at."""
+        return slot + self.n_parallel
 
     # -- runs -------------------------------------------------------------
 
@@ -332,7 +349,7 @@ class Scheduler:
                     outputs.append((job, job.fed))
                 job.fed += 1
         self._decode()
-        rows = self._rows(len(outputs))
+        rows = logit_rows(self._context, len(outputs), self.n_vocab)
         chosen = [number for number, (job, _) in enumerate(outputs) if job in generating]
         if visit is not None:
             for (job, position), row in zip(outputs, rows, strict=True):
@@ -353,12 +370,6 @@ class Scheduler:
                 f"llama.cpp could not decode a batch of {self._batch.size} tokens (code {code})",
                 "Give a larger n_ctx or a smaller n_parallel",
             )
-
-    def _rows(self, count: int) -> Floats:
-        if not count:
-            return np.empty((0, self.n_vocab), np.float32)
-        pointer = llama_cpp.llama_get_logits(self._context)
-        return np.asarray(np.ctypeslib.as_array(pointer, shape=(count, self.n_vocab)), np.float32)
 
 
 def context_params(

@@ -21,6 +21,12 @@ import llama_cpp
 from ..errors import LlamaCppError, SettingError
 from ..gene import Adapter, AdapterLike
 from ..hub import resolve
+from .batch import Batch, common
+from .guard import Forks, Guard, Look
+from .log import interrupts_deferred
+
+_OWN, _SPARE = 0, 1  # sequences of the model's own context
+_ROWS = 16  # of logits, in one decode of a look
 
 
 @dataclass(eq=False)
@@ -118,6 +124,12 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
         self._closed = False
         self._most_new: int | None = None  # tokens of the completion that is being made
         self._cut: list[int] | None = None  # those of one that `_until_full` ended
+        self._refusal = ""  # what the guard has ended the completion with that is being made
+
+    @property
+    def guard(self) -> Guard | None:
+        """What looks at the answers of the model's own context; None where nothing does."""
+        return None
 
     def open_context(self, owner: ContextOwner, params: Any) -> Any:
         """A new llama.cpp context on this model, or None; `owner` is closed before the model."""
@@ -186,8 +198,12 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
 
     @functools.wraps(llama_cpp.Llama.generate)
     def generate(self, *args: Any, **options: Any) -> Any:
-        tokens = self._until_full(super().generate(*args, **options), self._most_new)
-        return self._in_steps(tokens, begins=True)
+        tokens, guard = super().generate(*args, **options), self.guard
+        if guard is not None:
+            prompt = args[0] if args else options["tokens"]
+            tokens = self._watched(tokens, guard, list(prompt))
+        limited = self._until_full(tokens, self._most_new, guard.room if guard else 0)
+        return self._in_steps(limited, begins=True)
 
     def _create_completion(self, *args: Any, **options: Any) -> Any:
         # A completion that isn't streamed is one step of this, and its tokens steps of `generate`.
@@ -200,7 +216,7 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
     # ends. The next two methods end it, and give it its text.
 
     def _until_full(
-        self, tokens: Generator[int, Any, None], most: int | None
+        self, tokens: Generator[int, Any, None], most: int | None, room: int
     ) -> Generator[int, Any, None]:
         """The tokens, up to as many as were asked for, and as the context holds."""
         sent, found = None, list[int]()
@@ -211,7 +227,7 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
                 return
             found.append(token)
             sent = yield token
-            if len(found) == most or self.n_tokens + 1 >= self._n_ctx:
+            if len(found) == most or self.n_tokens + 1 >= self._n_ctx - room:
                 self._cut = found
                 return
 
@@ -219,9 +235,10 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
         self, answers: Generator[Any, Any, None], max_tokens: int | None
     ) -> Generator[Any, Any, None]:
         """The answers; one that was ended by `_until_full` has no text of its own."""
+        refusal = ""
         while True:
             self._most_new = max_tokens if max_tokens and max_tokens > 0 else None
-            self._cut = None
+            self._cut, self._refusal = None, ""
             try:
                 answer = next(answers)
             except StopIteration:
@@ -231,7 +248,75 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
             choice = answer["choices"][0]
             if self._cut is not None and "usage" in answer and not choice["text"]:
                 choice["text"] = self.detokenize(self._cut).decode("utf-8", "ignore")
+            refusal = refusal or self._refusal
+            if refusal and choice["finish_reason"]:
+                choice["finish_reason"] = "content_filter"
+                choice["text"] += refusal
+                if "usage" not in answer:  # the last of a stream, whose text chats leave out
+                    yield {**answer, "choices": [{**choice, "finish_reason": None}]}
+                    choice["text"] = ""
             yield answer
+
+    # -- the guard --------------------------------------------------------
+
+    def _watched(
+        self, tokens: Generator[int, Any, None], guard: Guard, prompt: list[int]
+    ) -> Generator[int, Any, None]:
+        """The tokens, up to where the guard ends them with a refusal."""
+        if len(prompt) > self._n_ctx - guard.room:
+            raise SettingError(
+                f"the prompt's {len(prompt)} tokens leave no room for the guard in a context of "
+                f"{self._n_ctx}",
+                f"Give a larger n_ctx: the guard takes {guard.room} tokens",
+            )
+        sent, n_new = None, 0
+        while True:
+            try:
+                token = tokens.send(sent)
+            except StopIteration:
+                return
+            if (
+                guard.due(n_new, prompt)
+                and not llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                and self._refused(guard, guard.look(_OWN, self.n_tokens, _SPARE))
+            ):
+                self._refusal = guard.ending(True)
+                yield self.token_eos()
+                return
+            n_new += 1
+            sent = yield token
+
+    def refuses(self, request: list[int], guard: Guard) -> bool:
+        """Whether the guard refuses a user's last message alone; its tokens.
+
+        Raises:
+            SettingError: it is longer than the context.
+        """
+        with self._own_context():
+            if len(request) > self._n_ctx - guard.room:
+                raise SettingError(f"the last message's {len(request)} tokens do not fit")
+            if self.n_tokens + len(request) > self._n_ctx - guard.room:
+                self.clear()
+            memory = llama_cpp.llama_get_memory(self.ctx)
+            llama_cpp.llama_memory_seq_rm(memory, _OWN, self.n_tokens, -1)  # as after a `reset`
+            keep = common(request, self._input_ids, min(self.n_tokens, len(request) - 1))
+            if llama_cpp.llama_memory_seq_pos_min(memory, _OWN):  # of a sliding window, or empty
+                keep = 0
+            threshold = guard.request_threshold
+            return self._refused(guard, Look(_OWN, keep, _SPARE, request[keep:], threshold))
+
+    def _refused(self, guard: Guard, look: Look) -> bool:
+        batch = Batch(self.n_batch)
+
+        def decode() -> None:
+            with interrupts_deferred():
+                code = llama_cpp.llama_decode(self.ctx, batch.struct())
+            if code:
+                raise LlamaCppError(f"llama.cpp could not decode the guard's look (code {code})")
+
+        self._requires_eval = True  # the logits will be those of the look
+        forks = Forks(self.ctx, batch, decode, self.n_vocab(), _ROWS)
+        return forks.margins(guard.openers, [look])[0] > look.above
 
     def _in_steps(
         self, items: Generator[Any, Any, None], *, begins: bool

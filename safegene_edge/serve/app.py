@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -26,6 +26,8 @@ from .responses import ResponseForm
 from .schema import AnyRequest, ChatRequest, CompletionRequest, RequestT, ResponseRequest, parse
 from .settings import ServeSettings
 
+# The tokens of a prompt, and of the user's last message alone where a guard reads that.
+_Asked: TypeAlias = tuple[list[int], list[int] | None]
 _LONG = 1 << 14  # characters; longer prompts are rendered off the event loop
 _NOTHING = (
     "there is nothing at this address; the API is at /v1/chat/completions, /v1/responses, "
@@ -116,17 +118,17 @@ class _App:
     async def chat(self, request: Request) -> Response:
         body = await self._read(request, ChatRequest)
         served = self._served(body.model)
-        tokens = await self._rendered(served, body.turns(self.settings.max_messages), body.source)
+        asked = await self._rendered(served, body.turns(self.settings.max_messages), body.source)
         form = CompletionForm(True, served.name, served.fingerprint, body.wants_usage)
-        return await self._answer(request, body, served, tokens, form)
+        return await self._answer(request, body, served, asked, form)
 
     async def respond(self, request: Request) -> Response:
         body = await self._read(request, ResponseRequest)
         served = self._served(body.model)
-        tokens = await self._rendered(served, body.turns(self.settings.max_messages), body.source)
+        asked = await self._rendered(served, body.turns(self.settings.max_messages), body.source)
         repeated = body.repeated(self.settings.temperature)
         form = ResponseForm(served.name, served.fingerprint, repeated)
-        return await self._answer(request, body, served, tokens, form)
+        return await self._answer(request, body, served, asked, form)
 
     async def complete(self, request: Request) -> Response:
         if self.settings.chat_only:
@@ -135,12 +137,12 @@ class _App:
         served = self._served(body.model)
         tokenize = served.batcher.engine.llama.tokenize
 
-        def plain() -> list[int]:  # no text of a prompt is ever a control token
-            return list(tokenize(body.text.encode(), add_bos=True, special=False))
+        def plain() -> _Asked:  # no text of a prompt is ever a control token
+            return list(tokenize(body.text.encode(), add_bos=True, special=False)), None
 
-        tokens = await self._tokens(plain, len(body.text), body.source)
+        asked = await self._tokens(plain, len(body.text), body.source)
         form = CompletionForm(False, served.name, served.fingerprint, body.wants_usage)
-        return await self._answer(request, body, served, tokens, form)
+        return await self._answer(request, body, served, asked, form)
 
     # -- how it is answered -----------------------------------------------
 
@@ -163,26 +165,29 @@ class _App:
             raise ApiError(400, "the request was cut off") from None
         return parse(kind, bytes(body))
 
-    async def _rendered(self, served: Served, turns: list[Turn], source: str) -> list[int]:
-        render = served.batcher.engine.llama.render
-        size = sum(len(str(turn)) for turn in turns)
-        return await self._tokens(lambda: render(turns), size, source)
+    async def _rendered(self, served: Served, turns: list[Turn], source: str) -> _Asked:
+        llama, guard = served.batcher.engine.llama, served.batcher.guard
 
-    async def _tokens(self, make: Callable[[], list[int]], size: int, source: str) -> list[int]:
+        def rendered() -> _Asked:
+            return llama.render(turns), llama.render_alone(turns) if guard else None
+
+        return await self._tokens(rendered, sum(len(str(turn)) for turn in turns), source)
+
+    async def _tokens(self, make: Callable[[], _Asked], size: int, source: str) -> _Asked:
         try:
-            tokens = await asyncio.to_thread(make) if size > _LONG else make()
+            asked = await asyncio.to_thread(make) if size > _LONG else make()
         except SettingError as error:  # the template refuses, a system role say
             raise ApiError(
                 400, f"the chat template refuses these messages ({error})", param=source
             ) from error
-        if not tokens:
+        if not asked[0]:
             raise ApiError(400, "the prompt is empty", param=source)
-        return tokens
+        return asked
 
     async def _answer(
-        self, request: Request, body: AnyRequest, served: Served, tokens: list[int], form: Form
+        self, request: Request, body: AnyRequest, served: Served, asked: _Asked, form: Form
     ) -> Response:
-        inbox = Inbox()
+        inbox, (tokens, alone) = Inbox(), asked
         ask = Ask(
             tokens,
             self._limit(served, tokens, body),
@@ -190,6 +195,7 @@ class _App:
             sampling=body.sampling(self.settings.temperature),
             stop=body.stops,
             stream=bool(body.stream),
+            alone=alone,
             deadline=time.monotonic() + self.settings.seconds,
         )
         start = time.monotonic()
@@ -224,6 +230,8 @@ class _App:
             ) from error
         except LlamaCppError as error:
             raise ApiError(503, "the server is stopping") from error
+        except SettingError as error:  # the last message alone is longer than the context
+            raise ApiError(400, str(error), code="context_length_exceeded") from error
 
     def _limit(self, served: Served, tokens: list[int], body: AnyRequest) -> int:
         """How long the answer may be: what was asked for, as far as server and context go."""
@@ -256,6 +264,7 @@ class _App:
             "created": self.started,
             "owned_by": "safegene-edge",
             "gene": served.fingerprint,
+            "guard": served.batcher.guard is not None,
             "context": served.batcher.n_ctx,
             "limits": {
                 "max_tokens": self.settings.max_tokens,

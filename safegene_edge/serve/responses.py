@@ -31,8 +31,8 @@ class ResponseForm:
 
     def whole(self, text: str, reason: str, ask: Ask) -> dict[str, Any]:
         """The answer in one object."""
-        status = "incomplete" if reason == "length" else "completed"
-        cut = {"reason": "max_output_tokens"} if reason == "length" else None
+        why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason)
+        status, cut = ("incomplete", {"reason": why}) if why else ("completed", None)
         output = [self._item(status, [_part(text)])]
         return self._object(status, output, incomplete_details=cut, usage=_usage(ask))
 

@@ -16,6 +16,7 @@ from ..files import PathLike, sha256
 from ..runtime.batcher import Batcher
 from ..runtime.chat import require_chat
 from ..runtime.engine import Engine
+from ..runtime.guard import Guard
 from ..runtime.llama import SafeLlama
 from ..runtime.schedule import Scales
 from ..signing import verify
@@ -50,6 +51,7 @@ def serve(
     Raises:
         SettingError: the address is taken or does not exist, or settings make no sense.
         FileFormatError, MismatchError, NoEffectError: as `SafeLlama`.
+        UnsupportedError: no guard can look at answers of this model.
     """
     settings = settings or ServeSettings()
     with ExitStack() as stack:
@@ -96,25 +98,37 @@ def opened(
         relay = Relay()
         name, fingerprint = Path(model).stem, NO_GENE
         others: Scales = {adapter: adapter.scale for adapter in llama.adapters}
+        guard: Guard | None = None
         if gene is not None:
             llama.attach(gene)
+            guard = None if settings.no_guard else llama.make_guard()
             fingerprint = f"gene-{sha256(gene)[:12]}"
         for path, digest in signed.items():
             if sha256(path) != digest:
                 raise SignatureError(f"{path}: was changed while it was loaded", "Start again")
 
-        def served(name: str, fingerprint: str, scales: Scales | None) -> Served:
-            slots = settings.slots
-            flash = bool(options.get("flash_attn", True))
-            engine = Engine(llama, n_parallel=slots, n_ctx=settings.ctx, flash_attn=flash)
+        def served(
+            name: str, fingerprint: str, scales: Scales | None, guard: Guard | None
+        ) -> Served:
+            engine = Engine(
+                llama,
+                n_parallel=settings.slots,
+                n_ctx=settings.ctx,
+                flash_attn=bool(options.get("flash_attn", True)),
+                guarded=guard is not None,
+            )
             batcher = Batcher(
-                engine, adapters=scales, max_waiting=settings.queue, deliver=relay.deliver
+                engine,
+                adapters=scales,
+                guard=guard,
+                max_waiting=settings.queue,
+                deliver=relay.deliver,
             )
             return Served(name, fingerprint, batcher)
 
-        models = [served(name, fingerprint, None)]
+        models = [served(name, fingerprint, None, guard)]
         if settings.compare:
-            models.append(served(f"{name}:{NO_GENE}", NO_GENE, others))
+            models.append(served(f"{name}:{NO_GENE}", NO_GENE, others, None))
         config = uvicorn.Config(
             make_app(models, settings, relay),
             http=protocol(settings),

@@ -23,6 +23,7 @@ class ServeSettings:
         require_signed: minisign's public key, or its file, that must have signed the gene and every
             adapter.
         compare: also offer the model without the gene, under a name of its own.
+        no_guard: do not look again at answers and last messages, which a gene's guard does.
         chat_only: no /v1/completions.
         allow_edit: the page lets people change an answer, and marks it.
         max_tokens: tokens of an answer, at most and by default.
@@ -46,6 +47,7 @@ class ServeSettings:
     cors: tuple[str, ...] = ()
     require_signed: str | None = None
     compare: bool = False
+    no_guard: bool = False
     chat_only: bool = False
     allow_edit: bool = False
     max_tokens: int = 1024

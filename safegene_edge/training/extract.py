@@ -28,8 +28,8 @@ from ..gene import Adapter, Pair, SafetyGene, layer_of
 from ..gguf_file import GGUFFile
 from ..prompts import Prompt, harmful_prompts, harmless_prompts
 from ..recalibrate.examples import Examples
-from ..recalibrate.refusal_margin import Openers, Tokens
 from ..runtime.llama import SafeLlama
+from ..runtime.refusal_margin import Openers, Tokens
 from .delta import delta_adapter
 from .distil import (
     Trainer,

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ..prompts import Prompt
 from ..recalibrate.examples import Examples
-from ..recalibrate.refusal_margin import Openers, Tokens, refusal_loss, refusal_openers
 from ..runtime.llama import SafeLlama
+from ..runtime.refusal_margin import Openers, Tokens, refusal_loss, refusal_openers
 from .distil import own_answers
 from .loss import Example, log_probabilities
 from .recipe import rendered

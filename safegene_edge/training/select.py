@@ -1,7 +1,7 @@
 """Which layers of a gene matter: those that bring back refusals of harm, and not of the rest.
 
 With r(c) the share of prompts that a degraded model refuses, smoothed by a nat of the margin
-(`recalibrate.refusal_margin`), layer l gains
+(`runtime.refusal_margin`), layer l gains
 
     dr / dc_l   at c = 1/2 in all layers, the mean over the degraded models:
 
@@ -26,7 +26,7 @@ from .models import GENE, LiveModel, Source
 from .recipe import remaining
 
 if TYPE_CHECKING:
-    from ..recalibrate.refusal_margin import Openers, Tokens
+    from ..runtime.refusal_margin import Openers, Tokens
     from .settings import Log, Recipe
 
 Gain: TypeAlias = Mapping[int, float]  # a layer's, by layer

@@ -69,6 +69,10 @@ class Asker(Protocol):
     def columns(self) -> tuple[str, ...]:
         """ "before" and, where there are two sides, "after"."""
 
+    @property
+    def attack_columns(self) -> tuple[str, ...]:
+        """Those, and "guarded" where attacks are asked with a guard, too."""
+
     def ask(
         self, column: str, chats: Sequence[Chat], advance: Advance | None = None
     ) -> list[Reply]:

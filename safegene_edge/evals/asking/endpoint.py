@@ -46,6 +46,10 @@ class Endpoint:
         self._stop = threading.Event()
 
     @property
+    def attack_columns(self) -> tuple[str, ...]:
+        return self.columns
+
+    @property
     def columns(self) -> tuple[str, ...]:
         return tuple(self.served)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...errors import SettingError
-from ...recalibrate.refusal_margin import OPENERS, prefix_free
+from ...runtime.guard import Guard, alone
+from ...runtime.refusal_margin import OPENERS, prefix_free
 from ...runtime.schedule import Scales
 from ...runtime.thinking import Thought
 from .chat import Advance, Chat, Reply
@@ -19,6 +20,10 @@ from .journal import Journal, fingerprint
 if TYPE_CHECKING:
     from ...runtime.engine import Engine, Generation
     from ...runtime.llama import SafeLlama
+
+
+GUARDED = "guarded"
+ENDED = "ended"  # marks an answer of the journal that a guard has ended
 
 
 class LocalModel:
@@ -33,6 +38,7 @@ class LocalModel:
         openers: how a refusal opens, for `refusal`.
         think_tokens: of a thought, before the answer's own `max_tokens`.
         no_think: ask for answers without a thought.
+        guard: looks at the answers of a column "guarded", which is "after" otherwise.
     """
 
     def __init__(
@@ -48,13 +54,25 @@ class LocalModel:
         openers: Sequence[str] = (),
         think_tokens: int = 512,
         no_think: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         from ...runtime.engine import Engine
 
         self.llama = llama
         self.n_parallel, self._n_ctx = n_parallel, n_ctx
-        self.engine = Engine(llama, n_parallel=n_parallel, n_ctx=n_ctx, flash_attn=True)
-        self.scales, self._identities = columns, identities
+        self.engine = Engine(
+            llama,
+            n_parallel=n_parallel,
+            n_ctx=n_ctx,
+            flash_attn=True,
+            guarded=guard is not None,
+        )
+        self.scales, self._identities, self.guard = dict(columns), dict(identities), guard
+        self.columns = tuple(columns)
+        if guard is not None:
+            self.scales[GUARDED] = columns["after"]
+            facts = {**vars(guard), "openers": guard.openers.all, "openings": None}
+            self._identities[GUARDED] = fingerprint(identities["after"], facts)
         self.max_tokens, self.journal = max_tokens, journal
         thinks = llama.thinking.expected and not no_think
         self._opened, self._no_think = thinks and llama.thinking.opens, no_think
@@ -81,7 +99,7 @@ class LocalModel:
         self.close()
 
     @property
-    def columns(self) -> tuple[str, ...]:
+    def attack_columns(self) -> tuple[str, ...]:
         return tuple(self.scales)
 
     def key(self, kind: str, column: str, *parts: Any) -> str:
@@ -139,11 +157,18 @@ class LocalModel:
 
         def keep(part: Sequence[int], index: int, made: Generation) -> None:
             if made.finish != "cancelled":
-                fits = made.finish != "context"
-                self.journal.put(names[part[index]], list(made.tokens) if fits else None)
+                said = None if made.finish == "context" else list(made.tokens)
+                ended = made.finish == "content_filter"
+                self.journal.put(names[part[index]], [ENDED, said] if ended else said)
             done()
 
         done(len(chats) - len(names))
+        guard = self.guard if column == GUARDED else None
+        if guard is not None:
+            for name in self._refused(guard, missing):
+                self.journal.put(name, [ENDED, []])
+                done()
+            names = [name for name in names if name not in self.journal]
         # Behind words put into its mouth a model does not think any more.
         plain = [i for i, name in enumerate(names) if missing[name].prefill or not self._thought]
         others = [i for i in range(len(names)) if i not in set(plain)]
@@ -154,10 +179,31 @@ class LocalModel:
                 adapters=self.scales[column],
                 on_done=partial(keep, part),
                 thought=thought,
+                guard=guard,
             )
         return [self._reply(c, self.journal[key]) for c, key in zip(chats, keys, strict=True)]
 
-    def _reply(self, chat: Chat, tokens: list[int] | None) -> Reply:
+    def _refused(self, guard: Guard, chats: Mapping[str, Chat]) -> list[str]:
+        """The chats whose last message alone a guard refuses, by their keys."""
+        alones = {}
+        for name, chat in chats.items():
+            turns = alone(chat.as_dicts()) or (chat.as_dicts() if chat.prefill else None)
+            if turns is not None:
+                asked = Chat(tuple((turn["role"], turn["content"]) for turn in turns))
+                alones[name] = self.prompt(asked, answering=True)
+        if not alones:
+            return []
+        scales = self.scales[GUARDED]
+        found = self.engine.refuses(list(alones.values()), guard, adapters=scales)
+        return [name for name, refused in zip(alones, found, strict=True) if refused]
+
+    def _reply(self, chat: Chat, kept: list[Any] | None) -> Reply:
+        if kept is not None and kept[:1] == [ENDED]:
+            assert self.guard is not None
+            tokens = kept[1]
+            ending = self.guard.ending(bool(tokens or chat.prefill))
+            return Reply(self.llama.text(tokens) + ending, tuple(tokens))
+        tokens = kept
         if tokens is None:
             return Reply(None)
         shown = self._shown(tokens)

@@ -48,6 +48,8 @@ TWINS = (
     "How many harmless prompts were refused in the same wrapper: an attack is not withstood where "
     "whatever is worded so is refused."
 )
+GUARD = "Under attack, with the gene alone → with the gene and its guard"
+GUARD_TWINS = "Over-refused in the same wrapper, with the gene alone → with its guard"
 NO_ATTACK = "direct"  # the same prompts as they are, beside the attacks
 FEW_PROMPTS = 100  # below it a 95 % interval at one half is wider than ±10 points
 
@@ -154,6 +156,21 @@ def attack_twin_rows(report: Json) -> list[Outcome]:
     """Each attack's wrapper around harmless prompts: how many of these were over-refused."""
     found = report.get("attack_twins") or ()
     return [row(_spoken(attack["name"]), attack, OVER_REFUSED) for attack in found]
+
+
+def guard_tables(report: Json) -> Iterator[tuple[str, list[Outcome]]]:
+    """What attacks and their harmless twins win with the gene alone, and with its guard."""
+    for title, key, labels in (
+        (GUARD, "attacks", ("complied",)),
+        (GUARD_TWINS, "attack_twins", OVER_REFUSED),
+    ):
+        rows = [
+            row(_spoken(a["name"]), {"before": a["after"], "after": a["guarded"]}, labels)
+            for a in report.get(key) or ()
+            if "guarded" in a
+        ]
+        if rows:
+            yield title, rows
 
 
 def suites_of(report: Json, kind: Kind) -> list[Json]:

@@ -322,6 +322,12 @@ def _attacks(report: Json) -> _Section | None:
             if twins
             else ()
         ),
+        *(
+            _details(
+                title, _table(title, _headings(report, "Attack"), [tag("tbody", *map(_row, rows))])
+            )
+            for title, rows in findings.guard_tables(report)
+        ),
         _details("Where the attacks come from", _facts(papers)) if papers else None,
     )
 

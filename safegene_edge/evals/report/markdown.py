@@ -121,6 +121,8 @@ def _attacks(report: Json) -> Iterator[str]:
     if twins := findings.attack_twin_rows(report):
         yield findings.TWINS
         yield _rows_table(report, "Attack, around harmless prompts", twins)
+    for title, guarded in findings.guard_tables(report):
+        yield _rows_table(report, title, guarded)
 
 
 def _opinions(report: Json) -> Iterator[str]:

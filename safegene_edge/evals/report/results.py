@@ -51,7 +51,8 @@ class AttackResult:
     """The answers to one attack on one suite.
 
     Of a harmful one complied of total is its success rate; of a harmless one refused of total
-    says how much of what it wins is refusing whatever is worded so.
+    says how much of what it wins is refusing whatever is worded so. `guarded` are the answers with
+    the gene and its guard, where these were asked for.
     """
 
     name: str
@@ -59,11 +60,13 @@ class AttackResult:
     suite: str
     before: Answers
     after: Answers | None = None
+    guarded: Answers | None = None
 
     @property
     def columns(self) -> dict[str, Answers]:
-        """ "before" and, with a gene, "after"."""
-        return _columns(self.before, self.after)
+        """ "before" and, with a gene, "after" and perhaps "guarded"."""
+        guarded = {} if self.guarded is None else {"guarded": self.guarded}
+        return _columns(self.before, self.after) | guarded
 
 
 def _columns(before: Answers, after: Answers | None) -> dict[str, Answers]:

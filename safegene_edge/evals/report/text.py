@@ -17,6 +17,8 @@ def render_text(report: Json) -> str:
         rows += [["attacks that succeeded"], *_cells((row for _, row in attacks), "  ")]
     if twins := findings.attack_twin_rows(report):
         rows += [["over-refused in the same wrapper"], *_cells(twins, "  ")]
+    for title, guarded in findings.guard_tables(report):
+        rows += [[title], *_cells(guarded, "  ")]
     return "\n".join([*_in_columns([head, *rows]), "", *_notes(report)])
 
 

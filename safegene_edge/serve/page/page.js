@@ -293,7 +293,8 @@ async function run(chat, draft, options) {
         draft[kind || "text"] = text;
         show(text);
       });
-      draft[name("Note")] = reason === "length" ? "The answer reached its limit." : "";
+      const notes = { length: "The answer reached its limit.", content_filter: "The guard ended this answer." };
+      draft[name("Note")] = notes[reason] || "";
       if (!kind) draft.speed = speed;
     } catch (error) {
       if (controller.signal.aborted) draft[name("Note")] = "Stopped.";

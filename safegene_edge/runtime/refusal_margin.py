@@ -16,13 +16,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from ..runtime.llama import SafeLlama
 
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _DEEP = 3  # tokens of an opener that are looked at
@@ -66,8 +63,12 @@ class Openers:
             shown |= set(own)
 
     @classmethod
-    def of(cls, llama: SafeLlama, texts: Iterable[str] = ()) -> Openers:
-        """The openers that a gene carries, or those that instruct models commonly have."""
+    def of(cls, llama: Any, texts: Iterable[str] = ()) -> Openers:
+        """The openers that a gene carries, or those that instruct models commonly have.
+
+        Args:
+            llama: the `SafeLlama` whose tokens they become.
+        """
         return cls(
             tuple(llama.tokenize(text.encode(), add_bos=False, special=False)[:_DEEP])
             for text in [text for text in texts if text.strip()] or OPENERS
@@ -86,6 +87,36 @@ class Openers:
     def margin(self, leads: Mapping[Tokens, Any]) -> Any:
         """A prompt's margin, from the leads of all rows: floats, or tensors for their gradients."""
         return max(min(leads[o[: k + 1]] for k in range(len(o))) for o in self.all)
+
+
+class Leads:
+    """What openers lead by behind each prompt, from the rows that `look` is shown.
+
+    Attributes:
+        sequences, spans: tokens to read, and the positions whose logits are wanted.
+    """
+
+    def __init__(self, openers: Openers, prompts: Sequence[Sequence[int]]) -> None:
+        self.openers, self.prompts = openers, prompts
+        paths = openers.paths
+        # All prompts with the first path, then all with the next: the engine goes on from there.
+        self.sequences = [[*prompt, *path] for path, _ in paths for prompt in prompts]
+        self.spans: list[Sequence[int]] = [
+            range(len(prompt) - 1 + known, len(prompt) + len(path))
+            for path, known in paths
+            for prompt in prompts
+        ]
+        self._found: list[dict[Tokens, float]] = [{} for _ in prompts]
+
+    def look(self, index: int, position: int, row: npt.NDArray[np.float32]) -> None:
+        """Take a row of logits of one of the sequences."""
+        number, prompt = divmod(index, len(self.prompts))
+        behind = self.openers.paths[number][0][: position + 1 - len(self.prompts[prompt])]
+        self._found[prompt].update(self.openers.leads(behind, row))
+
+    def margins(self) -> npt.NDArray[np.float64]:
+        """A prompt's each, nats."""
+        return np.array([self.openers.margin(found) for found in self._found])
 
 
 def prefix_free(openers: Iterable[Tokens]) -> list[Tokens]:

@@ -1,0 +1,596 @@
+"""The guard: looks change nothing, see what a fresh reading sees, and end what they should."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from itertools import islice
+
+import jsonschema
+import llama_cpp
+import numpy as np
+import pytest
+from adapters import random_adapter, with_template
+from serving import running
+from thinking import TEMPLATES, speaking
+from tiny import ARCHITECTURES
+
+from safegene_edge import Engine, Expression, SafeLlama, SafetyGene
+from safegene_edge.errors import SettingError, UnsupportedError
+from safegene_edge.evals.asking.journal import Journal
+from safegene_edge.evals.asking.suites import Suite
+from safegene_edge.evals.evaluate import evaluate
+from safegene_edge.evals.report.html import render_html
+from safegene_edge.evals.report.markdown import render_markdown
+from safegene_edge.evals.report.schema import report_schema
+from safegene_edge.evals.settings import EvalSettings
+from safegene_edge.prompts import Prompt
+from safegene_edge.recalibrate.guard import PLACES, ROOM, guard_threshold
+from safegene_edge.runtime.batcher import Ask, Batcher
+from safegene_edge.runtime.guard import EVERY, REFUSAL, Guard, Look, alone
+from safegene_edge.runtime.refusal_margin import Openers
+
+F32 = 0
+USER = {"role": "user", "content": "What is a lighthouse for?"}
+CHAT = [USER, {"role": "assistant", "content": "Ships."}, {"role": "user", "content": "And now?"}]
+# Depths, branches and a shared beginning: each way of reading an opener.
+OPENERS = Openers([(5,), (7, 8), (7, 9, 10), (20, 21, 22)])
+NEVER = 1e9
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny("llama", max_position_embeddings=8192).gguf_path
+
+
+@pytest.fixture(scope="module")
+def llama(model):
+    with SafeLlama(model, n_ctx=512, type_k=F32, type_v=F32, n_threads=1, guard=True) as made:
+        yield made
+
+
+def prompts(count, seed=3):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, 290, n).tolist() for n in random.integers(1, 60, count)]
+
+
+# -- what is derived from the template ----------------------------------------
+
+# As the models' own files have them, without what no chat here uses (tools, images).
+_ROLES = "{% if m['role'] == 'assistant' %}model{% else %}{{ m['role'] }}{% endif %}"
+_GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>" + _ROLES + "\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+_CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADERS = {
+    "llama": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}"
+        "<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "{% endif %}",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "qwen2": (_CHATML, "<|im_end|>\n<|im_start|>assistant\n"),
+    "qwen3": (
+        TEMPLATES["Qwen3"],
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    ),
+    "gemma2": (_GEMMA, "<end_of_turn>\n<start_of_turn>model\n"),
+    "gemma3": (_GEMMA, "<end_of_turn>\n<start_of_turn>model\n"),
+    "phi3": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        "<|end|>\n<|assistant|>\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_header_is_the_templates_own(tiny, tmp_path, arch):
+    template, header = HEADERS[arch]
+    path = with_template(tiny(arch).gguf_path, tmp_path / "m.gguf", template)
+    with SafeLlama(path, n_ctx=256, guard=True) as llama:
+        guard = llama.guard
+        assert llama.text(guard.header, special=True) == header
+        # A chat's prompt begins no answer, and one word more does.
+        for prompt in (llama.render([USER]), llama.render(CHAT), llama.render_answer(CHAT)):
+            assert not guard.begun(prompt)
+            assert guard.begun([*prompt, 65])
+        again = llama.render_answer([*CHAT, {"role": "assistant", "content": "So."}])
+        assert tuple(again[-len(guard.header) :]) == guard.header
+
+
+MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_without_an_assistant_header_is_named(model, tmp_path):
+    path = with_template(model, tmp_path / "m.gguf", MISTRAL)
+    with pytest.raises(UnsupportedError, match="no assistant header"):
+        SafeLlama(path, n_ctx=256, guard=True)
+    with SafeLlama(path, n_ctx=256) as llama:
+        assert llama.guard is None
+
+
+def test_the_last_message_alone():
+    system = {"role": "system", "content": "Be kind."}
+    assert alone([USER]) is None and alone([system, USER]) is None
+    assert alone([system, *CHAT]) == [system, CHAT[2]]
+    assert alone([USER, {"role": "assistant", "content": "Sure, "}]) == [USER]
+    assert alone([{"role": "assistant", "content": "Hello"}]) is None
+
+
+# -- a look sees what a fresh reading sees, and changes nothing ----------------
+
+
+def decode(engine, slot, tokens, position):
+    """The logits behind some tokens on a slot."""
+    engine._batch.clear()
+    for number, token in enumerate(tokens):
+        last = number == len(tokens) - 1
+        engine._batch.add(token, position + number, slot, last)
+    engine._decode()
+    pointer = llama_cpp.llama_get_logits(engine._context)
+    return np.ctypeslib.as_array(pointer, shape=(engine.n_vocab,)).copy()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_fork_reads_as_fresh_and_leaves_no_trace(tiny, arch):
+    """Behind 100 tokens, which is beyond the sliding window of Gemma's tiny models."""
+    random = np.random.default_rng(1)
+    first, second = (random.integers(0, 290, n).tolist() for n in (100, 33))
+    header = random.integers(0, 290, 5).tolist()
+    options = {"n_ctx": 256, "type_k": F32, "type_v": F32, "n_threads": 1}
+    with SafeLlama(tiny(arch).gguf_path, **options) as llama:  # noqa: SIM117
+        with Engine(llama, n_parallel=2, n_ctx=1024, guarded=True) as engine:
+            fresh = engine.margins([[*first, *header], [*second[:20], *header]], OPENERS)
+            logits = []
+            for looking in (False, True):
+                llama_cpp.llama_memory_clear(engine._memory, False)
+                decode(engine, 1, first, 0)
+                decode(engine, 2, second, 0)
+                if looking:
+                    looks = [Look(1, 100, 3, header), Look(2, 20, 4, header)]
+                    found = engine.forks().margins(OPENERS, looks)
+                    assert found == pytest.approx(fresh, abs=2e-3)
+                    cut = [replace(look, above=m) for look, m in zip(looks, found, strict=True)]
+                    assert engine.forks().margins(OPENERS, cut) <= found
+                    cut = [replace(look, above=look_m - 0.1) for look, look_m in
+                           zip(looks, found, strict=True)]  # fmt: skip
+                    assert engine.forks().margins(OPENERS, cut) == found
+                logits.append([decode(engine, 1, [11], 100), decode(engine, 2, [12], 33)])
+            assert np.array_equal(logits[0], logits[1])
+            assert llama_cpp.llama_memory_seq_pos_max(engine._memory, 3) == -1
+
+
+def test_a_batch_that_is_full_is_read_in_pieces(llama):
+    looks = [Look(1, 0, 3, prompt) for prompt in prompts(1, seed=8)]
+    looks.append(Look(2, 0, 4, prompts(1, seed=9)[0]))
+    with Engine(llama, n_parallel=2, n_ctx=512, n_batch=7, guarded=True) as engine:
+        assert engine.forks().margins(OPENERS, looks) == pytest.approx(
+            engine.margins([look.tokens for look in looks], OPENERS), abs=1e-3
+        )
+
+
+def test_a_guarded_engine_says_what_an_unguarded_one_says(llama):
+    asked = prompts(20)
+    guard = replace(llama.guard, openers=OPENERS, threshold=NEVER, every=3)
+    with Engine(llama, n_parallel=4, n_ctx=1024) as engine:
+        expected = engine.generate(asked, max_tokens=14)
+        with pytest.raises(SettingError, match="guarded"):
+            engine.generate(asked, max_tokens=14, guard=guard)
+    with Engine(llama, n_parallel=4, n_ctx=1024, guarded=True) as engine:
+        assert engine.generate(asked, max_tokens=14) == expected
+        assert engine.generate(asked, max_tokens=14, guard=guard) == expected
+        sure = replace(guard, threshold=-NEVER)
+        for made, whole in zip(
+            engine.generate(asked, max_tokens=14, guard=sure), expected, strict=True
+        ):
+            # These prompts end in no header: their answers count as begun.
+            assert made.finish == ("content_filter" if whole.tokens else "stop")
+            assert not made.tokens
+        later = replace(sure, openings=frozenset([()]))  # the next look is at three tokens
+        for made, whole in zip(
+            engine.generate(asked, max_tokens=14, guard=later), expected, strict=True
+        ):
+            assert made.tokens == whole.tokens[:3]
+            assert made.finish == ("content_filter" if len(whole.tokens) > 3 else "stop")
+
+
+# -- answers that stream -------------------------------------------------------
+
+
+class Listener:
+    """An ask and what came of it."""
+
+    def __init__(self, prompt, max_tokens=12, **options):
+        self.pieces, self.finish, self.over = [], None, threading.Event()
+        self.ask = Ask(prompt, max_tokens, self.listen, **options)
+
+    def listen(self, text, finish):
+        self.pieces.append(text)
+        if finish:
+            self.finish = finish
+            self.over.set()
+
+    def text(self):
+        assert self.over.wait(30)
+        return "".join(self.pieces)
+
+
+def answered(llama, guard, listeners, **options):
+    with Engine(llama, n_parallel=4, n_ctx=1024, guarded=guard is not None) as engine:
+        batcher = Batcher(engine, guard=guard, **options)
+        for listener in listeners:
+            batcher.submit(listener.ask)
+        found = [(listener.text(), listener.finish) for listener in listeners]
+        batcher.close()
+        return found
+
+
+def test_many_guarded_answers_are_those_without_a_guard(llama):
+    """Looks at each third token, and last messages alone, with and without a common beginning."""
+    asked, random = prompts(40), np.random.default_rng(5)
+    alones = [
+        None if n % 3 == 0 else [*prompt[: len(prompt) * (n % 2)], *random.integers(0, 290, 30)]
+        for n, prompt in enumerate(asked)
+    ]
+    guard = replace(llama.guard, openers=OPENERS, threshold=NEVER, request_threshold=NEVER, every=3)
+    plain = answered(llama, None, [Listener(prompt) for prompt in asked])
+    watched = [Listener(p, alone=a) for p, a in zip(asked, alones, strict=True)]
+    assert answered(llama, guard, watched) == plain
+    # And with a seed: a look takes no number from a sampler.
+    warm = replace(watched[0].ask.sampling, temperature=1.0, seed=7)
+    plain = answered(llama, None, [Listener(prompt, sampling=warm) for prompt in asked])
+    watched = [Listener(p, alone=a, sampling=warm) for p, a in zip(asked, alones, strict=True)]
+    assert answered(llama, guard, watched) == plain
+
+
+def test_an_answer_that_is_ended_keeps_what_was_said(llama):
+    asked = prompts(12, seed=4)
+    guard = replace(
+        llama.guard, openers=OPENERS, threshold=-NEVER, every=4, openings=frozenset([()])
+    )
+    whole = answered(llama, None, [Listener(prompt, 4) for prompt in asked])
+    for stream in (True, False):
+        listeners = [Listener(prompt, stream=stream) for prompt in asked]
+        for (text, finish), (said, why), listener in zip(
+            answered(llama, guard, listeners), whole, listeners, strict=True
+        ):
+            if why == "stop":
+                assert (text, finish) == (said, "stop")
+            else:
+                assert (text, finish) == (f"{said}\n\n{REFUSAL}", "content_filter")
+                assert listener.ask.n_new == 4
+                assert stream or len(listener.pieces) == 1
+
+
+def test_what_was_held_back_for_a_stop_string_is_said(llama):
+    prompt = prompts(1, seed=4)[0]
+    said = answered(llama, None, [Listener(prompt, 4)])[0][0]
+    guard = replace(
+        llama.guard, openers=OPENERS, threshold=-NEVER, every=4, openings=frozenset([()])
+    )
+    held = Listener(prompt, stop=(said[-1] + "no such text",))
+    assert answered(llama, guard, [held]) == [(f"{said}\n\n{REFUSAL}", "content_filter")]
+
+
+def test_a_last_message_is_refused_before_its_answer_begins(llama):
+    asked = prompts(8, seed=6)
+    margins = []
+    with Engine(llama, n_parallel=4, n_ctx=1024) as engine:
+        margins = engine.margins(asked, OPENERS)
+    middle = float(np.median(margins))
+    guard = replace(llama.guard, openers=OPENERS, threshold=NEVER, request_threshold=middle)
+    guard = replace(guard, openings=frozenset([()]))
+    long = prompts(1, seed=7)[0]
+    plain = answered(llama, None, [Listener([*long, *prompt]) for prompt in asked])
+    listeners = [Listener([*long, *prompt], alone=prompt) for prompt in asked]
+    for found, expected, margin in zip(
+        answered(llama, guard, listeners), plain, margins, strict=True
+    ):
+        assert found == ((REFUSAL, "content_filter") if margin > middle else expected)
+
+
+def test_a_full_context_is_refused_by_name_and_never_runs_over(llama):
+    guard = replace(llama.guard, openers=OPENERS, threshold=NEVER, request_threshold=NEVER, every=2)
+    with Engine(llama, n_parallel=2, n_ctx=256, guarded=True) as engine:
+        batcher = Batcher(engine, guard=guard)
+        assert batcher.n_ctx == 256 - guard.room
+        prompt = [n % 290 for n in range(batcher.n_ctx - 8)]
+        other = [(n * 7) % 290 for n in range(batcher.n_ctx)]
+        full = [Listener(prompt, 8, alone=other), Listener(prompt, 8, alone=other[::-1])]
+        for listener in full:
+            batcher.submit(listener.ask)
+        assert [(listener.text(), listener.finish)[1] for listener in full] != ["error"] * 2
+        assert "error" not in {listener.finish for listener in full}
+        # Two that would fill the context together, but for the looks.
+        half = [Listener([n % 290 for n in range(k, k + 120)], 8) for k in (0, 50)]
+        for listener in half:
+            batcher.submit(listener.ask)
+        assert [(listener.text(), listener.finish)[1] for listener in half] == ["length"] * 2
+        for ask in (Listener(prompt, 9).ask, Listener(prompt, 8, alone=[*other, 1]).ask):
+            with pytest.raises(SettingError):
+                batcher.submit(ask)
+        batcher.close()
+
+
+def test_who_leaves_while_his_last_message_is_read_leaves_nothing_behind(llama):
+    """With a batch of four tokens, reading takes many steps."""
+    guard = replace(llama.guard, openers=OPENERS, threshold=NEVER, request_threshold=NEVER)
+    long = prompts(1, seed=2)[0] * 4
+    with Engine(llama, n_parallel=2, n_ctx=1024, n_batch=4, guarded=True) as engine:
+        batcher = Batcher(engine, guard=guard)
+        first = Listener(long)
+        batcher.submit(first.ask)
+        expected = first.text()
+        for wait in (0.0, 0.002, 0.01):
+            gone = Listener(long, alone=long[::-1])
+            batcher.submit(gone.ask)
+            threading.Event().wait(wait)
+            batcher.cancel(gone.ask)
+            again = Listener(long, alone=long[10:])
+            batcher.submit(again.ask)
+            assert again.text() == expected
+        batcher.close()
+
+
+# -- the model's own context ---------------------------------------------------
+
+SAID = ("Sure", " thing")
+
+
+@pytest.fixture(scope="module")
+def speaker(tiny, tmp_path_factory):
+    """A model that says "Sure thing thing …" without end, whatever it is asked."""
+    path = tmp_path_factory.mktemp("speaker") / "m.gguf"
+    return speaking(tiny("llama").gguf_path, path, TEMPLATES["none"], *SAID, loop=True)
+
+
+@pytest.fixture(scope="module")
+def sure(speaker, tmp_path_factory):
+    """A gene whose refusals open with "Sure": the guard ends all that the speaker says."""
+    path = tmp_path_factory.mktemp("sure") / "gene.gguf"
+    random_adapter(speaker, size=1e-3, refusal_openers=("Sure",)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def thing(speaker, tmp_path_factory):
+    """One whose openers the speaker's answers never open with."""
+    path = tmp_path_factory.mktemp("thing") / "gene.gguf"
+    random_adapter(speaker, size=1e-3, refusal_openers=(" thing",)).save(path)
+    return path
+
+
+def chunks(llama, messages, **options):
+    """(text, finish reason) of a streamed answer."""
+    made = list(llama.create_chat_completion(messages, stream=True, **options))
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in made)
+    return text, made[-1]["choices"][0]["finish_reason"]
+
+
+def whole(llama, messages, **options):
+    choice = llama.create_chat_completion(messages, **options)["choices"][0]
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+ENDED = f"Sure{' thing' * (EVERY - 1)}\n\n{REFUSAL}"
+
+
+@pytest.mark.parametrize("ask", [whole, chunks])
+def test_the_models_own_answers_are_ended(speaker, sure, thing, ask):
+    with SafeLlama(speaker, [sure], n_ctx=512, guard=True) as llama:
+        assert ask(llama, [USER], max_tokens=200) == (ENDED, "content_filter")
+        assert ask(llama, [USER], max_tokens=EVERY) == (f"Sure{' thing' * (EVERY - 1)}", "length")
+        # The last message alone: with a history it is refused before an answer.
+        assert ask(llama, CHAT, max_tokens=200) == (REFUSAL, "content_filter")
+        assert ask(llama, [USER], max_tokens=8) == (f"Sure{' thing' * 7}", "length")
+        llama.set_scale(sure, 0.0)  # the gene is off, and so is its guard
+        assert llama.guard is None
+        assert ask(llama, CHAT, max_tokens=4) == (f"Sure{' thing' * 3}", "length")
+    with SafeLlama(speaker, [thing], n_ctx=512, guard=True) as llama:
+        assert ask(llama, CHAT, max_tokens=200) == (f"Sure{' thing' * 199}", "length")
+        other = llama.attach(random_adapter(speaker, size=1e-3, seed=1))  # a task's, no gene
+        assert llama.guard.openers.all == Openers.of(llama, [" thing"]).all
+        llama.set_scale(thing, 0.0)
+        assert llama.guard is None and other.scale
+    with SafeLlama(speaker, [sure], n_ctx=512) as llama:
+        assert ask(llama, CHAT, max_tokens=200) == (f"Sure{' thing' * 199}", "length")
+
+
+def test_an_answer_that_ends_by_itself_is_not_ended(tiny, tmp_path):
+    path = speaking(tiny("llama").gguf_path, tmp_path / "m.gguf", TEMPLATES["none"], *SAID)
+    with SafeLlama(path, n_ctx=512, guard=True) as llama:
+        sure = Openers.of(llama, ["Sure"])
+        guard = replace(llama.guard, openers=sure, every=2)
+        llama._made_guard = None, guard
+        assert chunks(llama, [USER]) == whole(llama, [USER]) == ("Sure thing", "stop")
+        prompt = llama.render([USER])
+        assert answered(llama, guard, [Listener(prompt)]) == [("Sure thing", "stop")]
+        with Engine(llama, n_parallel=2, n_ctx=512, guarded=True) as engine:
+            made = engine.generate([prompt], max_tokens=8, guard=guard)[0]
+            assert (llama.text(made.tokens), made.finish) == ("Sure thing", "stop")
+        early = replace(guard, every=1)
+        assert answered(llama, early, [Listener(prompt)]) == [
+            (f"Sure\n\n{REFUSAL}", "content_filter")
+        ]
+
+
+def test_a_begun_answer_is_looked_at_before_it_goes_on(speaker, sure):
+    with SafeLlama(speaker, [sure], n_ctx=512, guard=True) as llama:
+        prompt = [*llama.render([USER]), llama.tokenize(b"Sure", add_bos=False)[0]]
+        made = llama.create_completion(prompt, max_tokens=8, temperature=0.0)["choices"][0]
+        assert (made["text"], made["finish_reason"]) == (f"\n\n{REFUSAL}", "content_filter")
+        made = llama.create_completion(prompt[:-1], max_tokens=8, temperature=0.0)["choices"][0]
+        assert (made["text"], made["finish_reason"]) == (f"Sure{' thing' * 7}", "length")
+
+
+def test_looks_do_not_disturb_the_own_context(model):
+    """The same tokens with a guard and without; and an answer after one that was looked at."""
+    options = {"n_ctx": 512, "type_k": F32, "type_v": F32, "n_threads": 1}
+    with SafeLlama(model, **options) as plain, SafeLlama(model, guard=True, **options) as llama:
+        assert plain.context_params.n_seq_max == 1
+        guard = replace(llama.guard, openers=OPENERS, threshold=NEVER, every=2,
+                        request_threshold=NEVER)  # fmt: skip
+        llama._made_guard = None, guard
+        assert llama.guard is guard
+        for seed in range(4):
+            for prompt in prompts(2, seed):
+                for length in (9, 8, 1):  # the second and third find the prompt in the cache
+                    made = [
+                        one.create_completion(prompt, max_tokens=length, temperature=0.0)
+                        for one in (plain, llama)
+                    ]
+                    assert made[0]["choices"] == made[1]["choices"]
+        # A prompt that is cached to its last token is not read again, unless a look came between.
+        prompt = prompts(1, seed=9)[0]
+        for look in (lambda: None, lambda: llama.refuses(prompt[::-1], guard)):
+            tokens = list(islice(llama.generate(prompt, temp=0.0), 3))
+            look()
+            assert next(llama.generate([*prompt, *tokens[:2]], temp=0.0)) == tokens[2]
+        turns = list(CHAT)
+        for _ in range(3):
+            said = [whole(one, turns, max_tokens=6) for one in (plain, llama)]
+            assert said[0] == said[1]
+            turns += [{"role": "assistant", "content": said[0][0]}, USER]
+
+
+def test_the_context_ends_before_a_look_would_not_fit(speaker, thing):
+    with SafeLlama(speaker, [thing], n_ctx=256, guard=True) as llama:
+        room = llama.guard.room
+        answer = llama.create_chat_completion([USER])
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["total_tokens"] == 256 - room
+        around = len(llama.render([{"role": "user", "content": "x"}])) - 1
+        long = {"role": "user", "content": "x" * (257 - room - around)}
+        with pytest.raises(SettingError, match="no room for the guard"):
+            llama.create_chat_completion([long])
+        # A history that fills the context: its last message is read all the same.
+        turns = [USER, {"role": "assistant", "content": "y" * 90}, USER]
+        assert whole(llama, turns, max_tokens=4)[0] == f"Sure{' thing' * 3}"
+
+
+def test_a_guard_that_cannot_be_is_named(model):
+    with pytest.raises(UnsupportedError, match="draft"):
+        SafeLlama(model, n_ctx=256, guard=True, draft_model=lambda *_: None)
+    with SafeLlama(model, n_ctx=256, guard=True) as llama:
+        for wrong in ({"every": 0}, {"threshold": float("nan")}):
+            with pytest.raises(SettingError, match="guard"):
+                replace(llama.guard, **wrong)
+        assert isinstance(llama.guard, Guard)
+
+
+# -- the threshold travels with the gene ---------------------------------------
+
+
+def test_the_threshold_is_kept_in_files(model, tmp_path):
+    gene = random_adapter(model)
+    assert gene.guard_threshold is None
+    gene.save(tmp_path / "old.gguf")
+    assert SafetyGene.load(tmp_path / "old.gguf").guard_threshold is None
+    Expression({0: 1.5}, guard_threshold=2.25).save(tmp_path / "e.json")
+    expression = Expression.load(tmp_path / "e.json")
+    assert expression == Expression({0: 1.5}, guard_threshold=2.25)
+    gene.express(expression).save(tmp_path / "g.gguf")
+    assert SafetyGene.load(tmp_path / "g.gguf").guard_threshold == 2.25
+    with SafeLlama(model, [tmp_path / "g.gguf"], n_ctx=256, guard=True) as llama:
+        assert llama.guard.threshold == 2.25
+    with pytest.raises(SettingError):
+        Expression({0: 1.0}, guard_threshold=float("inf"))
+
+
+# -- over HTTP -----------------------------------------------------------------
+
+
+def test_a_server_ends_answers_and_says_so(speaker, sure):
+    with running(speaker, sure) as server:
+        client = server.client()
+        ask = client.chat.completions.create
+        made = ask(model=None, messages=[USER]).choices[0]
+        assert (made.message.content, made.finish_reason) == (ENDED, "content_filter")
+        stream = list(ask(model=None, messages=CHAT, stream=True))
+        said = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(said) == REFUSAL
+        assert stream[-1].choices[0].finish_reason == "content_filter"
+        response = client.responses.create(model=None, input="Hello")
+        assert response.incomplete_details.reason == "content_filter"
+        assert response.output_text == ENDED
+        facts = server.ask("GET", "/v1/models").json["data"][0]
+        assert facts["guard"] is True
+    with running(speaker, sure, no_guard=True) as server:
+        made = server.client().chat.completions.create(model=None, messages=CHAT, max_tokens=99)
+        assert made.choices[0].finish_reason == "length"
+        assert server.ask("GET", "/v1/models").json["data"][0]["guard"] is False
+
+
+# -- the threshold is measured ---------------------------------------------------
+
+
+def test_the_threshold_lies_above_every_harmless_answer(llama):
+    """At it the guard ends none of the answers that it was measured on, and half a nat less one."""
+    asked = prompts(12, seed=11)
+    with Engine(llama, n_parallel=4, n_ctx=1024, guarded=True) as engine:
+        first = engine.generate(asked[:3], max_tokens=1)
+        openers = Openers(tuple(answer.tokens) for answer in first)  # these count as refused
+        guard = replace(llama.guard, openers=openers)
+        kept = [prompt for prompt, margin in zip(
+            asked, engine.margins(asked, openers), strict=True) if margin <= 0]  # fmt: skip
+        found = guard_threshold(engine, guard, asked, None)
+        said = engine.generate(kept, max_tokens=64)
+        assert found.answers == sum(len(answer.tokens) >= PLACES[0] for answer in said)
+        assert 0 <= found.ended <= found.answers < len(asked) - 2
+        margins = [
+            engine.margins([[*prompt, *answer.tokens[:place], *guard.header]], openers)[0]
+            for prompt, answer in zip(kept, said, strict=True)
+            for place in PLACES
+            if place <= len(answer.tokens)
+        ]
+        assert found.threshold == pytest.approx(max(0.0, *margins) + ROOM, abs=1e-3)
+        assert guard_threshold(engine, guard, [], None) is None
+
+
+# -- attacks, with the guard and without -----------------------------------------
+
+
+def test_an_evaluation_attacks_once_more_with_the_guard(speaker, sure, thing, tmp_path):
+    prompts = tuple(Prompt(str(n), f"How do I do thing {n}?") for n in range(3))
+    suites = [Suite("own", "harmful", prompts), Suite("plain", "harmless", prompts)]
+    settings = EvalSettings(max_tokens=EVERY + 2, guard=True)
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        found = [
+            evaluate(speaker, sure, suites=suites, settings=settings, journal=journal,
+                     attacks=["many_shot", "prefill", "leet"])
+            for _ in range(2)  # the second takes all from the journal
+        ]  # fmt: skip
+    for report in found:
+        facts = report.to_json()
+        jsonschema.validate(facts, report_schema())
+        for attack in (*report.attacks, *report.attack_twins):
+            ends = {answer.completion.rpartition("\n\n")[2] for answer in attack.guarded}
+            assert ends == {REFUSAL}
+            said = {answer.completion.rpartition("\n\n")[0] for answer in attack.guarded}
+            whole = f"Sure{' thing' * (EVERY - 1)}"
+            # Before a history or a begun answer goes on; in others after some tokens.
+            begun = attack.name in ("many_shot", "prefill")
+            assert said == {"" if begun else whole}
+            assert all(REFUSAL not in answer.completion for answer in attack.after)
+        for attack in facts["attacks"]:
+            assert attack["guarded"]["total"] == 3
+            assert attack["guarded"]["complied"] <= attack["after"]["complied"]
+        for text in (report.table(), render_markdown(facts), render_html(facts)):
+            assert "with the gene and its guard" in text
+    with_thing = evaluate(speaker, thing, suites=suites, settings=settings, attacks=["prefill"])
+    for attack in with_thing.attacks:
+        assert [a.completion for a in attack.guarded] == [a.completion for a in attack.after]
+    without = evaluate(speaker, None, suites=suites, settings=settings, attacks=["prefill"])
+    assert all(attack.guarded is None for attack in without.attacks)
