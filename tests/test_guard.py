@@ -537,7 +537,7 @@ def test_a_server_ends_answers_and_says_so(speaker, sure):
 
 
 def test_the_threshold_lies_above_every_harmless_answer(llama):
-    """At it the guard ends none of the answers that it was measured on, and half a nat less one."""
+    """At it the guard ends none of the answers that it was measured on, and some nats less one."""
     asked = prompts(12, seed=11)
     with Engine(llama, n_parallel=4, n_ctx=1024, guarded=True) as engine:
         first = engine.generate(asked[:3], max_tokens=1)

@@ -41,8 +41,6 @@ _ORDERED = 0.6
 # Where no aligned model is known: the KL's bound, more over-refusal, and more for each refusal.
 _KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
-_NONE = np.zeros(0)
-_ENOUGH = 48  # of each kind: the search reads every second one
 _SURE = 0.005  # of a loss, where half of the examples show it
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
@@ -270,7 +268,7 @@ class _Work:
         if not self.settings.anyway and self._nothing_lost(aligned):
             none = Point(self._coefficients(0.0), refusal_loss(self.fit.refusals()), 0.0)
             return Recalibration(self._expression(0.0, target), none, (none,), nothing_lost=True)
-        without = self.fit.without(self._step)
+        without = self.fit.without()
         self._tick()
         bounds = self._bounds(aligned, without)
         if broken := bounds.broken(without):
@@ -285,11 +283,8 @@ class _Work:
         most = bounds.most_over(between(found, strength))
         room = most - bounds.over_refusal + self.settings.over_refusal
         strength, own, margins = self._lowered(strength, room, aligned)
-        if self._step > 1:  # half of the examples have been looked at
-            known = ((0.0, own), (strength, margins))
-            _require_labels(Reading(self.other.refusals(s), of, _NONE, _NONE) for s, of in known)
         point = Point.of(between(found, strength), self._coefficients(strength))
-        guard = measured([self.fit, self.other], strength)
+        guard = measured(self.other, strength)
         return Recalibration(
             replace(
                 self._expression(strength, target),
@@ -308,12 +303,6 @@ class _Work:
     def _expression(self, strength: float, target: str) -> Expression:
         layers = dict.fromkeys(self.gene.split(), strength)
         return Expression(layers, self.gene.sha256, target)
-
-    @property
-    def _step(self) -> int:
-        """The search reads every so many-th example of a kind."""
-        kinds = self.examples.harmful, self.examples.harmless
-        return 2 if min(map(len, kinds)) >= _ENOUGH else 1
 
     def _tick(self) -> None:
         self._done += 1
@@ -338,7 +327,7 @@ class _Work:
         return aligned.refuses_more(every, np.append(margins, self.fit.refusals())) is False
 
     def _bounds(self, aligned: AlignedModel, without: Reading) -> Bounds:
-        settings, harmless = self.settings, self.examples.harmless[:: self._step]
+        settings, harmless = self.settings, self.examples.harmless
         kl = settings.kl_budget or aligned.kl or _KL
         over = aligned.share_of(harmless, aligned.over_refused)
         if over is None:

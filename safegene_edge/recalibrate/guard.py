@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .reading import Reader
 
 PLACES = (8, 16, 32, 64)  # tokens of an answer behind which it is looked at
-ROOM = 0.5  # nats
+ROOM = 1.0  # nats
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,15 @@ class GuardThreshold:
     ended: int
 
 
-def measured(readers: Sequence[Reader], strength: float) -> GuardThreshold | None:
-    """The threshold on the readers' harmless examples; None where no guard can look."""
-    engine = readers[0].engine
+def measured(reader: Reader, strength: float) -> GuardThreshold | None:
+    """The threshold on a reader's harmless examples; None where no guard can look."""
+    engine = reader.engine
     try:
         guard = engine.llama.make_guard()
     except UnsupportedError:
         return None
-    prompts = [prompt for reader in readers for prompt in reader.asked.harmless]
-    at_once = [margin for reader in readers for margin in reader.over_refusals(strength)]
-    return guard_threshold(engine, guard, prompts, readers[0].scales(strength), at_once)
+    scales, at_once = reader.scales(strength), reader.over_refusals(strength)
+    return guard_threshold(engine, guard, reader.asked.harmless, scales, at_once.tolist())
 
 
 def guard_threshold(

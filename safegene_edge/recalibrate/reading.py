@@ -59,10 +59,6 @@ class Asked:
 
         return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
 
-    def every(self, step: int) -> Asked:
-        """Every `step`-th prompt of each kind."""
-        return Asked(self.harmful[::step], self.harmless[::step], self.task[::step])
-
     def cells(self, openers: Openers, tokens: int) -> int:
         """KV cells that the longest sequence takes."""
         longest = max(map(len, [*self.harmful, *self.harmless, *self.task]))
@@ -134,7 +130,6 @@ class Reader:
     ) -> None:
         self.engine, self.own, self.handles = engine, own, handles
         self.asked, self.openers, self.tokens = asked, openers, tokens
-        self._searched = asked
         self._kept: tuple[_Kept, _Kept] | None = None
         self._known: dict[tuple[str, float], Values] = {}
 
@@ -163,10 +158,9 @@ class Reader:
             self._known[key] = self.margins(getattr(self.asked, kind), self.scales(strength))
         return self._known[key]
 
-    def without(self, step: int = 1) -> Reading:
-        """The target's own, of every `step`-th prompt: its KL is 0. `at` reads the same ones."""
-        self._searched = asked = self.asked.every(step)
-        scales = self.scales(0.0)
+    def without(self) -> Reading:
+        """The target's own: its KL is 0. To be called before `at`."""
+        asked, scales = self.asked, self.scales(0.0)
         self._kept = kept, task = _Kept(asked.harmless), _Kept(asked.task)
         leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
         for own, paths, look in (
@@ -185,7 +179,7 @@ class Reader:
         """With the gene at one strength. `without` comes first."""
         if self._kept is None:
             raise SettingError("the target was not read without the gene")
-        asked, scales, (kept, task) = self._searched, self.scales(strength), self._kept
+        asked, scales, (kept, task) = self.asked, self.scales(strength), self._kept
         see, kl = kept.compare()
         # The harmless ones first: `see` counts from 0.
         leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
