@@ -16,7 +16,7 @@ from ..errors import SettingError
 from ..prompts import Prompt
 from ..runtime.llama import SafeLlama
 from ..runtime.logits import kl_from_logits, log_softmax
-from ..runtime.refusal_margin import Openers, Tokens
+from ..runtime.refusal_margin import Leads, Openers
 from .examples import Examples
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Reader:
         """The target's own: its KL is 0. To be called before `at`."""
         asked, scales = self.asked, self.scales(0.0)
         self._kept = kept, task = _Kept(asked.harmless), _Kept(asked.task)
-        leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
+        leads = Leads(self.openers, [*asked.harmless, *asked.harmful])
         for own, paths, look in (
             (kept, (leads.sequences, leads.spans), leads.look),
             (task, ([], []), _ignore),
@@ -182,7 +182,7 @@ class Reader:
         asked, scales, (kept, task) = self.asked, self.scales(strength), self._kept
         see, kl = kept.compare()
         # The harmless ones first: `see` counts from 0.
-        leads = _Leads(self.openers, [*asked.harmless, *asked.harmful])
+        leads = Leads(self.openers, [*asked.harmless, *asked.harmful])
         sequences, spans = kept.sequences()
         count = len(leads.sequences)
         self.engine.visit_logits(
@@ -215,36 +215,8 @@ class Reader:
 
     def margins(self, prompts: list[list[int]], scales: Any) -> Values:
         """The margin by which each answer opens with a refusal (nats); see `refusal_margin`."""
-        leads = _Leads(self.openers, prompts)
-        self.engine.visit_logits(leads.sequences, leads.spans, leads.look, adapters=scales)
-        return leads.margins()
+        return np.array(self.engine.margins(prompts, self.openers, adapters=scales))
 
 
 def _ignore(*_: Any) -> None:
     """Nobody looks."""
-
-
-class _Leads:
-    """What openers lead by behind each prompt, from the rows that `look` is shown."""
-
-    def __init__(self, openers: Openers, prompts: list[list[int]]) -> None:
-        self.openers, self.prompts = openers, prompts
-        paths = openers.paths
-        # All prompts with the first path, then all with the next: the engine goes on from there.
-        self.sequences = [[*prompt, *path] for path, _ in paths for prompt in prompts]
-        self.spans: list[Sequence[int]] = [
-            range(len(prompt) - 1 + known, len(prompt) + len(path))
-            for path, known in paths
-            for prompt in prompts
-        ]
-        self._found: list[dict[Tokens, float]] = [{} for _ in prompts]
-
-    def look(self, index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-        """Take a row of logits of one of the sequences."""
-        number, prompt = divmod(index, len(self.prompts))
-        behind = self.openers.paths[number][0][: position + 1 - len(self.prompts[prompt])]
-        self._found[prompt].update(self.openers.leads(behind, row))
-
-    def margins(self) -> Values:
-        """A prompt's each, nats."""
-        return np.array([self.openers.margin(found) for found in self._found])
