@@ -129,7 +129,7 @@ def test_kl_is_over_the_first_answer_tokens(local):
 
 
 def test_no_gene_no_divergence(local):
-    del local.scales["after"]
+    local.columns = ("before",)
     assert kl_divergence(local, ["one"], 3) is None
 
 

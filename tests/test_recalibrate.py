@@ -394,7 +394,7 @@ def test_a_tasks_prompts_cost_what_they_would_cost_as_harmless_ones(tiny, tiny_a
         assert look(0.0, ("a b",), ("c",), task).task_kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_search_of_every_third_example_reads_what_a_whole_one_has_of_these(tiny, tiny_adapter):
+def test_a_reading_at_0_is_the_targets_own(tiny, tiny_adapter):
     model = tiny("llama").gguf_path
     gene = SafetyGene(**vars(convert(tiny_adapter("llama"), base=model)))
     texts = [f"what of number {number}?" for number in range(14)]
@@ -403,14 +403,10 @@ def test_a_search_of_every_third_example_reads_what_a_whole_one_has_of_these(tin
         reader = reader_of(engine, [llama.attach(gene, 0.0)], gene, examples, 3)
         with pytest.raises(SettingError, match="was not read without"):
             reader.at(1.0)
-        wholes = reader.without(), reader.at(1.0)
-        thirds = reader.without(3), reader.at(1.0)
-        for whole, third in zip(wholes, thirds, strict=True):
-            for name in ("harmful", "harmless", "kl", "task_kl"):
-                values = getattr(whole, name)[::3]
-                assert getattr(third, name) == pytest.approx(values, abs=2e-2), name
-        assert thirds[0].harmful == pytest.approx(reader.at(0.0).harmful, abs=2e-2)
-        assert thirds[0].harmless == pytest.approx(reader.at(0.0).harmless, abs=2e-2)
+        own, same, moved = reader.without(), reader.at(0.0), reader.at(1.0)
+        for name in ("harmful", "harmless", "kl", "task_kl"):
+            assert getattr(own, name) == pytest.approx(getattr(same, name), abs=2e-2), name
+            assert np.abs(getattr(own, name) - getattr(moved, name)).max() > 2e-2, name
 
 
 def test_both_kinds_read_in_one_run_are_what_each_is_alone(tiny, tiny_adapter):
