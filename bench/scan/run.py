@@ -117,6 +117,9 @@ def main() -> None:
         total = sum(rows[name]["scan"][key]["total"] for key in ("refused", "over_refused"))
         found |= {"examples": total, "agreement": agreement(rows) if len(rows) > 1 else {}}
         RESULTS.write_text(json.dumps(found), encoding="utf-8")
+    if len(rows) < 2:
+        print("give MODELS.tsv with two models or more; nothing is measured yet", file=sys.stderr)
+        return
     write(HERE, found, report(found))
 
 
