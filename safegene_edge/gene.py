@@ -1,4 +1,4 @@
-"""Adapters, the safety gene and its expression.
+"""Adapters and the safety gene.
 
 A GGUF LoRA holds, for a weight W (out×in), a pair A (r×in) and B (out×r), and one
 global alpha. llama.cpp applies  W x + s·(alpha / r)·B A x  with the user's scale s and r
@@ -9,7 +9,6 @@ taken from B; where alpha is 0 or missing, the factor is s alone
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import FileFormatError, MismatchError, SettingError, UnsupportedError
-from .files import PathLike, read_text, write_text
+from .expression import Expression as Expression
+from .expression import wrong_coefficient
+from .files import PathLike
 from .gguf_file import ArrayValue, GGUFFile, Value, write_gguf
 from .gguf_file.values import FLOAT32
 
@@ -357,64 +358,7 @@ class SafetyGene(Adapter):
         return {**super().metadata(), **facts}
 
 
-@dataclass(frozen=True)
-class Expression:
-    """One non-negative coefficient a layer, found for one target model.
-
-    Attributes:
-        coefficients: layer to coefficient; 0 switches the layer off.
-        gene: the gene's own `sha256`; target: SHA-256 of the model file; either may be empty.
-        guard_threshold: the margin (nats) from which on a guard ends an answer; None: not measured.
-    """
-
-    coefficients: Mapping[int, float]
-    gene: str = ""
-    target: str = ""
-    guard_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.guard_threshold is not None and not math.isfinite(self.guard_threshold):
-            raise SettingError(f"the guard's threshold is {self.guard_threshold}", "Give a number")
-        if wrong := _wrong_coefficient(self.coefficients):
-            raise SettingError(*wrong)
-
-    def save(self, path: PathLike) -> None:
-        """Write the expression as JSON."""
-        facts = {
-            "version": FORMAT_VERSION,
-            "gene": self.gene,
-            "target": self.target,
-            "coefficients": {str(layer): value for layer, value in self.coefficients.items()},
-        }
-        if self.guard_threshold is not None:
-            facts["guard_threshold"] = self.guard_threshold
-        write_text(path, json.dumps(facts, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: PathLike) -> Expression:
-        """Read what `save` wrote; FileFormatError for anything else."""
-        try:
-            facts = json.loads(read_text(path))
-            values = {int(layer): float(v) for layer, v in facts["coefficients"].items()}
-            threshold = facts.get("guard_threshold")
-            return cls(
-                values,
-                str(facts.get("gene", "")),
-                str(facts.get("target", "")),
-                None if threshold is None else float(threshold),
-            )
-        except SettingError as error:
-            raise FileFormatError(f"{path}: {error.message}", error.remedy) from error
-        except _NO_EXPRESSION as error:
-            raise FileFormatError(f"{path}: not an expression ({error!r})") from error
-
-
 # -- reading --------------------------------------------------------------
-
-# What JSON that nests too deeply, counts too far or holds other things raises.
-_NO_EXPRESSION = (
-    ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
-)  # fmt: skip
 
 
 def is_lora(file: GGUFFile) -> bool:
@@ -539,17 +483,6 @@ def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:
 
 def _coefficients(file: GGUFFile) -> dict[int, float]:
     found = _by_layer(file, "safegene.coefficients")
-    if wrong := _wrong_coefficient(found):
+    if wrong := wrong_coefficient(found):
         raise FileFormatError(f"{file.path}: {wrong[0]}", wrong[1])
     return found
-
-
-def _wrong_coefficient(coefficients: Mapping[int, float]) -> tuple[str, str] | None:
-    """What is wrong with the first that cannot be, and why."""
-    for layer, value in coefficients.items():
-        if not math.isfinite(value) or value < 0:
-            return (
-                f"the coefficient of layer {layer} is {value}",
-                "Coefficients are finite and not negative: a negative one lowers safety",
-            )
-    return None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from adapters import random_adapter
 from child import in_child
+from listener import Listener
 
 from safegene_edge import Engine, SafeLlama
 from safegene_edge.errors import LlamaCppError, SettingError
@@ -24,24 +25,6 @@ def llama(tiny):
     path = tiny("llama", max_position_embeddings=8192).gguf_path
     with SafeLlama(path, n_ctx=512, type_k=F32, type_v=F32, n_threads=1) as model:
         yield model
-
-
-class Listener:
-    """An ask and what came of it."""
-
-    def __init__(self, prompt, max_tokens=12, **options):
-        self.pieces, self.finish, self.over = [], None, threading.Event()
-        self.ask = Ask(prompt, max_tokens, self.listen, **options)
-
-    def listen(self, text, finish):
-        self.pieces.append(text)
-        if finish:
-            self.finish = finish
-            self.over.set()
-
-    def text(self):
-        assert self.over.wait(30)
-        return "".join(self.pieces)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from adapters import random_adapter, with_template
+from listener import Listener
 from serving import running
 from thinking import TEMPLATES, speaking
 from tiny import ARCHITECTURES
@@ -26,7 +27,7 @@ from safegene_edge.evals.report.schema import report_schema
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.prompts import Prompt
 from safegene_edge.recalibrate.guard import PLACES, ROOM, guard_threshold
-from safegene_edge.runtime.batcher import Ask, Batcher
+from safegene_edge.runtime.batcher import Batcher
 from safegene_edge.runtime.guard import EVERY, REFUSAL, Guard, Look, alone
 from safegene_edge.runtime.refusal_margin import Openers
 
@@ -207,24 +208,6 @@ def test_a_guarded_engine_says_what_an_unguarded_one_says(llama):
 
 
 # -- answers that stream -------------------------------------------------------
-
-
-class Listener:
-    """An ask and what came of it."""
-
-    def __init__(self, prompt, max_tokens=12, **options):
-        self.pieces, self.finish, self.over = [], None, threading.Event()
-        self.ask = Ask(prompt, max_tokens, self.listen, **options)
-
-    def listen(self, text, finish):
-        self.pieces.append(text)
-        if finish:
-            self.finish = finish
-            self.over.set()
-
-    def text(self):
-        assert self.over.wait(30)
-        return "".join(self.pieces)
 
 
 def answered(llama, guard, listeners, **options):

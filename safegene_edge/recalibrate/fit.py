@@ -285,6 +285,7 @@ class _Work:
         strength, own, margins = self._lowered(strength, room, aligned)
         point = Point.of(between(found, strength), self._coefficients(strength))
         guard = measured(self.other, strength)
+        self._tick()
         return Recalibration(
             replace(
                 self._expression(strength, target),
@@ -307,8 +308,8 @@ class _Work:
     def _tick(self) -> None:
         self._done += 1
         if self.progress is not None:
-            # Without the gene, the passes, and twice the validation.
-            self.progress(self._done, self.settings.passes + 3)
+            # Without the gene, the passes, twice the validation, and the guard.
+            self.progress(self._done, self.settings.passes + 4)
 
     def _look(self, strength: float) -> Reading:
         reading = self.fit.at(strength)

@@ -156,7 +156,11 @@ class Batcher:
                 "Send a shorter prompt or ask for fewer tokens",
             )
         if self.guard and ask.alone and len(ask.alone) > self.n_ctx:
-            raise SettingError(f"the last message's {len(ask.alone)} tokens do not fit")
+            raise SettingError(
+                f"the last message's {len(ask.alone)} tokens are more than the context of "
+                f"{self.n_ctx}",
+                "Send a shorter one",
+            )
         with self._wake:
             if self._closed:
                 raise LlamaCppError("the batcher is closed", "Make a new one")

@@ -86,8 +86,8 @@ class Engine(Scheduler):
             thought: the model may think first; `max_tokens` then counts after the thought. One
                 that does not end within its own tokens leaves no answer, "length".
             guard: looks at each answer, of an engine made with `guarded`. One that it ends is a
-                "content_filter"; the refusal is not among its tokens. `refuses` looks at a user's
-                last message alone.
+                "content_filter"; the refusal is not among its tokens. A user's last message alone
+                is not looked at here: that is a prompt whose margin `margins` reads.
 
         A prompt that does not fit into the context gives an empty answer, "context".
         """
@@ -166,17 +166,6 @@ class Engine(Scheduler):
         margins = self.forks().margins(guard.openers, list(looks.values()))
         return [job for job, margin in zip(looks, margins, strict=True)
                 if margin > guard.threshold]  # fmt: skip
-
-    def refuses(
-        self,
-        requests: Sequence[Sequence[int]],
-        guard: Guard,
-        *,
-        adapters: Scales | None = None,
-    ) -> list[bool]:
-        """Whether a guard refuses these prompts, each a user's last message alone."""
-        margins = self.margins(requests, guard.openers, adapters=adapters)
-        return [margin > guard.request_threshold for margin in margins]
 
     def margins(
         self,

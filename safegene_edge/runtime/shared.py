@@ -294,7 +294,11 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
         """
         with self._own_context():
             if len(request) > self._n_ctx - guard.room:
-                raise SettingError(f"the last message's {len(request)} tokens do not fit")
+                raise SettingError(
+                    f"the last message's {len(request)} tokens leave no room for the guard in a "
+                    f"context of {self._n_ctx}",
+                    "Send a shorter one, or give a larger n_ctx",
+                )
             if self.n_tokens + len(request) > self._n_ctx - guard.room:
                 self.clear()
             memory = llama_cpp.llama_get_memory(self.ctx)

@@ -194,8 +194,9 @@ class LocalModel:
         if not alones:
             return []
         scales = self.scales[GUARDED]
-        found = self.engine.refuses(list(alones.values()), guard, adapters=scales)
-        return [name for name, refused in zip(alones, found, strict=True) if refused]
+        margins = self.engine.margins(list(alones.values()), guard.openers, adapters=scales)
+        return [name for name, margin in zip(alones, margins, strict=True)
+                if margin > guard.request_threshold]  # fmt: skip
 
     def _reply(self, chat: Chat, kept: list[Any] | None) -> Reply:
         if kept is not None and kept[:1] == [ENDED]:
