@@ -6,8 +6,7 @@
 The part that no fit sees is read on a line of common strengths and at random strengths of six
 groups of layers. The best of them within the bounds is set beside the strength that
 `recalibrate` chose. Writes dense-FAMILY.json and dense.md. With --learnt it is each fine-tune's own
-gene, on the line alone, beside the strength that speed.json has; dense-FAMILY-learnt.json and
-dense-learnt.md.
+gene, on the line alone; dense-FAMILY-learnt.json and dense-learnt.md.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, table
-from forms import Forms
-from speed import FILE as SPEED
-from speed import files
+from forms import DIRECT, Forms, _with_task
 
 from safegene_edge import SafeLlama, SafetyGene, recalibrate
 from safegene_edge.files import write_text
@@ -134,18 +131,15 @@ def main() -> None:
     found: dict[str, Any] = {"family": given.family, "learnt": given.learnt, "tasks": {}}
     if file.exists():
         found |= json.loads(file.read_text(encoding="utf-8"))
+    work = Forms(given.family)
     for task in given.task.split(","):
-        if given.learnt:
-            pair = f"{given.family}/{task}"
-            target, path = files(pair)
-            said = json.loads(SPEED.read_text(encoding="utf-8"))["pairs"][pair]["now"]
-            gene, bounds, chosen = SafetyGene.load(path), Bounds(**said["bounds"]), said["strength"]
-        else:
-            work = Forms(given.family)
-            target, gene = work.target(task), SafetyGene.load(given.gene or work.bench.family.gene)
-            result = recalibrate(target, gene, settings=RecalibrationSettings(anyway=True))
-            assert result.bounds is not None
-            bounds, chosen = result.bounds, max(result.expression.coefficients.values())
+        path = work.learnt(task, DIRECT)[0] if given.learnt else given.gene
+        target, gene = work.target(task), SafetyGene.load(path or work.bench.family.gene)
+        examples = _with_task(task, "") if given.learnt else None
+        settings = RecalibrationSettings(anyway=True)
+        result = recalibrate(target, gene, examples, settings=settings)
+        assert result.bounds is not None
+        bounds, chosen = result.bounds, max(result.expression.coefficients.values())
         found["tasks"][task] = searched(target, gene, bounds, chosen, given.learnt)
         write_text(file, json.dumps(found, indent=1) + "\n")
         write_table(found)
