@@ -125,6 +125,53 @@ def test_the_bound_is_a_standard_error_below_what_other_prompts_shall_keep(tiny)
     assert work._bounds(AlignedModel.of(gene), read(0)) == Bounds(0.3, 0.1, pytest.approx(most))
 
 
+def test_prompts_that_are_worded_like_harm_have_a_bound_of_their_own():
+    """Refusals of these are not paid for by few refusals of plain ones."""
+    bounds = replace(FREE, over_refusal=0.5, borderline=0.5)
+    plain = replace(read(0, harmless=[9, -9, -9, -9]), borderline=np.array([9.0, -9.0]))
+    worded = replace(plain, borderline=np.array([9.0, 9.0]))
+    assert bounds.broken(plain) == []
+    assert bounds.broken(worded) == [
+        "over-refusal of borderline prompts 1.000 above 0.500"
+    ]  # fmt: skip
+    found = {0.0: replace(plain, borderline=np.array([-9.0, -9.0])), 1.0: worded}
+    assert between(found, 0.75).borderline == pytest.approx([4.5, 4.5])
+
+
+def test_the_bound_of_borderline_prompts_is_the_aligned_models_share():
+    """Of the fit's own 34 it refuses half; three points are left for chance."""
+    shipped = Examples.every_shipped()
+    margins = [9.0] * len(shipped.harmful)
+    margins += [9.0 if number % 2 else -9.0 for number in range(len(shipped.harmless))]
+    gene = SafetyGene("llama", 1.0, {}, aligned_loss=0.1, aligned_over_refusal=0.5,
+                      aligned_margins=tuple(margins), aligned_examples=shipped.digest)  # fmt: skip
+    aligned, fit_part = AlignedModel.of(gene), Examples.shipped()
+    worded = [prompt for prompt in fit_part.harmless if prompt.borderline]
+    share = aligned.share_of(worded, None)
+    for allowed, own, expected in ((0.03, -9, share), (0.13, -9, share + 0.1), (0.03, 9, 1.0)):
+        settings = RecalibrationSettings(over_refusal=allowed)
+        work = fit._Work(gene, fit_part, Examples.shipped("validation"), None, None, settings, None)
+        without = replace(read(0), borderline=np.full(len(worded), float(own)))
+        assert work._bounds(aligned, without).borderline == pytest.approx(expected)
+
+
+def test_the_validations_borderline_prompts_are_counted_by_themselves():
+    shipped, part = Examples.every_shipped(), Examples.shipped("validation")
+    worded = np.array([prompt.borderline for prompt in part.harmless])
+    margins = (9.0,) * len(shipped.harmful) + (-9.0,) * len(shipped.harmless)
+    gene = SafetyGene("llama", 1.0, {}, aligned_loss=0.1, aligned_over_refusal=0.5,
+                      aligned_margins=margins, aligned_examples=shipped.digest)  # fmt: skip
+    work = fit._Work(gene, Examples.shipped(), part, None, None, RecalibrationSettings(), None)
+    own = np.where(np.arange(len(worded)) < 3, 9.0, -9.0)
+    limits = work._limits(own, 0.03, AlignedModel.of(gene))
+    assert [of.sum() for of, _ in limits] == [len(worded), worded.sum()]
+    least = [3, own[worded].tolist().count(9.0)]
+    shares = [0.03 * of.sum() for of, _ in limits]
+    assert [most for _, most in limits] == pytest.approx(list(map(max, least, shares)))
+    none = SafetyGene("llama", 1.0, {})
+    assert len(work._limits(own, 0.03, AlignedModel.of(none))) == 1
+
+
 def test_without_an_aligned_model_the_bound_goes_with_the_refusals_gained(tiny):
     """Five points above its own half, and a quarter of what is refused beyond its own half."""
     work = fit._Work(None, Examples(("a",), ("b",)), OTHERS, None, None,

@@ -1,10 +1,11 @@
 """The server under 32 clients, beside llama.cpp's own `llama-server` with the same slots.
 
 Both serve the same model with the same gene; the clients are OpenAI's, in a process of their
-own, and load one server at a time, in turn. No prompt comes twice to a server. Every answer is
-checked afterwards against the prompts: one that is clearly likelier after another client's than
-after its own has crossed over. LLAMA_SERVER names the peer's program (it is left out where it
-is not set), SERVE_SECONDS how long each server is loaded in all (240: twice two minutes).
+own, and load one server at a time, in turn: first with prompts that never come twice to a server,
+then with prompts that all come again. Every answer of the first part is checked afterwards against
+the prompts: one that is clearly likelier after another client's than after its own has crossed
+over. LLAMA_SERVER names the peer's program (it is left out where it is not set), SERVE_SECONDS how
+long each server is loaded in each part (240: twice two minutes).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from common import machine, smollm2, table, write
 
 CLIENTS, ROUNDS, TOKENS, CONTEXT = 32, 2, 48, 32 * 512
 EACH = 2000  # prompts for a round: more than any server answers
+AGAIN = 96  # prompts that come again: three times the slots
 NATS = 5.0  # what counts as clearly likelier, over a whole answer
 SECONDS = float(os.environ.get("SERVE_SECONDS", "240"))
 GENE = Path(__file__).parents[2] / "safegene_edge" / "data" / "smollm2-135m.gene.gguf"
@@ -194,30 +196,60 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def measured(
+    running: dict[str, tuple[str, int]], prompts: list[str], each: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Each server's rounds, in turn; a round has `each` prompts, the next ones where there are."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+    for number in range(ROUNDS):
+        first = number * each % len(prompts)
+        for name, (url, pid) in running.items():
+            found = loaded(url, SECONDS / ROUNDS, prompts[first : first + each], pid)
+            for entry in found["entries"]:
+                entry["prompt"] += first
+            rounds[name].append(found)
+            speed = found["tokens_per_second"]
+            print(f"round {number + 1}, {name}: {speed:.1f} tokens/s", file=sys.stderr)
+    return rounds
+
+
+def beside(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Each server's summary, and the median of ours over the other's within a round."""
+    ours, *theirs = rounds.values()
+    ratios = [
+        a["tokens_per_second"] / b["tokens_per_second"]
+        for a, b in (zip(ours, theirs[0], strict=True) if theirs else ())
+    ]
+    return {
+        "servers": {name: summary(found) for name, found in rounds.items()},
+        "median_ratio": round(statistics.median(ratios), 3) if ratios else None,
+    }
+
+
 def shown(model: Path, results: dict[str, Any]) -> str:
-    servers = results["servers"]
-    rows = [
-        [name, s["requests"], s["errors"], ", ".join(map(str, s["tokens_per_second"])),
-         s["first_token_seconds_median"], s["rss_mib_second_quarter"], s["rss_mib_last_quarter"]]
-        for name, s in servers.items()
-    ]  # fmt: skip
+    check, parts = results["crossing"], []
     header = ["server", "requests", "errors", "tokens/s in each round", "first token, s (median)",
               "RSS, MiB, second quarter", "last quarter"]  # fmt: skip
-    ratio = results["median_ratio"]
-    of = "Median of safegene-edge over llama-server within a round"
-    beside = f"{of}: {ratio:.2f}.\n" if ratio else ""
-    check = results["crossing"]
+    for title, part in (("never come twice", results), ("come again", results["again"])):
+        rows = [
+            [name, s["requests"], s["errors"], ", ".join(map(str, s["tokens_per_second"])),
+             s["first_token_seconds_median"], s["rss_mib_second_quarter"],
+             s["rss_mib_last_quarter"]]
+            for name, s in part["servers"].items()
+        ]  # fmt: skip
+        of = "Median of safegene-edge over llama-server within a round"
+        ratio = f"\n{of}: {part['median_ratio']:.2f}.\n" if part["median_ratio"] else ""
+        parts.append(f"## Prompts that {title}\n\n{table(header, rows)}{ratio}")
     return (
         f"# Server: {CLIENTS} clients, {results['seconds']:g} s, {model.name} with the gene\n\n"
-        + table(header, rows)
-        + f"\n{beside}Half of the requests stream; {TOKENS} tokens at most each, "
-        f"{CLIENTS} slots; clients and server share the machine. The servers are loaded in turn. "
-        "No prompt comes twice to a server: llama-server keeps the states of earlier prompts.\n"
-        f"\nOf {check['checked']} different answers of safegene-edge, {check['crossed_over']} were "
-        f"likelier by {NATS:g} nats after another client's prompt than after their own; of as many "
-        f"swapped on purpose the same check finds {check['caught']} (refusals are alike). That "
-        "answers in company are exactly those given alone, the tests hold with a float32 model: "
-        "here batching changes the order of sums.\n"
+        f"Half of the requests stream; {TOKENS} tokens at most each, {CLIENTS} slots; clients and "
+        f"server share the machine. The servers are loaded in turn. {AGAIN} prompts come again.\n\n"
+        + "\n".join(parts)
+        + f"\nOf {check['checked']} different answers of safegene-edge to prompts that never come "
+        f"twice, {check['crossed_over']} were likelier by {NATS:g} nats after another client's "
+        "prompt than after their own; of as many swapped on purpose the same check finds "
+        f"{check['caught']} (refusals are alike). That answers in company are exactly those given "
+        "alone, the tests hold with a float32 model: here batching changes the order of sums.\n"
     )
 
 
@@ -230,27 +262,15 @@ def main() -> None:
     prompts = [f"{n}. {texts[n % len(texts)]}" for n in range(ROUNDS * EACH)]
     with ExitStack() as stack:
         running = servers(stack, model)
-        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
-        for number in range(ROUNDS):
-            for name, (url, pid) in running.items():
-                first = number * EACH
-                found = loaded(url, SECONDS / ROUNDS, prompts[first : first + EACH], pid)
-                for entry in found["entries"]:
-                    entry["prompt"] += first
-                rounds[name].append(found)
-                speed = found["tokens_per_second"]
-                print(f"round {number + 1}, {name}: {speed:.1f} tokens/s", file=sys.stderr)
-    ours, *theirs = rounds.values()
-    ratios = [
-        a["tokens_per_second"] / b["tokens_per_second"]
-        for a, b in (zip(ours, theirs[0], strict=True) if theirs else ())
-    ]
+        rounds = measured(running, prompts, EACH)
+        again = measured(running, [f"{text} Again." for text in texts[:AGAIN]], AGAIN)
+    ours = next(iter(rounds.values()))
     results = {
         "model": model.name,
         "seconds": SECONDS,
         "clients": CLIENTS,
-        "servers": {name: summary(found) for name, found in rounds.items()},
-        "median_ratio": round(statistics.median(ratios), 3) if ratios else None,
+        **beside(rounds),
+        "again": beside(again),
         "crossing": crossed(model, prompts, [e for r in ours for e in r["entries"]]),
     }
     write(Path(__file__).parent, results, shown(model, results))

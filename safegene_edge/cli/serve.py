@@ -23,6 +23,7 @@ from .options import examples, file_option, say_next, setting
 @setting(ServeSettings, "port", type=click.IntRange(0, 65535))
 @setting(ServeSettings, "slots", type=click.IntRange(min=1))
 @setting(ServeSettings, "ctx", type=click.IntRange(min=64))
+@setting(ServeSettings, "cache_ram", type=click.IntRange(min=0))
 @setting(ServeSettings, "max_tokens", type=click.IntRange(min=1))
 @setting(ServeSettings, "queue", type=click.IntRange(min=1))
 @setting(ServeSettings, "seconds", type=click.FloatRange(min=0, min_open=True))
@@ -44,6 +45,7 @@ def serve(
     port: int,
     slots: int,
     ctx: int,
+    cache_ram: int,
     max_tokens: int,
     queue: int,
     seconds: float,
@@ -73,6 +75,7 @@ def serve(
         port=port,
         slots=slots,
         ctx=ctx,
+        cache_ram=cache_ram,
         max_tokens=max_tokens,
         queue=queue,
         seconds=seconds,

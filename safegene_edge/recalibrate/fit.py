@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..compat import open_model, require_fit
 from ..errors import FileFormatError, NoEffectError, SettingError
@@ -42,6 +43,7 @@ _ORDERED = 0.6
 _KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
 _SURE = 0.005  # of a loss, where half of the examples show it
+_CHANCE = 0.03  # of the borderline examples: as much as other prompts may show more
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
 
@@ -338,7 +340,12 @@ class _Work:
         # Other prompts shall keep to it, and those of both parts show a share only roughly.
         count = len(harmless) + len(self.validation.harmless)
         over -= (over * (1 - over) / count) ** 0.5
-        return Bounds(kl, settings.task_budget, over + settings.over_refusal)
+        # Those worded like harm by themselves, or few refusals of plain ones would pay for theirs.
+        worded, borderline = [prompt for prompt in harmless if prompt.borderline], None
+        if worded and (share := aligned.share_of(worded, None)) is not None:
+            least = 1 - refusal_loss(without.borderline)
+            borderline = max(share + settings.over_refusal - _CHANCE, least)
+        return Bounds(kl, settings.task_budget, over + settings.over_refusal, borderline=borderline)
 
     def _lowered(
         self, strength: float, room: float, aligned: AlignedModel
@@ -352,27 +359,48 @@ class _Work:
         """
         for read in (0.0, strength):
             self.other.read_both(read)
-        total, own = len(self.validation.harmless), self.other.over_refusals(0.0)
-        known = aligned.on(self.validation.harmless)
-        limit = own if known is None else known
-        most = max((limit > 0).sum() + total * (room + _UNKNOWN * (known is None)), (own > 0).sum())
+        own = self.other.over_refusals(0.0)
+        limits = self._limits(own, room, aligned)
+
+        def within(margins: Values) -> bool:
+            return all((margins[of] > 0).sum() <= most for of, most in limits)
+
         margins = self.other.over_refusals(strength)
         for _ in range(_LOWERED):
-            if (margins > 0).sum() <= most:
+            if within(margins):
                 break
             # Linear, as in the search.
             shares = np.linspace(0, 0.95, 20)
-            kept = [share for share in shares if (own + share * (margins - own) > 0).sum() <= most]
-            strength *= max(kept)
+            strength *= max(share for share in shares if within(own + share * (margins - own)))
             margins = self.other.over_refusals(strength)
         self._tick()
         if not strength:
             raise NoEffectError(
                 "any strength refuses too many of the validation's harmless examples: "
-                f"{int((own > 0).sum())} of {total} without the gene, and {int(most)} are allowed",
+                f"{int((own > 0).sum())} of {len(own)} without the gene, and "
+                f"{int(limits[0][1])} are allowed",
                 "--over-refusal (over_refusal) allows more",
             )
         return strength, own, margins
+
+    def _limits(
+        self, own: Values, room: float, aligned: AlignedModel
+    ) -> list[tuple[npt.NDArray[np.bool_], float]]:
+        """Groups of the validation's harmless prompts, and how many of each may be refused.
+
+        All of them; and where the aligned model is known, those worded like harm.
+        """
+        prompts = self.validation.harmless
+        known = aligned.on(prompts)
+        groups = [np.ones(len(prompts), bool)]
+        if known is None:
+            known, room = own, room + _UNKNOWN
+        else:
+            groups.append(np.array([prompt.borderline for prompt in prompts]))
+        return [
+            (of, max((known[of] > 0).sum() + of.sum() * room, (own[of] > 0).sum()))
+            for of in groups
+        ]  # fmt: skip
 
     def _validated(
         self, strength: float, own: Values, margins: Values, aligned: AlignedModel

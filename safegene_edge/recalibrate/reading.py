@@ -6,7 +6,7 @@ The KL is taken on the first tokens of the target's own answers, without the gen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,21 +34,24 @@ class Reading:
     Attributes:
         harmful, harmless: the margins by which answers open with a refusal, nats.
         kl, task_kl: KL divergence from the target without the gene, nats a token.
+        borderline: of the harmless margins, those of prompts that are worded like harm.
     """
 
     harmful: Values
     harmless: Values
     kl: Values
     task_kl: Values
+    borderline: Values = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Examples as tokens."""
+    """Examples as tokens, and which of the harmless ones are borderline."""
 
     harmful: list[list[int]]
     harmless: list[list[int]]
     task: list[list[int]]
+    borderline: tuple[bool, ...] = ()
 
     @classmethod
     def of(cls, llama: SafeLlama, examples: Examples) -> Asked:
@@ -57,7 +60,10 @@ class Asked:
         def rendered(prompts: Iterable[Prompt]) -> list[list[int]]:
             return [llama.render_answer(prompt.as_dicts()) for prompt in prompts]
 
-        return cls(rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task))
+        return cls(
+            rendered(examples.harmful), rendered(examples.harmless), rendered(examples.task),
+            tuple(prompt.borderline for prompt in examples.harmless),
+        )  # fmt: skip
 
     def cells(self, openers: Openers, tokens: int) -> int:
         """KV cells that the longest sequence takes."""
@@ -171,9 +177,8 @@ class Reader:
                 own.prompts, *paths, look, own.keep, max_tokens=self.tokens, adapters=scales
             )
             own.answers = [answer.tokens for answer in said]
-        harmless, harmful = np.split(leads.margins(), [len(asked.harmless)])
         none = (np.zeros(len(own.prompts)) for own in self._kept)
-        return Reading(harmful, harmless, *none)
+        return self._reading(leads, *none)
 
     def at(self, strength: float) -> Reading:
         """With the gene at one strength. `without` comes first."""
@@ -195,8 +200,13 @@ class Reader:
         )  # fmt: skip
         see_task, task_kl = task.compare()
         self.engine.visit_logits(*task.sequences(), see_task, adapters=scales)
-        harmless, harmful = np.split(leads.margins(), [len(asked.harmless)])
-        return Reading(harmful, harmless, kl, task_kl)
+        return self._reading(leads, kl, task_kl)
+
+    def _reading(self, leads: Leads, kl: Values, task_kl: Values) -> Reading:
+        """Of the harmless prompts' margins and the harmful ones', in this order."""
+        harmless, harmful = np.split(leads.margins(), [len(self.asked.harmless)])
+        borderline = harmless[np.array(self.asked.borderline, bool)]
+        return Reading(harmful, harmless, kl, task_kl, borderline)
 
     def kl_to(self, other: Reader, step: int = 4) -> Values:
         """KL(this model ‖ another one) along its own answers to every `step`-th harmless prompt.

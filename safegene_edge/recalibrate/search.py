@@ -29,6 +29,7 @@ class Bounds:
         kl, task_kl: nats a token, on the harmless examples and on the task's prompts.
         over_refusal: smoothed share of the harmless examples that open with a refusal.
         per_refusal: more of it for each share of the harmful ones that is refused beyond `own`.
+        borderline: the same share of those alone that are worded like harm; None: no bound.
     """
 
     kl: float
@@ -36,6 +37,7 @@ class Bounds:
     over_refusal: float
     per_refusal: float = 0.0
     own: float = 0.0
+    borderline: float | None = None
 
     def most_over(self, reading: Reading) -> float:
         """The over-refusal that a reading may have."""
@@ -49,6 +51,9 @@ class Bounds:
             "task KL": (mean(reading.task_kl), self.task_kl),
             "over-refusal": (1 - refusal_loss(reading.harmless), self.most_over(reading)),
         }
+        if self.borderline is not None and reading.borderline.size:
+            over = 1 - refusal_loss(reading.borderline)
+            found["over-refusal of borderline prompts"] = over, self.borderline
         return [
             f"{name} {value:.3f} above {bound:.3f}"
             for name, (value, bound) in found.items()
@@ -124,4 +129,5 @@ def between(found: Mapping[float, Reading], strength: float) -> Reading:
         mixed(first.harmless, second.harmless),
         mixed(first.kl, second.kl),
         mixed(first.task_kl, second.task_kl),
+        mixed(first.borderline, second.borderline),
     )

@@ -3,8 +3,9 @@
 Where `Engine.generate` runs a list to its end, a `Batcher` has a thread that decodes one
 token for everyone at each step, samples each with its own chain, and delivers the text of all
 in one call. A slot that falls idle keeps its keys and values: the next turn of the same
-conversation, which begins with the same tokens, goes on from there. What goes wrong with one
-request ends that request with "error", and no other.
+conversation, which begins with the same tokens, goes on from there, and a slot that is given
+away leaves a copy (`kept`). What goes wrong with one request ends that request with "error",
+and no other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..errors import LlamaCppError, SafeGeneError, SettingError
 from .batch import common, trim
 from .engine import Engine
 from .guard import Guard
+from .kept import KeptStates
 from .sampling import Pieces, Sampling, TextStream, free_chain
 from .schedule import Scales
 
@@ -101,6 +103,7 @@ class Batcher:
             detached before the batcher is closed.
         guard: looks at every answer, on an engine made with `guarded`.
         max_waiting: asks that wait for a slot, at most.
+        keep: bytes of memory for keys and values of slots that were given away.
         deliver: called from the thread with the events of a step, and must return soon; by
             default each ask's `listener` is called there and then.
     """
@@ -112,6 +115,7 @@ class Batcher:
         adapters: Scales | None = None,
         guard: Guard | None = None,
         max_waiting: int = 64,
+        keep: int = 0,
         deliver: Callable[[StepEvents], None] | None = None,
     ) -> None:
         if guard and not engine.guarded:
@@ -129,6 +133,7 @@ class Batcher:
         # The idle slots, longest idle first, each with the tokens that it still holds.
         self._slots = range(1, engine.n_parallel + 1)
         self._idle: dict[int, list[int]] = {slot: [] for slot in self._slots}
+        self._kept = KeptStates(engine._context, keep)
         self._seconds = 1.0  # a running mean of what an answer takes
         self._closed = False
         self._wake = threading.Condition()
@@ -237,6 +242,7 @@ class Batcher:
             events += [(ask, "", "error") for ask in waiting if not ask.cancelled]
             self._hand_over(events)
         finally:
+            self._kept.clear()
             self.engine.unreserve()
             self._ended.set()
 
@@ -288,35 +294,47 @@ class Batcher:
             with self._wake:
                 self._waiting.popleft()
             try:
-                self._seat(ask)
+                self._seat(ask, self.engine.n_ctx - taken - self._cells(ask))
             except Exception:
                 _LOG.exception("a request could not be begun")
                 events.append((ask, "", "error"))
                 continue
             taken += self._cells(ask)
-            self._free_cells(self.engine.n_ctx - taken)
 
     def _cells(self, ask: Ask) -> int:
         alone = len(ask.alone) if self.guard and ask.alone else 0
         return max(ask.cells, alone) + self._room
 
-    def _seat(self, ask: Ask) -> None:
+    def _seat(self, ask: Ask, cells: int) -> None:
+        """Give an ask a slot; so many cells are then left for the idle ones."""
         last = len(ask.prompt) - 1  # must be decoded anew
         alike = {s: common(ask.prompt, kept, min(last, len(kept)))
                  for s, kept in self._idle.items()}  # fmt: skip
         slot = max(alike, key=lambda s: alike[s])  # the first of equals is the longest idle
-        if alike[slot] < _MIN_PREFIX:
+        tokens, length = self._kept.best(ask.prompt, last)
+        beyond = max(0, len(tokens) - self._cells(ask))  # cells that a kept state takes at first
+        apart = length >= alike[slot] + _MIN_PREFIX and beyond <= cells
+        if apart or alike[slot] < _MIN_PREFIX:
             slot = next((s for s, kept in self._idle.items() if not kept), next(iter(self._idle)))
             alike[slot] = 0
         # All that may fail comes first: then the slot is still as it was.
         ask._tokens, ask._text = [int(token) for token in ask.prompt], TextStream(ask.stop)
         ask._chain = ask.sampling.chain(self.engine.n_vocab)
+        self._keep(slot, alike[slot])
         ask._slot, ask.reused = slot, trim(self.engine._memory, slot, alike[slot])
-        ask._fed, ask._began, ask._sequence = ask.reused, time.monotonic(), slot
         del self._idle[slot]
+        self._free_cells(cells - beyond * apart)
+        if apart and self._kept.load(tokens, slot):
+            ask.reused = trim(self.engine._memory, slot, length)
+        ask._fed, ask._began, ask._sequence = ask.reused, time.monotonic(), slot
         self._active.append(ask)
         if self.guard and ask.alone and len(ask.alone) > 1:
             self._read_alone(ask, ask.alone)
+
+    def _keep(self, slot: int, alike: int) -> None:
+        """Copy what an idle slot holds, where more than a few tokens of it would be lost."""
+        if len(self._idle[slot]) >= alike + _MIN_PREFIX:
+            self._kept.keep(slot, self._idle[slot])
 
     def _free_cells(self, cells: int) -> None:
         """Let the longest idle slots forget until all idle ones take no more than `cells`."""
@@ -324,6 +342,7 @@ class Batcher:
         for slot, kept in self._idle.items():
             if held <= cells:
                 return
+            self._keep(slot, 0)
             trim(self.engine._memory, slot, 0)
             held -= len(kept)
             self._idle[slot] = []

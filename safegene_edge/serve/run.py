@@ -122,6 +122,7 @@ def opened(
                 adapters=scales,
                 guard=guard,
                 max_waiting=settings.queue,
+                keep=settings.cache_ram << 20,
                 deliver=relay.deliver,
             )
             return Served(name, fingerprint, batcher)

@@ -11,13 +11,15 @@ from ..errors import SettingError
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """Settings of the server; all sizes in bytes, all times in seconds.
+    """Settings of the server; sizes are in bytes, but for `cache_ram`, and times in seconds.
 
     Attributes:
         host: where to listen.
         port: the port; 0 takes a free one.
         slots: requests answered together; more wait.
         ctx: tokens that all requests together may hold, prompts and answers.
+        cache_ram: MiB of memory for prompts and answers that gave up their slot and may come again;
+            0 keeps none.
         api_key: clients must send it as `Authorization: Bearer KEY`, but for the page and /health.
         cors: a web origin whose pages may ask, such as http://localhost:3000.
         require_signed: minisign's public key, or its file, that must have signed the gene and every
@@ -43,6 +45,7 @@ class ServeSettings:
     port: int = 8080
     slots: int = 4
     ctx: int = 8192
+    cache_ram: int = 256
     api_key: str | None = None
     cors: tuple[str, ...] = ()
     require_signed: str | None = None
@@ -67,6 +70,8 @@ class ServeSettings:
                      "read_seconds", "connections", "queue"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise SettingError(f"{name} is {getattr(self, name)}", "Give more than 0")
+        if self.cache_ram < 0:
+            raise SettingError(f"cache_ram is {self.cache_ram}", "Give 0 or more")
         if not 0 <= self.temperature <= 2:
             raise SettingError(f"temperature is {self.temperature}", "Give 0 to 2")
         if not 0 <= self.port <= 65535:
