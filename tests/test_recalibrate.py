@@ -139,7 +139,7 @@ def test_prompts_that_are_worded_like_harm_have_a_bound_of_their_own():
 
 
 def test_the_bound_of_borderline_prompts_is_the_aligned_models_share():
-    """Of the fit's own 34 it refuses half; three points are left for chance."""
+    """Of the fit's own 34, about half; and what is allowed beyond."""
     shipped = Examples.every_shipped()
     margins = [9.0] * len(shipped.harmful)
     margins += [9.0 if number % 2 else -9.0 for number in range(len(shipped.harmless))]
@@ -148,7 +148,7 @@ def test_the_bound_of_borderline_prompts_is_the_aligned_models_share():
     aligned, fit_part = AlignedModel.of(gene), Examples.shipped()
     worded = [prompt for prompt in fit_part.harmless if prompt.borderline]
     share = aligned.share_of(worded, None)
-    for allowed, own, expected in ((0.03, -9, share), (0.13, -9, share + 0.1), (0.03, 9, 1.0)):
+    for allowed, own, expected in ((0.03, -9, share + 0.03), (0.1, -9, share + 0.1), (0, 9, 1.0)):
         settings = RecalibrationSettings(over_refusal=allowed)
         work = fit._Work(gene, fit_part, Examples.shipped("validation"), None, None, settings, None)
         without = replace(read(0), borderline=np.full(len(worded), float(own)))

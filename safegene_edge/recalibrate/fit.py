@@ -5,12 +5,12 @@ With c the coefficient of every layer, T the target, G the gene and w a weight, 
     J(c) = mean over harmful of L_refuse + w * mean over harmless of KL(p_T || p_{T+cG})
 
 L_refuse is the smoothed share of answers that open with none of the gene's refusal openers
-(`refusal_margin`). Bounds hold the strength: harmless examples are refused at most
-three points more than by the aligned model, less a standard error; the KL is at most what the
-aligned model itself differs from degraded ones; and the task's KL, where its prompts are given, is
-within a budget of its own. What the strength does is counted on examples that the search never saw;
-where too many harmless ones of these are refused, it is lowered. design/recalibration.md says why
-one strength serves all layers.
+(`refusal_margin`). Bounds hold the strength: harmless examples are refused at most three points
+more than by the aligned model, less a standard error, and borderline ones by themselves at most
+three; the KL is at most what the aligned model itself differs from degraded ones; and the task's
+KL, where its prompts are given, is within a budget of its own. What the strength does is counted
+on examples that the search never saw; where too many harmless ones of these are refused, it is
+lowered. design/recalibration.md says why one strength serves all layers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ _ORDERED = 0.6
 _KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
 _SURE = 0.005  # of a loss, where half of the examples show it
-_CHANCE = 0.03  # of the borderline examples: as much as other prompts may show more
 _LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
 
 
@@ -344,7 +343,7 @@ class _Work:
         worded, borderline = [prompt for prompt in harmless if prompt.borderline], None
         if worded and (share := aligned.share_of(worded, None)) is not None:
             least = 1 - refusal_loss(without.borderline)
-            borderline = max(share + settings.over_refusal - _CHANCE, least)
+            borderline = max(share + settings.over_refusal, least)
         return Bounds(kl, settings.task_budget, over + settings.over_refusal, borderline=borderline)
 
     def _lowered(

@@ -17,8 +17,9 @@ class RecalibrationSettings:
             aligned model itself differs by, which genes carry, or 0.2.
         task_budget: Nats a token that it may cost on the task's prompts.
         over_refusal: Share of the harmless prompts that may be refused beyond what the aligned
-            model refuses; the fit stays a standard error below. Where that is unknown, beyond
-            what the model itself refuses, two points and a quarter of the refusals gained.
+            model refuses, and of the borderline ones by themselves; of all the fit stays a
+            standard error below. Where that is unknown, beyond what the model itself refuses, two
+            points and a quarter of the refusals gained.
         weight: How much a nat of KL counts against all refusals.
         tokens: Tokens of each harmless answer that the KL sees.
         passes: Strengths that all examples are read at, at most, besides 0.

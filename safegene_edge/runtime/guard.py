@@ -22,13 +22,15 @@ import llama_cpp
 import numpy as np
 
 from ..aliases import Floats
-from ..errors import SettingError
-from .batch import Batch, logit_rows
+from ..errors import SettingError, UnsupportedError
+from ..gene import SafetyGene
+from .batch import Batch, common, logit_rows
 from .refusal_margin import Openers, Tokens
 
 EVERY = 64  # tokens of an answer between two looks at it
 DEFAULT_THRESHOLD = 4.0  # nats, of genes that were not calibrated for the model; see docs/guard.md
 REFUSAL = "I can't help with that."
+_SWITCH_OFF = "Switch it off (guard=False, --no-guard)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,48 @@ class Guard:
         """At the user's last message alone, of which a sequence holds all tokens but the last."""
         keep = len(tokens) - 1
         return Look(sequence, keep, sequence, tokens[keep:], self.request_threshold)
+
+
+def guard_of(llama: Any, gene: SafetyGene | None) -> Guard:
+    """A guard for a `SafeLlama`, with the openers and the threshold of a gene if there is one.
+
+    Raises:
+        UnsupportedError: the template opens no answer, or the model's memory cannot be forked.
+    """
+    if llama._is_recurrent or llama._is_hybrid:
+        raise UnsupportedError(
+            f"{llama.model_path}: the guard cannot look at a model with a recurrent memory",
+            _SWITCH_OFF,
+        )
+    header, openings = _turn_tokens(llama)
+    openers, threshold = (gene.refusal_openers, gene.guard_threshold) if gene else ((), None)
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    return Guard(Openers.of(llama, openers), header, openings, threshold)
+
+
+def _turn_tokens(llama: Any) -> tuple[Tokens, frozenset[Tokens]]:
+    """The template's end of turn with the assistant header; and how its prompts end."""
+    word, thinking = "Hello", llama.thinking
+    switched = {thinking.switch: False} if thinking.switch else {}
+
+    def behind(role: str, variables: Mapping[str, Any], rest: str = "") -> Tokens:
+        turns = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
+        parts = llama._parts(turns if role == "assistant" else turns[:1], True, variables)
+        _, found, end = "".join(text for text, _ in parts).rpartition(word)
+        text = (end + rest if found else "").encode()
+        return tuple(llama.tokenize(text, add_bos=False, special=True))
+
+    openings = set()
+    for variables, rest in (({}, ""), (switched, ""), (switched, thinking.missing)):
+        said, asked = (behind(role, variables, rest) for role in ("assistant", "user"))
+        count = common(said[::-1], asked[::-1], min(len(said), len(asked)))
+        openings.add(said[len(said) - count :])
+    if () in openings:
+        raise UnsupportedError(
+            f"{llama.model_path}: the guard finds no assistant header in its chat template",
+            _SWITCH_OFF,
+        )
+    return behind("assistant", switched, thinking.missing), frozenset(openings)
 
 
 def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:

@@ -26,13 +26,11 @@ from ..errors import (
 from ..files import PathLike, scratch_folder
 from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
-from .batch import common
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
 from .controls import ControlTexts
 from .devices import physical_cores
-from .guard import DEFAULT_THRESHOLD, Guard, alone
+from .guard import Guard, alone, guard_of
 from .log import reason
-from .refusal_margin import Openers
 from .shared import AttachedAdapter as AttachedAdapter
 from .shared import OtherAdaptersError, SharedLlama, find_attached
 from .thinking import Thinking
@@ -406,44 +404,9 @@ class SafeLlama(SharedLlama):
         """
         gene = next(reversed(self._genes().values()), None)
         if self._made_guard[0] is not gene:
-            self._made_guard = gene, self._make_guard(gene)
+            self._made_guard = gene, guard_of(self, gene)
         made: Guard = self._made_guard[1]
         return made
-
-    def _make_guard(self, gene: SafetyGene | None) -> Guard:
-        if self._is_recurrent or self._is_hybrid:
-            raise UnsupportedError(
-                f"{self._file.path}: the guard cannot look at a model with a recurrent memory",
-                "Switch it off (guard=False, --no-guard)",
-            )
-        header, openings = self._turn_tokens()
-        openers, threshold = (gene.refusal_openers, gene.guard_threshold) if gene else ((), None)
-        threshold = DEFAULT_THRESHOLD if threshold is None else threshold
-        return Guard(Openers.of(self, openers), header, openings, threshold)
-
-    def _turn_tokens(self) -> tuple[tuple[int, ...], frozenset[tuple[int, ...]]]:
-        """The template's end of turn with the assistant header; and how its prompts end."""
-        word, thinking = "Hello", self.thinking
-        switched = {thinking.switch: False} if thinking.switch else {}
-
-        def behind(role: str, variables: Mapping[str, Any], rest: str = "") -> tuple[int, ...]:
-            turns = [{"role": "user", "content": word}, {"role": "assistant", "content": word}]
-            parts = self._parts(turns if role == "assistant" else turns[:1], True, variables)
-            _, found, end = "".join(text for text, _ in parts).rpartition(word)
-            text = (end + rest if found else "").encode()
-            return tuple(self.tokenize(text, add_bos=False, special=True))
-
-        openings = set()
-        for variables, rest in (({}, ""), (switched, ""), (switched, thinking.missing)):
-            said, asked = (behind(role, variables, rest) for role in ("assistant", "user"))
-            count = common(said[::-1], asked[::-1], min(len(said), len(asked)))
-            openings.add(said[len(said) - count :])
-        if () in openings:
-            raise UnsupportedError(
-                f"{self._file.path}: the guard finds no assistant header in its chat template",
-                "Switch it off (guard=False, --no-guard)",
-            )
-        return behind("assistant", switched, thinking.missing), frozenset(openings)
 
     def render_alone(
         self, messages: Sequence[Mapping[str, Any]], **variables: Any
