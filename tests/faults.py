@@ -144,8 +144,8 @@ def steady() -> None:
             return cls(2026, 1, 1, tzinfo=tz)
 
     datetime.datetime = Fixed  # type: ignore[misc]
-    if evaluate := sys.modules.get("safegene_edge.evals.evaluate"):
-        evaluate.datetime = Fixed  # type: ignore[attr-defined]
+    if plan := sys.modules.get("safegene_edge.evals.plan"):
+        plan.datetime = Fixed  # type: ignore[attr-defined]
     time.perf_counter = lambda: 0.0
 
 

@@ -21,7 +21,7 @@ from safegene_edge.portfolio import express_one
 from safegene_edge.recalibrate.examples import Examples
 from safegene_edge.recalibrate.search import Bounds
 
-evaluate_module = import_module("safegene_edge.evals.evaluate")
+plan_module = import_module("safegene_edge.evals.plan")
 record_module = import_module("safegene_edge.evals.report.record")
 portfolio_module = import_module("safegene_edge.portfolio")
 MODELS = ("MODEL", "model", "fine-tune", "models/one")
@@ -32,7 +32,7 @@ REPORTS = ("before", "after", "old", "new")
 @pytest.fixture(scope="module")
 def few():
     """Fewer prompts in everything that is shipped: the snippets stay, and take seconds."""
-    shipped, suites = Examples.shipped, evaluate_module.load_suite
+    shipped, suites = Examples.shipped, plan_module.load_suite
 
     def first(name_or_path):
         return [replace(suite, prompts=suite.prompts[:2]) for suite in suites(name_or_path)]
@@ -44,7 +44,7 @@ def few():
             return Examples(every.harmful[:2], every.harmless[:2], tuple(task))
 
         patch.setattr(Examples, "shipped", few_of)
-        for module in (evaluate_module, record_module):
+        for module in (plan_module, record_module):
             patch.setattr(module, "load_suite", first)
         patch.setattr(portfolio_module, "_apart", express_one)  # in this process
         yield

@@ -297,6 +297,18 @@ def test_cors_opens_to_those_named(model):
         ServeSettings(cors=("*",))
 
 
+@pytest.mark.parametrize(("cache_ram", "kept"), [(64, True), (0, False)])
+def test_a_conversation_that_comes_back_is_not_read_anew(model, cache_ram, kept):
+    first, other = ([{"role": "user", "content": word * 40}] for word in ("tree ", "boat "))
+    with running(model, slots=1, cache_ram=cache_ram) as server:
+        used = [server.post(CHAT, {"messages": messages, "max_tokens": 2}).json["usage"]
+                for messages in (first, other, first)]  # fmt: skip
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in used]
+    assert cached[2] == (used[0]["prompt_tokens"] - 1 if kept else cached[1])
+    with pytest.raises(SettingError, match="cache_ram"):
+        ServeSettings(cache_ram=-1)
+
+
 # -- limits -------------------------------------------------------------------
 
 

@@ -3,5 +3,6 @@
 asking      prompts, and whoever answers them
 judge       one verdict for a prompt and its completion
 report      counts, documents, records
-statistics  counts with intervals    costs  what a gene costs    evaluate  the whole of it
+statistics  counts with intervals    costs  what a gene costs
+plan        what is asked            evaluate  the whole of it
 """
