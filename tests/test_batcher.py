@@ -96,6 +96,22 @@ def test_a_prompt_comes_again_after_its_slot_was_given_away(llama):
     assert warm == cold
 
 
+def test_a_text_is_kept_once(llama):
+    first, second, third = ([n, n + 1] * (LONG // 2) for n in (5, 50, 100))
+    with Engine(llama, n_parallel=1, n_ctx=512) as engine:
+        batcher = Batcher(engine, keep=1 << 24)
+        said = answer(batcher, first).text()
+        for prompt in (second, third, first, second):
+            answer(batcher, prompt)
+        assert len(batcher._kept) == 3
+        longer = [*first, *llama.tokenize(said.encode(), add_bos=False), 7, 8, 9]
+        for prompt in (longer, second, third, first, second):
+            answer(batcher, prompt)
+        kept = list(batcher._kept._states)
+        batcher.close()
+    assert not any(a != b and a == b[: len(a)] for a in kept for b in kept)
+
+
 def test_a_conversation_goes_on_after_others(llama):
     first, other = [5, 6] * (LONG // 2), [50, 51] * (LONG // 2)
     (said, *_), _ = asked_in_turn(llama, 0, [first])

@@ -42,10 +42,14 @@ class KeptStates:
         """
         if not self.most or llama_cpp.llama_memory_seq_pos_min(self._memory, sequence) != 0:
             return
+        key = tuple(tokens)
+        longer = next((known for known in self._states if key == known[: len(key)]), None)
+        if longer is not None:
+            self._states[longer] = self._states.pop(longer)  # it says all of this one: used again
+            return
         size = int(llama_cpp.llama_state_seq_get_size(self._context, sequence))
         if not 0 < size <= self.most:
             return
-        key = tuple(tokens)
         for known in [known for known in self._states if known == key[: len(known)]]:
             self._drop(known)  # this one says all of it
         while self.size + size > self.most:
