@@ -325,7 +325,7 @@ def test_learn_gives_a_gene_that_a_stock_loader_takes(
     known = facts_of(again)
     assert known["teacher"] == "aligned" and known["refused"] == known["asked"] == 20
     assert known["harmless"] == 20 + 20 // 4 + 1
-    assert "fitting" in seen and seen[-1] == "fitting"
+    assert "fitting" in seen and seen[-1] == "measuring the aligned model"
     with SafeLlama(str(path), n_ctx=256) as llama:
         llama.attach(file)  # which proves that the logits moved
     learn([[path, task]], path, task=["One two three"], settings=made).save(tmp_path / "b.gguf")

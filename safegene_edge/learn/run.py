@@ -77,9 +77,7 @@ def learn(
     with ExitStack() as stack:
         work = _Learning(stack, models, teacher, tuple(task), settings or LearnSettings(), progress)
         gene = work.run(family)
-    if teacher is not None:
-        gene = measured(gene, teacher, models)
-    return gene
+    return gene if teacher is None else work.with_aligned_facts(gene, teacher)
 
 
 def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
@@ -169,6 +167,11 @@ class _Learning:
         fit = Fit(targets, self.settings, rank, lanes=self.lanes, tick=self._tick)
         self._read += sum(lane.rows for lane in fit.lanes)
         return self._gene(file, fit.run(layers), taught, family)
+
+    def with_aligned_facts(self, gene: SafetyGene, teacher: list[PathLike]) -> SafetyGene:
+        """With what recalibration asks of the aligned model; the targets may be closed by now."""
+        self._begin("measuring the aligned model", 1 + len(self.files))
+        return measured(gene, teacher, self.files, tick=self._tick)
 
     def _taught(self, files: list[PathLike], layers: Sequence[int]) -> Taught:
         """A teacher's refusals, and its states there."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import comb
@@ -89,21 +89,25 @@ def measured(
     aligned: Sequence[PathLike],
     degraded: Sequence[Sequence[PathLike]] = (),
     tokens: int = 8,
+    tick: Callable[[], None] = lambda: None,
 ) -> SafetyGene:
     """The gene with what llama.cpp shows of its aligned model, and of degraded ones.
 
     Args:
         aligned, degraded: a GGUF model each, and the adapters that it is run with.
         tokens: of each degraded model's answers that the KL sees.
+        tick: called when the aligned model was read, and after each degraded one.
     """
     with ExitStack() as stack:
         reader = _reader(stack, gene, aligned, tokens)
         reader.read_both(0.0)
         harmful, harmless = reader.refusals(), reader.over_refusals(0.0)
+        tick()
         costs = []
         for one in degraded:
             with ExitStack() as inner:
                 costs.append(float(_reader(inner, gene, one, tokens).kl_to(reader).mean()))
+            tick()
     return replace(
         gene,
         aligned_loss=refusal_loss(harmful),
