@@ -3,8 +3,9 @@
     python bench/sideload/run.py
 
 Prefill and decode by the engine, one sequence and sixteen, all columns in turn in each round. The
-gene is the package's; the adapter on all linear layers is the example's safety adapter. A gene's
-cost goes with the number of its tensors, not with their rank.
+distilled gene is the package's; the learnt one is the bench of recovery's; the adapter on all
+linear layers is the example's safety adapter. A gene's cost goes with the number of its tensors,
+not with their rank.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from common import cache_folder, safety_adapter, smollm2, table, write
 from safegene_edge import Engine, SafeLlama, SafetyGene, merge
 from safegene_edge.merge import MergeSettings
 
-ROUNDS, PROMPT, ANSWER = 7, 256, 64
+ROUNDS, PROMPT, ANSWER = 5, 256, 48
+LEARNT = cache_folder() / "recovery" / "smollm2" / "learnt" / "agnews-learnt-direct.gguf"
 BATCHES = (1, 16)
 BARE = "no adapter"
 
@@ -49,13 +51,12 @@ def main() -> None:
         SafeLlama(model, n_ctx=512) as llama, Engine(llama, n_ctx=8192, flash_attn=True) as engine,
         SafeLlama(merged, n_ctx=512) as other, Engine(other, n_ctx=8192, flash_attn=True) as baked,
     ):  # fmt: skip
-        on_all = SafetyGene.load(whole)
-        columns = {
-            BARE: (engine, {}, 0),
-            "the gene": (engine, {llama.attach(gene): 1.0}, len(gene.pairs)),
-            "all layers": (engine, {llama.attach(whole): 1.0}, len(on_all.pairs)),
-            "merged": (baked, {}, 0),
-        }
+        adapters = {"learnt gene": SafetyGene.load(LEARNT), "distilled gene": gene,
+                    "all layers": SafetyGene.load(whole)}  # fmt: skip
+        columns: dict[str, Any] = {BARE: (engine, {}, 0)}
+        for name, adapter in adapters.items():
+            columns[name] = engine, {llama.attach(adapter): 1.0}, len(adapter.pairs)
+        columns["distilled gene, merged"] = baked, {}, 0
         for batch in BATCHES:
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
             for number in range(ROUNDS + 1):
