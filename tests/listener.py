@@ -23,3 +23,11 @@ class Listener:
     def text(self):
         assert self.over.wait(30)
         return "".join(self.pieces)
+
+
+def answer(batcher, prompt, *args, **options):
+    """Submit an ask and wait for its end."""
+    listener = Listener(prompt, *args, **options)
+    batcher.submit(listener.ask)
+    listener.text()
+    return listener

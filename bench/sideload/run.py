@@ -3,9 +3,9 @@
     python bench/sideload/run.py
 
 Prefill and decode by the engine, one sequence and sixteen, all columns in turn in each round. The
-distilled gene is the package's; the learnt one is the bench of recovery's; the adapter on all
-linear layers is the example's safety adapter. A gene's cost goes with the number of its tensors,
-not with their rank.
+distilled gene is the package's; the learnt one is the bench of recovery's (`forms.py --learn
+direct`), left out where it was not made; the adapter on all linear layers is the example's safety
+adapter. A gene's cost goes with the number of its tensors, not with their rank.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def main() -> None:
         SafeLlama(model, n_ctx=512) as llama, Engine(llama, n_ctx=8192, flash_attn=True) as engine,
         SafeLlama(merged, n_ctx=512) as other, Engine(other, n_ctx=8192, flash_attn=True) as baked,
     ):  # fmt: skip
-        adapters = {"learnt gene": SafetyGene.load(LEARNT), "distilled gene": gene,
-                    "all layers": SafetyGene.load(whole)}  # fmt: skip
+        adapters = {"distilled gene": gene, "all layers": SafetyGene.load(whole)}
+        if LEARNT.exists():
+            adapters = {"learnt gene": SafetyGene.load(LEARNT), **adapters}
         columns: dict[str, Any] = {BARE: (engine, {}, 0)}
         for name, adapter in adapters.items():
             columns[name] = engine, {llama.attach(adapter): 1.0}, len(adapter.pairs)

@@ -311,8 +311,10 @@ class Batcher:
         alike = {s: common(ask.prompt, kept, min(last, len(kept)))
                  for s, kept in self._idle.items()}  # fmt: skip
         slot = max(alike, key=lambda s: alike[s])  # the first of equals is the longest idle
-        tokens, length = self._kept.best(ask.prompt, last)
-        beyond = max(0, len(tokens) - self._cells(ask))  # cells that a kept state takes at first
+        state, length = self._kept.best(ask.prompt, last)
+        beyond = max(
+            0, len(state.tokens) - self._cells(ask)
+        )  # cells that a kept state takes at first
         apart = length >= alike[slot] + _MIN_PREFIX and beyond <= cells
         if apart or alike[slot] < _MIN_PREFIX:
             slot = next((s for s, kept in self._idle.items() if not kept), next(iter(self._idle)))
@@ -324,7 +326,7 @@ class Batcher:
         ask._slot, ask.reused = slot, trim(self.engine._memory, slot, alike[slot])
         del self._idle[slot]
         self._free_cells(cells - beyond * apart)
-        if apart and self._kept.load(tokens, slot):
+        if apart and self._kept.load(state, slot):
             ask.reused = trim(self.engine._memory, slot, length)
         ask._fed, ask._began, ask._sequence = ask.reused, time.monotonic(), slot
         self._active.append(ask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import llama_cpp
@@ -17,6 +18,14 @@ import numpy.typing as npt
 from .batch import common
 
 _Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class State:
+    """A sequence's tokens, with their keys and values as llama.cpp writes them."""
+
+    tokens: tuple[int, ...] = ()
+    data: _Bytes = field(default_factory=lambda: np.empty(0, np.uint8))
 
 
 class KeptStates:
@@ -30,7 +39,7 @@ class KeptStates:
     def __init__(self, context: Any, most: int) -> None:
         self._context, self._memory = context, llama_cpp.llama_get_memory(context)
         self.most, self.size = most, 0
-        self._states: dict[tuple[int, ...], _Bytes] = {}  # the longest unused first
+        self._states: dict[tuple[int, ...], State] = {}  # the longest unused first
 
     def __len__(self) -> int:
         return len(self._states)
@@ -45,7 +54,7 @@ class KeptStates:
         key = tuple(tokens)
         longer = next((known for known in self._states if key == known[: len(key)]), None)
         if longer is not None:
-            self._states[longer] = self._states.pop(longer)  # it says all of this one: used again
+            self._use(longer)  # it says all of this one
             return
         size = int(llama_cpp.llama_state_seq_get_size(self._context, sequence))
         if not 0 < size <= self.most:
@@ -55,41 +64,44 @@ class KeptStates:
         while self.size + size > self.most:
             self._drop(next(iter(self._states)))
         try:
-            state = np.empty(size, np.uint8)
+            data = np.empty(size, np.uint8)
         except MemoryError:  # a convenience, and no reason to fail
             return
-        got = llama_cpp.llama_state_seq_get_data(self._context, _pointer(state), size, sequence)
+        got = llama_cpp.llama_state_seq_get_data(self._context, _pointer(data), size, sequence)
         if got == size:
-            self._states[key] = state
+            self._states[key] = State(key, data)
             self.size += size
 
-    def best(self, prompt: Sequence[int], most: int) -> tuple[tuple[int, ...], int]:
-        """The kept tokens that have most in common with a prompt's first `most`, and how many."""
-        found: tuple[int, ...] = ()
-        length = 0
-        for tokens in self._states:
-            alike = common(prompt, tokens, min(most, len(tokens)))
+    def best(self, prompt: Sequence[int], most: int) -> tuple[State, int]:
+        """What has most in common with a prompt's first `most` tokens, and how many it has.
+
+        It can be loaded, too, when others have taken its room by then.
+        """
+        found, length = State(), 0
+        for state in self._states.values():
+            alike = common(prompt, state.tokens, min(most, len(state.tokens)))
             if alike > length:
-                found, length = tokens, alike
+                found, length = state, alike
         return found, length
 
-    def load(self, tokens: tuple[int, ...], sequence: int) -> bool:
-        """Put kept keys and values into an empty sequence; whether there was room for them."""
-        state = self._states.pop(tokens)
-        self._states[tokens] = state  # now the last used
-        size = len(state)
-        return bool(
-            llama_cpp.llama_state_seq_set_data(self._context, _pointer(state), size, sequence)
-        )
+    def load(self, state: State, sequence: int) -> bool:
+        """Put keys and values into an empty sequence; whether there was room for them."""
+        if state.tokens in self._states:
+            self._use(state.tokens)
+        data, size = _pointer(state.data), len(state.data)
+        return bool(llama_cpp.llama_state_seq_set_data(self._context, data, size, sequence))
 
     def clear(self) -> None:
         """Forget all of it."""
         self._states.clear()
         self.size = 0
 
+    def _use(self, tokens: tuple[int, ...]) -> None:
+        self._states[tokens] = self._states.pop(tokens)  # the last one to go
+
     def _drop(self, tokens: tuple[int, ...]) -> None:
-        self.size -= len(self._states.pop(tokens))
+        self.size -= len(self._states.pop(tokens).data)
 
 
-def _pointer(state: _Bytes) -> Any:
-    return state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+def _pointer(data: _Bytes) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
