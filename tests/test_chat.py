@@ -262,6 +262,9 @@ class Terminal:
 
     def close(self):
         code = self.process.wait(timeout=60)
+        with suppress(OSError):  # all of it was read
+            if code:
+                print(os.read(self._ours, 1 << 16).decode("utf-8", "replace"))
         os.close(self._ours)
         return code
 

@@ -525,6 +525,33 @@ def test_a_handler_of_ones_own_is_used(model):
         assert llama.create_chat_completion(USER, max_tokens=1)
 
 
+def test_ctrl_c_as_a_call_begins_leaves_no_call_behind(model):
+    """It comes where the lock was given back, before the call's own work."""
+
+    class Interrupted:
+        def __init__(self, lock):
+            self.lock, self.times = lock, 0
+
+        def __enter__(self):
+            return self.lock.__enter__()
+
+        def __exit__(self, *given):
+            self.lock.__exit__(*given)
+            self.times += 1
+            if self.times == 1:
+                raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(self.lock, name)
+
+    llama = SafeLlama(model, n_ctx=128)
+    llama._unused = Interrupted(llama._unused)
+    with pytest.raises(KeyboardInterrupt):
+        llama.tokenize(b"Hello")
+    assert llama._unused.times == 2  # as the call began, and as it ended
+    llama.close()
+
+
 def test_a_closed_model_says_so(model):
     llama = SafeLlama(model, [random_adapter(model)], n_ctx=256)
     (handle,) = llama.adapters

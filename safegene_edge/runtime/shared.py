@@ -118,7 +118,8 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
         # Locks are taken in this order: the turn on the own context, an engine's, the guard.
         self._turns = _Turns()
         self._guard = threading.RLock()  # adapters and contexts change one at a time
-        self._users: list[int] = []  # threads within a call; it is freed when there are none
+        # Calls, each with its thread; it is freed when there are none.
+        self._users: dict[object, int] = {}
         self._unused = threading.Condition()
         self._turn = 0  # grows when a stream that was begun before cannot go on
         self._closed = False
@@ -151,7 +152,7 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
             LlamaCppError: a batcher's listener, an engine's callback, or what an answer calls
                 (a logits processor, say) calls this.
         """
-        if threading.get_ident() in self._users:
+        if threading.get_ident() in self._users.values():
             raise LlamaCppError(
                 "a model cannot be closed by what it calls", "Close it from another thread"
             )
@@ -349,15 +350,15 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """Closing waits until this is over."""
-        thread = threading.get_ident()
-        with self._unused:
-            self._require_open()
-            self._users.append(thread)
-        try:
+        call = object()
+        try:  # Ctrl-C may come between any two steps, and a call left here is one for ever
+            with self._unused:
+                self._require_open()
+                self._users[call] = threading.get_ident()
             yield
         finally:
+            self._users.pop(call, None)
             with self._unused:
-                self._users.remove(thread)
                 self._unused.notify_all()
 
     @contextmanager
@@ -370,7 +371,7 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
     @contextmanager
     def _change(self) -> Iterator[None]:
         """Adapters may be changed on all contexts of the model."""
-        if threading.get_ident() in self._users:
+        if threading.get_ident() in self._users.values():
             raise SettingError(
                 "adapters cannot be changed by what an answer calls", "Change them between answers"
             )
