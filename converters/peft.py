@@ -11,7 +11,6 @@ What a setting does to the maths was read in PEFT's own source (0.21, tuners/lor
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError, UnsupportedError
-from ..files import PathLike, folder_remedy, read_text
+from ..files import PathLike, folder_remedy, parse_json, read_text
 from . import safetensors_file
 from .keys import module_of, of_senses, plain, within_peft
 from .patterns import Patterns
@@ -294,8 +293,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         raise FileFormatError(f"{path}: no such file", remedy)
     try:
         text = read_text(path)
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         raise FileFormatError(f"{path}: not JSON ({error})", "Save the adapter again") from error
     if not isinstance(values, dict):
         raise FileFormatError(f"{path}: not a table of settings", "Save the adapter again")

@@ -6,7 +6,6 @@ length, a JSON header with each tensor's type, shape and place, then the data.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileFormatError
-from ..files import PathLike, reading, require_file
+from ..files import PathLike, parse_json, reading, require_file
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -88,8 +87,8 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
             raise _broken(path, "not a safetensors file, or truncated inside its header")
         text = handle.read(length)
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(text)
+    except ValueError as error:
         raise _broken(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a table of tensors")

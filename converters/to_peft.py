@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..aliases import Floats
 from ..compat import open_model, require_fit
 from ..errors import SafeGeneError
-from ..files import PathLike, atomic_folder, check_folder
+from ..files import PathLike, atomic_folder, check_folder, parse_json
 from ..gene import Adapter, Pair
 from . import safetensors_file
 from .keys import MODULE_PREFIX, module_of
@@ -77,7 +77,7 @@ def _from_record(adapter: Adapter, names: BaseNames) -> PeftAdapter | None:
     text = extra.get(f"{KEY}config")
     if not isinstance(text, str) or extra.get(f"{KEY}pairs") != len(tensors):
         return None
-    values = json.loads(text)
+    values = parse_json(text)
     if setting_refusals(values):
         return None
     config = parse_config(values, text, "the adapter's record")

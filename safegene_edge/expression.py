@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import FileFormatError, SettingError
-from .files import PathLike, read_text, write_text
+from .files import PathLike, parse_json, read_text, write_text
 
 VERSION = 1
 # What JSON that nests too deeply, counts too far or holds other things raises.
 _NO_EXPRESSION = (
-    ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError
+    ValueError, TypeError, KeyError, AttributeError, OverflowError
 )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ class Expression:
     def load(cls, path: PathLike) -> Expression:
         """Read what `save` wrote; FileFormatError for anything else."""
         try:
-            facts = json.loads(read_text(path))
+            facts = parse_json(read_text(path))
             values = {int(layer): float(v) for layer, v in facts["coefficients"].items()}
             threshold = facts.get("guard_threshold")
             return cls(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -82,6 +83,14 @@ def read_text(path: PathLike, encoding: str = "utf-8") -> str:
     path = require_file(path)
     with reading(path):
         return path.read_text(encoding=encoding)
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """`json.loads`; what is nested too deeply is a ValueError, like all that is no JSON."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def sha256(path: PathLike) -> str:

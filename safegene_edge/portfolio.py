@@ -23,7 +23,7 @@ from .evals.report import findings
 from .evals.report.findings import Json
 from .evals.settings import BUILT_IN
 from .evals.statistics import Count
-from .files import PathLike, sha256, write_text
+from .files import PathLike, parse_json, sha256, write_text
 from .gene import SafetyGene
 from .hub import resolve
 from .portfolio_settings import PortfolioSettings as PortfolioSettings
@@ -226,7 +226,7 @@ def _key(model: Path, gene: Path, settings: PortfolioSettings) -> dict[str, Any]
 def _kept(folder: Path, key: dict[str, Any]) -> PortfolioRow | None:
     """The row of an earlier run that depends on the same, if all that it wrote is still there."""
     try:
-        facts = json.loads((folder / _DONE).read_text(encoding="utf-8"))
+        facts = parse_json((folder / _DONE).read_text(encoding="utf-8"))
         same = facts["key"] == key and facts["files"] == _hashes(folder)
         return PortfolioRow.from_json(facts["row"]) if same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -14,7 +14,7 @@ from importlib import resources
 from typing import Any
 
 from .errors import FileFormatError
-from .files import PathLike, read_text
+from .files import PathLike, parse_json, read_text
 
 FORMS = (
     "question",  # direct, of 8 to 20 words
@@ -144,7 +144,7 @@ def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
             continue
         try:
             is_row = line.lstrip().startswith("{")
-            record = json.loads(line) if is_row else {"prompt": line.strip()}
+            record = parse_json(line) if is_row else {"prompt": line.strip()}
             found.append(from_record(record, str(number)))
         except (ValueError, TypeError) as error:
             raise FileFormatError(

@@ -17,12 +17,22 @@ from pathlib import Path
 from typing import IO, Any
 
 from .compat import open_model, require_fit
-from .errors import MismatchError, OutputError, SettingError, command
+from .errors import FileFormatError, MismatchError, OutputError, SettingError, command
 from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
 from .evals.settings import DEFAULT_SUITES, EvalSettings
-from .files import PathLike, atomic_folder, check_output, hold, sha256, write_text, writing
+from .files import (
+    PathLike,
+    atomic_folder,
+    check_output,
+    hold,
+    parse_json,
+    read_text,
+    sha256,
+    write_text,
+    writing,
+)
 from .gene import SafetyGene
 from .learn.base import Model, files_of
 from .learn.run import learn
@@ -287,7 +297,7 @@ class _Work:
     def _recalibrated(self, gene: SafetyGene) -> Recalibration:
         kept = self.folder / "recalibration.json"
         if kept.exists():
-            return Recalibration.from_json(json.loads(kept.read_text(encoding="utf-8")))
+            return Recalibration.from_json(_json_of(kept))
         _, held = self._task_parts()
         found = recalibrate(
             self.target, gene, Examples.shipped("fit", held), adapters=self.adapters,
@@ -307,8 +317,7 @@ class _Work:
                     progress=lambda done, total: self.progress("measuring", done, total),
                 )  # fmt: skip
             write_text(kept, json.dumps(report.to_json()) + "\n")
-        facts: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return facts
+        return _json_of(kept)
 
     def _written(self, adapter: Path) -> None:
         if self.merged:
@@ -341,8 +350,17 @@ class _Work:
         )
 
 
+def _json_of(kept: Path) -> dict[str, Any]:
+    """What an earlier step has written."""
+    try:
+        facts: dict[str, Any] = parse_json(read_text(kept))
+    except ValueError as error:
+        raise FileFormatError(f"{kept}: is not JSON ({error})", "Delete its folder") from error
+    return facts
+
+
 def _is(note: Path, key: str) -> bool:
     try:
-        return bool(json.loads(note.read_text(encoding="utf-8"))["key"] == key)
+        return bool(parse_json(note.read_text(encoding="utf-8"))["key"] == key)
     except (OSError, ValueError, KeyError, TypeError):
         return False

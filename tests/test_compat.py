@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -10,10 +11,19 @@ import pytest
 from adapters import random_adapter
 from gguf import GGUFWriter
 
-from safegene_edge import Expression, SafeLlama
-from safegene_edge.compat import open_model, unfitted
-from safegene_edge.errors import FileFormatError
+from safegene_edge import Expression, SafeLlama, compat
+from safegene_edge.compat import (
+    check,
+    open_model,
+    other_parts,
+    require_fit,
+    require_loadable,
+    tokenizer_digest,
+    unfitted,
+)
+from safegene_edge.errors import FileFormatError, MismatchError, UnsupportedError
 from safegene_edge.files import sha256
+from safegene_edge.gene import Adapter, Pair
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 from safegene_edge.runtime.requantise import requantise
 
@@ -112,3 +122,121 @@ def test_a_token_twice_is_refused_before_llama_cpp_ends_the_process(tiny, tmp_pa
     path.write_bytes(data.replace("Ġand".encode(), "Ġ\0nd".encode()))  # llama.cpp reads "Ġ"
     with pytest.raises(FileFormatError, match="has the token 'Ġ' twice"):
         SafeLlama(path)
+
+
+def misfits(names):
+    """An adapter with a pair of wrong shape for each of these tensors."""
+    pair = Pair(np.ones((1, 3), np.float32), np.ones((5, 1), np.float32))
+    return Adapter("llama", 1.0, dict.fromkeys(names, pair))
+
+
+def test_each_reason_is_said_in_full(tiny):
+    model = open_model(tiny("llama").gguf_path)
+    names = ["blk.0.attn_q.weight", "blk.9.attn_q.weight", "token_embd.weight"]
+    problems = [str(problem) for problem in check(misfits(names), model)]
+    assert problems == [
+        "blk.0.attn_q.weight: the adapter is for 5×3, the model has 64×64",
+        "blk.9.attn_q.weight: the model has no such tensor",
+        "token_embd.weight: adapters on the embeddings are not supported",
+    ]
+    other = replace(misfits(names), architecture="gemma")
+    assert [str(problem) for problem in check(other, model)] == [
+        "the adapter is for the architecture 'gemma', the model is 'llama'"
+    ]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_that_is_the_embeddings(tied, tiny):
+    model = open_model(tiny("llama").gguf_path)
+    model.tensors.pop("output.weight", None)
+    if not tied:
+        model.tensors.pop("token_embd.weight")
+    (problem,) = check(misfits(["output.weight"]), model)
+    assert ("tied to its embeddings" in problem.reason) == tied
+    assert ("no such tensor" in problem.reason) != tied
+
+
+@pytest.mark.parametrize(("count", "end"), [(5, ""), (6, "; and 1 more"), (8, "; and 3 more")])
+def test_five_misfits_are_named_and_the_others_counted(count, end, tiny):
+    model = open_model(tiny("llama").gguf_path)
+    names = [f"blk.{90 + n}.attn_q.weight" for n in range(count)]
+    with pytest.raises(MismatchError) as raised:
+        require_fit(misfits(names), model, "a.gguf")
+    listed = "; ".join(f"{name}: the model has no such tensor" for name in names[:5])
+    assert raised.value.message == f"a.gguf does not fit {model.path}: {listed}{end}"
+    with pytest.raises(MismatchError, match=r"^the adapter does not fit"):
+        require_fit(misfits(names), model)
+    require_fit(misfits([]), model)
+
+
+def test_an_alora_is_refused_with_its_tokens(tiny):
+    model = open_model(tiny("llama").gguf_path)
+    extra = {"adapter.alora.invocation_tokens": [7, 8]}
+    with pytest.raises(UnsupportedError, match=r"^it\.gguf is an aLoRA.*tokens \[7, 8\], and"):
+        require_fit(replace(misfits([]), extra=extra), model, "it.gguf")
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    ones = [("t.weight", np.ones((2, 2), np.float32))]
+    write_gguf(tmp_path / "a.gguf", "llama", {"general.type": "adapter"}, ones)
+    with pytest.raises(FileFormatError, match="is of the type 'adapter', not a model"):
+        open_model(tmp_path / "a.gguf")
+    write_gguf(tmp_path / "b.gguf", "llama", {"general.type": "model"}, [])
+    with pytest.raises(FileFormatError, match="has no tensors"):
+        open_model(tmp_path / "b.gguf")
+    write_gguf(tmp_path / "c.gguf", "llama", {}, ones)  # older files say no type
+    assert list(open_model(tmp_path / "c.gguf").tensors) == ["t.weight"]
+
+
+@pytest.mark.parametrize(("name", "count", "others"), [
+    ("tiny.gguf", 0, 0), ("tiny.gguf", 1, 0), ("tiny-00001-of-00003.gguf", 3, 2),
+    ("tiny.gguf", 2, None), ("tiny-00002-of-00002.gguf", 2, None),
+    ("tiny-00001-of-00003.gguf", 2, None), ("tiny-0001-of-0002.gguf", 2, None),
+])  # fmt: skip
+def test_which_parts_there_are_follows_from_the_name(name, count, others, tmp_path):
+    ones = np.ones((2, 2), np.float32)
+    write_gguf(tmp_path / name, "llama", {"split.count": count}, [("t.0", ones)])
+    for number in range(2, (others or 0) + 2):
+        part = tmp_path / f"tiny-{number:05d}-of-{count:05d}.gguf"
+        write_gguf(part, "llama", {}, [(f"t.{number}", ones)])
+    if others is None:
+        with pytest.raises(FileFormatError, match=f"split into {count} files") as raised:
+            other_parts(GGUFFile(tmp_path / name))
+        assert f"ends in -00001-of-{count:05d}.gguf" in raised.value.remedy
+        return
+    found = other_parts(GGUFFile(tmp_path / name))
+    assert [list(part.tensors) for part in found] == [[f"t.{n}"] for n in range(2, others + 2)]
+
+
+def test_a_token_that_comes_twice_is_shown_cut(tmp_path):
+    ones = [("t.weight", np.ones((2, 2), np.float32))]
+    for listed, wrong in ((["a", "b", "", ""], False), (["x" * 50, "a", "x" * 50], True)):
+        write_gguf(tmp_path / "m.gguf", "llama", {"tokenizer.ggml.tokens": listed}, ones)
+        if not wrong:
+            require_loadable(GGUFFile(tmp_path / "m.gguf"))
+            continue
+        with pytest.raises(FileFormatError, match=f"the token '{'x' * 40}' twice"):
+            require_loadable(GGUFFile(tmp_path / "m.gguf"))
+
+
+def test_a_tokenizer_is_its_tokens_and_merges(tmp_path):
+    def digest(**lists):
+        facts = {f"tokenizer.ggml.{key}": values for key, values in lists.items()}
+        write_gguf(tmp_path / "m.gguf", "llama", facts, [("t", np.ones((2, 2), np.float32))])
+        return tokenizer_digest(GGUFFile(tmp_path / "m.gguf"))
+
+    own = digest(tokens=["a", "b"], merges=["a b"])
+    assert own == hashlib.sha256(b'[["a", "b"], ["a b"]]').hexdigest()
+    assert own == digest(tokens=["a", "b"], merges=["a b"], scores=[1.0])
+    assert len({own, digest(tokens=["a", "b"]), digest(tokens=["b"], merges=["a b"])}) == 3
+
+
+@pytest.mark.parametrize(("room", "known"), [(0, True), (-1, False)])
+def test_a_large_model_is_not_hashed_for_a_warning(room, known, tiny, tmp_path, monkeypatch):
+    model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"
+    whole = random_adapter(model, family="tiny")
+    whole.express(Expression(dict.fromkeys(whole.layers, 0.5), whole.sha256, "ab" * 32)).save(gene)
+    monkeypatch.setattr(compat, "_HASHED", model.stat().st_size + room)
+    assert unfitted(gene, model) == (
+        f"{gene} was fitted to another model than {model}" if known else ""
+    )

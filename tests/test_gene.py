@@ -12,8 +12,8 @@ from adapters import random_adapter
 from safegene_edge import Expression, SafetyGene
 from safegene_edge.compat import check, require_fit
 from safegene_edge.errors import FileFormatError, MismatchError, SettingError
-from safegene_edge.gene import Adapter, Pair, layer_of
-from safegene_edge.gguf_file import GGUFFile, write_gguf
+from safegene_edge.gene import Adapter, Pair, is_lora, layer_of
+from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 
 FACTS = {
     "family": "tiny",
@@ -269,3 +269,152 @@ def test_preflight_names_every_tensor(tiny):
         require_fit(Adapter("llama", 1.0, misfit), header)
     with pytest.raises(MismatchError, match="'qwen2'"):
         require_fit(gene, GGUFFile(tiny("qwen2").gguf_path))
+
+
+WHOLE = {
+    **FACTS,
+    "aligned_margins": (0.5, -1.25),
+    "aligned_examples": "ef" * 32,
+    "aligned_kl": 0.375,
+    "target": "aa" * 32,
+    "tokenizer": "bb" * 32,
+    "guard_threshold": -2.5,
+}
+
+
+def test_a_file_holds_each_fact_under_its_key(tmp_path):
+    gene = replace(random_gene(), **WHOLE)
+    gene.save(tmp_path / "gene.gguf")
+    file = GGUFFile(tmp_path / "gene.gguf")
+    found = {key: value.values() if isinstance(value, ArrayValue) else value
+             for key, value in file.metadata.items()}  # fmt: skip
+    assert found == {
+        "general.architecture": "llama",
+        "general.type": "adapter",
+        "general.name": "a gene",
+        "adapter.type": "lora",
+        "adapter.lora.alpha": 4.0,
+        "safegene.version": 1,
+        "safegene.family": "tiny",
+        "safegene.sources": ["aligned", "degraded"],
+        "safegene.source_hashes": ["ab" * 32, "cd" * 32],
+        "safegene.layers": [0, 1, 2],
+        "safegene.scores.layers": [0, 2],
+        "safegene.scores": [0.25, 1.5],
+        "safegene.coefficients.layers": [0, 1, 2],
+        "safegene.coefficients": [1.0, 0.5, 2.0],
+        "safegene.refusal_openers": ["I'm sorry", "I can't"],
+        "safegene.aligned_loss": 0.25,
+        "safegene.aligned_over_refusal": 0.125,
+        "safegene.aligned_margins": [0.5, -1.25],
+        "safegene.aligned_examples": "ef" * 32,
+        "safegene.aligned_kl": 0.375,
+        "safegene.target": "aa" * 32,
+        "safegene.tokenizer": "bb" * 32,
+        "safegene.guard_threshold": -2.5,
+    }
+    assert list(file.tensors)[:2] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]
+    again = SafetyGene.load(tmp_path / "gene.gguf")
+    assert {key: getattr(again, key) for key in WHOLE} == WHOLE
+    assert again.extra == {"general.name": "a gene"}
+
+
+def test_what_a_file_does_not_say(tmp_path):
+    path = broken(tmp_path, _BOTH)
+    gene = SafetyGene.load(path)
+    assert gene == SafetyGene("llama", 4.0, gene.pairs, {}, gene.types)
+    facts = {"general.type": "adapter", "adapter.type": "lora", "x": [1, 2], "y": "z",
+             "safegene.peft.config": "{}", "safegene.learn.asked": 128}  # fmt: skip
+    write_gguf(path, "qwen2", facts, _BOTH)
+    gene = SafetyGene.load(path)
+    assert (gene.architecture, gene.alpha, gene.effective_scale("t")) == ("qwen2", 0.0, 1.0)
+    kept = ("x", "y", "safegene.peft.config", "safegene.learn.asked")
+    assert gene.extra == {key: facts[key] for key in kept}
+    with pytest.raises(FileFormatError, match=r"format 1\.5, this version reads 1"):
+        SafetyGene.load(broken(tmp_path, _BOTH, {"safegene.version": 1.5}))
+    assert SafetyGene.load(broken(tmp_path, _BOTH, {"safegene.version": 1})).family == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("blk.0.attn_q.weight", 0), ("blk.123456789.x", 123456789), ("blk.1234567890.x", -1),
+     ("xblk.3.attn_q.weight", -1), ("blk.3", -1), ("blk.-1.x", -1), ("output.weight", -1)],
+)  # fmt: skip
+def test_the_block_of_a_tensor(name, layer):
+    assert layer_of(name) == layer
+
+
+def test_a_hash_is_of_names_shapes_types_and_values():
+    gene = random_gene()
+    pair = gene.pairs["blk.0.attn_q.weight"]
+
+    def with_pair(**changes):
+        return replace(gene, pairs={**gene.pairs, "blk.0.attn_q.weight": replace(pair, **changes)})
+
+    flat = Pair(pair.a.reshape(1, 16), pair.b)
+    others = [
+        with_pair(a=pair.a + 1), with_pair(b=pair.b + 1), with_pair(a=pair.a.astype(np.float16)),
+        replace(gene, pairs={**gene.pairs, "blk.0.attn_q.weight": flat}),
+        replace(gene, architecture="qwen2"), gene.only([0, 1]),
+        replace(gene, pairs={f"x.{name}": pair for name, pair in gene.pairs.items()}),
+    ]  # fmt: skip
+    assert len({gene.sha256, *(other.sha256 for other in others)}) == 1 + len(others)
+    backwards = replace(gene, pairs=dict(reversed(gene.pairs.items())))
+    assert backwards.sha256 == replace(gene, alpha=np.float64(4.0) + 1e-12).sha256 == gene.sha256
+
+
+def test_factors_by_layer_and_for_all():
+    gene = random_gene()
+    half, some = gene.scaled(0.5), gene.scaled({1: 3.0})
+    for name, pair in gene.pairs.items():
+        assert half.pairs[name].a is pair.a
+        np.testing.assert_array_equal(half.pairs[name].b, pair.b * np.float32(0.5))
+        factor = np.float32(3 if layer_of(name) == 1 else 1)
+        np.testing.assert_array_equal(some.pairs[name].b, pair.b * factor)
+    assert random_gene(dtype=np.float16).scaled(2.0).pairs["blk.0.attn_q.weight"].b.dtype == "f2"
+    with pytest.raises(SettingError, match=r"every layer has the factor 0"):
+        gene.scaled(0.0)
+
+
+def test_an_expression_of_another_gene_is_refused():
+    gene = random_gene()
+    with pytest.raises(MismatchError, match="of another gene"):
+        gene.express(Expression({0: 1.0}, gene="ab" * 32))
+    fitted = replace(gene, target="old", guard_threshold=9.0).express(
+        Expression({1: 0.5}, gene=gene.sha256)
+    )
+    assert fitted.coefficients == {0: 1.0, 1: 0.25, 2: 2.0}  # times those already folded
+    assert (fitted.target, fitted.guard_threshold) == ("old", None)
+    fitted = gene.express(Expression({0: 1.0}, "", "new", 1.5))
+    assert (fitted.target, fitted.guard_threshold) == ("new", 1.5)
+
+
+def test_the_shipped_gene_names_its_tokenizer():
+    gene = SafetyGene.shipped()
+    assert len(gene.tokenizer) == 64 and gene.family and gene.refusal_openers
+    assert gene.n_parameters < 600_000 and 0 not in (gene.aligned_loss, gene.aligned_kl)
+    assert not gene.is_alora
+    assert replace(gene, extra={"adapter.alora.invocation_tokens": [1]}).is_alora
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("model", "the model goes before"), ("x", "GGUF LoRA")]
+)
+def test_what_is_no_lora_comes_with_the_remedy(kind, remedy, tmp_path):
+    write_gguf(tmp_path / "x.gguf", "llama", {"general.type": kind}, _BOTH)
+    with pytest.raises(FileFormatError, match=f"of the type '{kind}', not a LoRA") as raised:
+        SafetyGene.load(tmp_path / "x.gguf")
+    assert remedy in raised.value.remedy
+    assert not is_lora(GGUFFile(tmp_path / "x.gguf"))
+    write_gguf(tmp_path / "x.gguf", "llama", {}, _BOTH)
+    with pytest.raises(FileFormatError, match="of the type 'model', not a LoRA"):
+        SafetyGene.load(tmp_path / "x.gguf")
+
+
+def test_strays_are_counted(tmp_path):
+    strays = [(f"s{n}", A) for n in range(3)]
+    with pytest.raises(FileFormatError, match=r"'s0' is no half of a LoRA pair \(nor are 2 others"):
+        Adapter.load(broken(tmp_path, [*_BOTH, *strays]))
+    with pytest.raises(FileFormatError, match=r"'s0' is no half of a LoRA pair\.") as raised:
+        Adapter.load(broken(tmp_path, [*_BOTH, strays[0]]))
+    assert raised.value.message.endswith("pair")

@@ -285,3 +285,118 @@ def test_an_output_is_never_an_input(tmp_path):
     with pytest.raises(OutputError, match="also an input"), atomic_output(link, [path]):
         pass
     assert path.read_text() == "precious"
+
+
+OTHERS = {
+    "m.pt": (b"PK\x03\x04....", "a PyTorch checkpoint", "Convert it with llama.cpp"),
+    "m.bin": (b"\x80\x02....", "a PyTorch checkpoint", "Convert it with llama.cpp"),
+    "m.safetensors": (b"\x10\0\0\0....", "a safetensors file", "Convert it with llama.cpp"),
+    "m.gguf": (b"version https://git-lfs", "a pointer of Git LFS", "Download the file itself"),
+    "n.gguf": (b"<!DOCTYPE html>", "a web page", "Download the file itself"),
+    "m.json": (b'{"a": 1}', "a JSON file", "Give a .gguf file"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_files_are_named_as_what_they_are(name, tmp_path):
+    content, what, remedy = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FileFormatError, match=f"not a GGUF file but {what}") as raised:
+        GGUFFile(tmp_path / name)
+    assert raised.value.remedy.startswith(remedy)
+    (tmp_path / "x.txt").write_bytes(b"1234 and more")
+    with pytest.raises(FileFormatError, match=r"not a GGUF file\."):
+        GGUFFile(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
+def test_quantised_tensors_are_dequantised_as_gguf_py_does(kind, tmp_path):
+    from gguf import GGMLQuantizationType, quants
+
+    number = GGMLQuantizationType[kind]
+    block, size = {"Q4_0": (32, 18), "Q8_0": (32, 34), "Q4_K": (256, 144), "Q6_K": (256, 210)}[kind]
+    random = np.random.default_rng(0)
+    raw = random.integers(0, 60, (3, 2, size), np.uint8)  # small bytes: every scale is finite
+    shape = (block, 2, 3)  # in the file the extents are the other way round
+    content = counts(1, 0) + tensor("t", shape, number)
+    start = -len(content) % 32
+    (tmp_path / "x.gguf").write_bytes(content + bytes(start) + raw.tobytes())
+    file = GGUFFile(tmp_path / "x.gguf")
+    info = file.tensors["t"]
+    assert (info.shape, info.type_name, info.n_elements) == ((3, 2, block), kind, 6 * block)
+    assert (info.n_bytes, info.offset) == (raw.size, len(content) + start)
+    np.testing.assert_array_equal(file.raw("t"), raw.reshape(-1))
+    expected = quants.dequantize(raw, number).reshape(3, 2, block)
+    np.testing.assert_array_equal(file.floats("t"), expected)
+    with pytest.raises(FileFormatError, match="there is no tensor 'u'"):
+        file.floats("u")
+
+
+def test_a_type_that_cannot_be_read_is_named(tmp_path):
+    content = counts(1, 0) + tensor("t", (256,), 27)  # I64: llama.cpp has it, a model has not
+    (tmp_path / "x.gguf").write_bytes(content + bytes(-len(content) % 32) + bytes(2048))
+    with pytest.raises(FileFormatError, match=r"'t' has the type I64, which cannot be read here"):
+        GGUFFile(tmp_path / "x.gguf").floats("t")
+
+
+def test_what_is_just_allowed_is_read(tmp_path):
+    """The last value before each bound of the reader."""
+    name = "n" * 63
+    content = counts(1, 0) + tensor(name, (1, 1, 1, 32))
+    padded = content + bytes(-len(content) % 32) + bytes(128)
+    (tmp_path / "x.gguf").write_bytes(padded)
+    assert GGUFFile(tmp_path / "x.gguf").tensors[name].shape == (32, 1, 1, 1)
+    (tmp_path / "x.gguf").write_bytes(padded[:-1])
+    with pytest.raises(FileFormatError, match="outside of the file"):
+        GGUFFile(tmp_path / "x.gguf")
+    (tmp_path / "x.gguf").write_bytes(padded.replace(name.encode(), b"n" * 63 + b"n", 1))
+    with pytest.raises(FileFormatError):
+        GGUFFile(tmp_path / "x.gguf")
+    for version, fine in ((2, True), (3, True), (4, False)):
+        (tmp_path / "v.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, 0))
+        if fine:
+            assert GGUFFile(tmp_path / "v.gguf").tensors == {}
+            continue
+        with pytest.raises(FileFormatError, match="version 4"):
+            GGUFFile(tmp_path / "v.gguf")
+    keys = b"".join(text(f"{n:05d}") + struct.pack("<IB", 0, 1) for n in range(1 << 16))
+    (tmp_path / "k.gguf").write_bytes(counts(0, 1 << 16) + keys)
+    assert len(GGUFFile(tmp_path / "k.gguf").metadata) == 1 << 16
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_tensors_lie_where_the_files_alignment_says(size, tmp_path):
+    key = text("general.alignment") + struct.pack("<II", U32, size)
+    content = counts(2, 1) + key + tensor("a", (2,)) + tensor("b", (2,), 0, 64)
+    start = -(-len(content) // size) * size
+    values = np.arange(18, dtype="<f4")
+    (tmp_path / "x.gguf").write_bytes(content.ljust(start, b"\0") + values.tobytes())
+    file = GGUFFile(tmp_path / "x.gguf")
+    assert file.alignment == size
+    np.testing.assert_array_equal(file.floats("a"), values[:2])
+    np.testing.assert_array_equal(file.floats("b"), values[16:18])
+    with pytest.raises(FileFormatError, match="alignment is 3, not a power of two"):
+        (tmp_path / "x.gguf").write_bytes(content.replace(struct.pack("<I", size), b"\3\0\0\0", 1)
+                                          if size > 3 else alignment(U32, "I", 3))  # fmt: skip
+        GGUFFile(tmp_path / "x.gguf")
+
+
+def test_a_missing_key_and_its_default(tmp_path):
+    file = GGUFFile(small_file(tmp_path / "x.gguf"))
+    assert (file.text("no", "yes"), file.number("no", 1.5), file.whole("no", 3)) == ("yes", 1.5, 3)
+    assert (file.strings("no"), file.numbers("no"), file.numbers("x.count")) == ([], [], [7.0])
+    assert (file.whole("x.count"), file.alignment, file.n_bytes) == (
+        7, 32, (tmp_path / "x.gguf").stat().st_size,
+    )  # fmt: skip
+    for read in (file.text, file.number, file.whole):
+        with pytest.raises(FileFormatError, match="'no' is missing"):
+            read("no")
+    for read, key in ((file.number, "x.flag"), (file.numbers, "x.flag"), (file.numbers, "x.words")):
+        with pytest.raises(FileFormatError, match=key):
+            read(key)
+    with pytest.raises(FileFormatError, match=r"x\.scale is 0\.5, not a count"):
+        file.whole("x.scale")
+    begin, end = file.spans["x.count"]
+    assert (tmp_path / "x.gguf").read_bytes()[begin:end] == text("x.count") + struct.pack(
+        "<II", U32, 7
+    )

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import judge_record
 import pytest
 
 from safegene_edge.errors import FileFormatError
@@ -263,6 +264,16 @@ def test_is_deterministic_across_processes() -> None:
         for seed in ("1", "2")
     ]  # fmt: skip
     assert said[0] == said[1] == f"{[judge(*case) for case in cases]}\n"
+
+
+def test_no_verdict_changes_silently() -> None:
+    """Figures of two versions compare only where the judge's version is the same."""
+    known = json.loads(judge_record.FILE.read_text())
+    assert known["judge"] == JUDGE_VERSION, "write it anew: see judge_record.py"
+    found, answers = judge_record.said(), list(judge_record.answers())
+    assert len(found) == len(known["verdicts"]) > 800
+    pairs = zip(answers, known["verdicts"], found, strict=True)
+    assert [answer for answer, before, now in pairs if before != now] == []
 
 
 def test_the_hash_names_code_and_weights() -> None:

@@ -6,7 +6,6 @@ change, or the divergence itself), so that it answers whether there is a cost at
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ..errors import FileFormatError
-from ..files import PathLike, read_text, sha256
+from ..files import PathLike, parse_json, read_text, sha256
 from .asking.chat import Chat
 from .report.results import Cost
 from .statistics import Paired, power_note, wilson
@@ -220,7 +219,7 @@ def load_task(path: PathLike) -> Task:
     for row, line in enumerate(lines, 1):
         if line.strip():
             try:
-                items.append(_item(json.loads(line)))
+                items.append(_item(parse_json(line)))
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as fault:
                 raise FileFormatError(
                     f"{path}, row {row}: is no task ({fault})",

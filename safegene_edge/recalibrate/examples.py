@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FileFormatError, SettingError
-from ..files import PathLike, read_text
+from ..files import PathLike, parse_json, read_text
 from ..prompts import Prompt, from_record, rows
 
 PARTS = ("fit", "validation")
@@ -71,7 +71,7 @@ class Examples:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 found[row.get("part", "fit")][row["kind"]].append(from_record(row, ""))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise FileFormatError(

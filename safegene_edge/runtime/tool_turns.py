@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..files import parse_json
+
 Turn = Mapping[str, Any]
 _ANSWERS = ("tool", "function")  # the roles of what a tool answered
 
@@ -57,8 +59,8 @@ def _parsed(call: Any) -> Any:
     """The call with its arguments as an object, where they are one."""
     function = _function(call)
     try:
-        arguments = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError, RecursionError):
+        arguments = parse_json(function["arguments"])
+    except (KeyError, TypeError, ValueError):
         return call
     if not isinstance(arguments, dict):
         return call

@@ -92,9 +92,9 @@ def _part(part: Any, where: str) -> str:
         return part
     fields = _object(part, where)
     kind = fields.get("type")
+    if not isinstance(kind, str):
+        raise wrong(f"{where}.type", 'should be "text"')
     if kind not in _TEXT:
-        if not isinstance(kind, str):
-            raise wrong(f"{where}.type", 'should be "text"')
         what = next((what for word, what in _OTHERS.items() if word in kind), _shown(kind))
         raise wrong(where, f"is {what}, and this server reads text alone")
     key = _TEXT[kind]
@@ -174,4 +174,4 @@ def _known(fields: Mapping[str, Any], known: frozenset[str], where: str) -> None
 
 
 def _shown(kind: Any) -> str:
-    return f"of type '{str(kind)[:64]}'"
+    return f"of type {str(kind)[:64]!r}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingError
+from ..files import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class ServeSettings:
             SettingError: they are no JSON object.
         """
         try:
-            found = json.loads(self.chat_template_kwargs or "{}")
+            found = parse_json(self.chat_template_kwargs or "{}")
         except ValueError:
             found = None
         if not isinstance(found, dict):

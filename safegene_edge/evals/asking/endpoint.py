@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ...errors import SafeGeneError, SettingError
+from ...files import parse_json
 from ...runtime.thinking import SWITCHES, Thinking
 from ..settings import EndpointModel, EvalSettings
 from .chat import Advance, Chat, Reply
@@ -205,7 +206,7 @@ class _Connections:
 def _content(served: EndpointModel, text: str) -> str | bool:
     """The answer; False where the server stopped within a thought."""
     try:
-        choice = json.loads(text)["choices"][0]
+        choice = parse_json(text)["choices"][0]
         message = choice["message"]
         content = message["content"]
     except (ValueError, LookupError, TypeError) as error:

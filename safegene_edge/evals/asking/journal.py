@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import FileFormatError, OutputError
-from ...files import PathLike, cache_folder, reading, writing
+from ...files import PathLike, cache_folder, parse_json, reading, writing
 
 _HEADER = {"safegene_edge_journal": 1}
 _HEADER_LINE = json.dumps(_HEADER).encode() + b"\n"
@@ -82,7 +82,7 @@ class Journal:
             raise FileFormatError(f"{path}: is no journal of an evaluation", "Name another file")
         for row, line in enumerate(data[len(_HEADER_LINE) : whole].splitlines(), 2):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 self._values[record["key"]] = record["value"]
             except (ValueError, KeyError, TypeError) as error:
                 raise FileFormatError(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...errors import FileFormatError, SettingError
+from ...files import parse_json
 from ...prompts import Prompt, from_record, own_id
 from ..settings import BUILT_IN
 
@@ -163,8 +164,8 @@ def _jsonl(source: str, data: bytes) -> _Rows:
 
 def _json_object(source: str, row: int, line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line, object_pairs_hook=partial(_once, source, row))
-    except (json.JSONDecodeError, RecursionError) as fault:
+        record = parse_json(line, object_pairs_hook=partial(_once, source, row))
+    except ValueError as fault:
         raise _bad(source, row, "is not JSON", "JSONL holds one object a line") from fault
     if not isinstance(record, dict):
         raise _bad(source, row, "is not a JSON object", 'Write {"prompt": "..."}')

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...errors import FileFormatError
-from ...files import PathLike, read_text
+from ...files import PathLike, parse_json, read_text
 
 Schema: TypeAlias = Mapping[str, Any]
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -45,8 +45,8 @@ def read_report(path: PathLike) -> dict[str, Any]:
         FileFormatError: names the file and the place in it that is wrong.
     """
     try:
-        report = json.loads(read_text(path), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as fault:
+        report = parse_json(read_text(path), parse_constant=_no_constant)
+    except ValueError as fault:
         why = "it is no text" if isinstance(fault, UnicodeDecodeError) else fault
         raise FileFormatError(
             f"{path}: is not JSON ({why})", "Give a file that `eval --json` wrote"
