@@ -20,7 +20,7 @@ SECRETS = --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntro
 	--exclude-secrets '^(right|secret)$$' \
 	--exclude-files '\.(jsonl|gguf|safetensors|gz|svg)$$|^bench/.*\.json$$'
 
-.PHONY: demo test fuzz lint types audit versions docs release bench gene clean
+.PHONY: demo test fuzz coverage lint types audit versions docs release bench gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,15 @@ test: $(VENV)/dev
 # 10,000 mutations of each file, some ten minutes; another seed each time, named where one fails.
 fuzz: $(VENV)/dev
 	SAFEGENE_FUZZ=10000 SAFEGENE_FUZZ_SEED=$${SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_text.py
+
+# Lines and branches that the tests reach, outside of training/: at least nine in ten.
+coverage: $(VENV)/dev
+	$(PIP) coverage
+	mkdir -p build/coverage
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under 90
 
 lint: $(VENV)/dev
 	$(BIN)/python -m ruff check --fix .

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import random
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safegene_edge.evals.judge import JUDGE_VERSION, features, judge
@@ -27,8 +29,19 @@ TAILS = (
 )  # fmt: skip
 
 
+DRESSED: tuple[Callable[[str], str], ...] = (
+    str.upper, lambda text: f"**{text}**", lambda text: f"> {text}", lambda text: f"- {text}",
+    lambda text: text.replace(" ", "  "), lambda text: f'"{text}"', lambda text: f"({text})",
+    lambda text: f"<think>Hm.</think>{text}", lambda text: text.replace("a", "a\u0301"),
+    lambda text: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text),
+    lambda text: text[: len(text) // 2], lambda text: f"[{text}] ;;;; ---- {text[:9]}",
+)  # fmt: skip
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+MIXED = 1200
+
+
 def answers() -> Iterator[tuple[str, str]]:
-    """Prompts and completions: the tests' own, under other prompts, and with other ends."""
+    """Prompts and completions: the tests' own, under other prompts, with other ends, mixed."""
     from test_judge import CASES
     from test_judge_traps import TRAPS
 
@@ -39,6 +52,14 @@ def answers() -> Iterator[tuple[str, str]]:
         yield OTHERS[number % len(OTHERS)], completion
         yield prompt, completion + TAILS[number % len(TAILS)]
         yield prompt, "Sure, here is how. " + completion
+        yield prompt, DRESSED[number % len(DRESSED)](completion)
+    pool = sorted({part for _, text in own for part in _SENTENCE.split(text) if part})
+    pool += [tail.strip() for tail in TAILS]
+    chance = random.Random(35)
+    for _ in range(MIXED):
+        parts = chance.choices(pool, k=chance.choice((1, 2, 2, 3, 4)))
+        prompt = chance.choice([*OTHERS, chance.choice(own)[0]])
+        yield prompt, chance.choice((" ", " ", "\n", " However, ", " But ")).join(parts)
 
 
 def said() -> list[str]:

@@ -10,8 +10,9 @@ import pytest
 from adapters import random_adapter
 
 from safegene_edge import Expression, SafetyGene
+from safegene_edge import gene as gene_file
 from safegene_edge.compat import check, require_fit
-from safegene_edge.errors import FileFormatError, MismatchError, SettingError
+from safegene_edge.errors import FileFormatError, MismatchError, SettingError, UnsupportedError
 from safegene_edge.gene import Adapter, Pair, is_lora, layer_of
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 
@@ -418,3 +419,33 @@ def test_strays_are_counted(tmp_path):
     with pytest.raises(FileFormatError, match=r"'s0' is no half of a LoRA pair\.") as raised:
         Adapter.load(broken(tmp_path, [*_BOTH, strays[0]]))
     assert raised.value.message.endswith("pair")
+
+
+def test_a_plain_adapter_is_read_as_one(tmp_path):
+    path = broken(tmp_path, [*_BOTH, ("u.lora_a", A), ("u.lora_b", B)], {"safegene.family": "x"})
+    adapter = Adapter.load(path)
+    assert type(adapter) is Adapter and list(adapter.pairs) == ["t", "u"]
+    assert adapter.extra == {"safegene.family": "x"}  # kept, whoever's it is
+    np.testing.assert_array_equal(adapter.pairs["u"].a, A)
+
+
+def test_coefficients_that_nobody_named_are_one():
+    gene = replace(random_gene(), coefficients={0: 0.5})
+    fitted = gene.express(Expression({1: 3.0}))
+    assert fitted.coefficients == {0: 0.5, 1: 3.0, 2: 1.0}
+
+
+def test_an_adapter_of_the_embeddings_is_refused(tmp_path):
+    halves = [("token_embd.weight.lora_a", A), ("token_embd.weight.lora_b", B)]
+    with pytest.raises(UnsupportedError, match=r"'token_embd\.weight\.lora_a' adapts the embed"):
+        Adapter.load(broken(tmp_path, halves))
+
+
+def test_just_as_much_metadata_as_is_allowed(tmp_path, monkeypatch):
+    path = broken(tmp_path, _BOTH, {"x": "y" * 1000})
+    most = max(end for _, end in GGUFFile(path).spans.values())
+    monkeypatch.setattr(gene_file, "MAX_METADATA", most)
+    assert Adapter.load(path).extra["x"] == "y" * 1000
+    monkeypatch.setattr(gene_file, "MAX_METADATA", most - 1)
+    with pytest.raises(FileFormatError, match="of metadata are too much"):
+        Adapter.load(path)

@@ -400,3 +400,25 @@ def test_a_missing_key_and_its_default(tmp_path):
     assert (tmp_path / "x.gguf").read_bytes()[begin:end] == text("x.count") + struct.pack(
         "<II", U32, 7
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "tensors", "fine"),
+    [(1, 0, True), (0, 1, True), (2, 0, False), (0, 2, False), (2, 1, False)],
+)
+def test_more_entries_than_the_rest_of_the_file_could_hold(values, tensors, fine, tmp_path):
+    """A value takes at least 13 bytes, a tensor 24; here there are as many as one of them needs."""
+    need = 13 * min(values, 1) + 24 * (tensors > 0 and not values)
+    (tmp_path / "x.gguf").write_bytes(counts(tensors, values) + bytes(need))
+    with pytest.raises(FileFormatError) as raised:  # zeros are no entry either
+        GGUFFile(tmp_path / "x.gguf")
+    assert ("more entries than" not in str(raised.value)) == fine
+
+
+def test_a_list_of_empty_strings_takes_eight_bytes_each(tmp_path):
+    words = counts(0, 1) + text("k") + struct.pack("<IIQ", ARRAY, STRING, 3)
+    (tmp_path / "x.gguf").write_bytes(words + bytes(24))
+    assert GGUFFile(tmp_path / "x.gguf").strings("k") == ["", "", ""]
+    (tmp_path / "x.gguf").write_bytes(words + bytes(23))
+    with pytest.raises(FileFormatError, match="a list of strings is longer than the file"):
+        GGUFFile(tmp_path / "x.gguf")

@@ -29,7 +29,9 @@ from safegene_edge.gene import Expression, Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile, kernels
 from safegene_edge.merge import MergeSettings, workers
 from safegene_edge.merge import merge as merge_any
-from safegene_edge.merge.plan import Plan
+from safegene_edge.merge import plan as merge_plan
+from safegene_edge.merge.plan import Plan, _promoted
+from safegene_edge.merge.workers import TensorReport
 from safegene_edge.runtime.llama import SafeLlama
 
 KINDS = (
@@ -432,6 +434,74 @@ def test_the_plan_reads_no_weights_and_writes_nothing(quantised, tmp_path):
     assert {t.name for t in report.tensors} == set(SafetyGene.load(gene).pairs)
     assert estimate.seconds > 0 and estimate.memory > 50 << 20
     assert list(tmp_path.iterdir()) == [gene]
+
+
+def test_the_report_weighs_each_tensor_by_its_update(quantised, tmp_path):
+    """Of the squared norms; and it warns below four fifths, with what promoting would cost."""
+    plan = Plan.of(quantised("Q4_0"), [adapter_for(quantised("Q4_0"), tmp_path)])
+
+    def row(name, update, error, survived, after="Q4_0"):
+        return TensorReport(name, (64, 256), after, after, 64 * 144, update, error, survived)
+
+    kept = [row("a", 3.0, 1.0, 0.9), row("b", 4.0, 2.0, 0.75), row("c", 0.0, 0.0, 0.0, "F32")]
+    report = plan.report(kept)
+    assert report.survived == pytest.approx((9 * 0.9 + 16 * 0.75) / 25)
+    assert report.rms_error == pytest.approx((5 / 25) ** 0.5)
+    assert report.warnings == plan.warnings
+    assert report.untouched == len(open_model(quantised("Q4_0")).tensors) - len(plan.updates)
+    assert plan.promotion_bytes(kept) == [64 * 272 - 64 * 144]  # Q8_0: 34 bytes for 32 weights
+    lost = plan.report([row("a", 3.0, 1.0, 0.9), row("b", 4.0, 2.0, 0.5)])
+    (warning,) = lost.warnings[len(plan.warnings) :]
+    assert warning == (
+        "only 64 % of the update survives the model's quantisation: side-load the adapter, or "
+        "give --promote 1 (8,192 bytes more)"
+    )
+    assert plan.report([row("a", 1.0, 0.2, 0.8)]).warnings == plan.warnings
+    assert plan.report([row("a", 0.0, 0.0, 0.0)]).survived == 0.0
+    planned = plan.report([])
+    assert (planned.survived, planned.rms_error) == (0.0, 0.0)
+    assert planned.before == sum(part.n_bytes for part in plan.parts)
+    found = [_promoted(kind).name for kind in ("Q4_K", "Q8_0", "F16", "BF16", "IQ2_XXS")]
+    assert found == ["Q8_0", "F16", "F32", "F32", "Q8_0"]
+
+
+def test_an_estimate_grows_with_the_work(quantised, tmp_path, monkeypatch):
+    plan = Plan.of(quantised(), [adapter_for(quantised(), tmp_path)])
+    clock = iter([10.0, 12.0, 20.0, 22.0])
+    monkeypatch.setattr(merge_plan.time, "perf_counter", lambda: next(clock))
+    sampled = [job.place.info.n_elements for job in plan.jobs(
+        {p.info.ggml_type: p for p in reversed(plan.draft(0, 1).places)
+         if p.info.name in plan.updates}.values())]  # fmt: skip
+    one, two = (
+        replace(plan, settings=replace(plan.settings, threads=n)).estimate() for n in (1, 2)
+    )
+    every = sum(p.info.n_elements for p in plan.draft(0, 1).places if p.info.name in plan.updates)
+    copied = sum(part.n_bytes for part in plan.parts) / merge_plan._COPIED
+    assert one.seconds == pytest.approx(2.0 * every / sum(sampled) + copied)
+    assert two.seconds == pytest.approx(1.0 * every / sum(sampled) + copied)
+    assert two.memory - one.memory == merge_plan.WORKER_MEMORY
+
+
+def test_a_full_disk_and_a_wrong_number_of_parts_are_told_before_the_work(
+    quantised, tmp_path, monkeypatch
+):
+    plan = Plan.of(quantised(), [adapter_for(quantised(), tmp_path)])
+    needed = plan.draft(0, 1).n_bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free, fine in ((needed, True), (needed - 1, False)):
+        monkeypatch.setattr(
+            merge_plan.shutil, "disk_usage", lambda _, f=free: usage._replace(free=f)
+        )
+        if fine:
+            assert plan.check_outputs(tmp_path / "out.gguf") == [tmp_path / "out.gguf"]
+            one = tmp_path / "out-00001-of-00001.gguf"
+            assert plan.check_outputs(one) == [one]
+            continue
+        with pytest.raises(OutputError, match=rf"needs {needed:,} bytes, {free:,} are free"):
+            plan.check_outputs(tmp_path / "out.gguf")
+    for name in ("out-00001-of-00002.gguf", "out-00002-of-00001.gguf"):
+        with pytest.raises(OutputError, match=r"the name asks for \d files, the model has 1"):
+            plan.check_outputs(tmp_path / name)
 
 
 def test_the_command_line(quantised, tmp_path):

@@ -214,3 +214,98 @@ def test_columns_that_weigh_more_take_less_of_the_error():
     assert heavy[1] < 0.7 * heavy[0]
     lost = np.linalg.norm(errors[1] @ update.seen.T)
     assert lost < 0.15 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["the update alone", "directions"])
+@pytest.mark.parametrize("times", [0.02, 0.5, 20.0], ids=["small", "usual", "out of range"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K"])
+def test_what_a_group_reports_is_what_its_bytes_do(kind, times, known):
+    """The error is the bytes' change minus the update, and the residual what `seen` sees of it."""
+    random = np.random.default_rng(9)
+    type_ = kernels.TensorType.of(int(GGMLQuantizationType[kind]))
+    raw = kernels.quantise(random.normal(size=(24, 512)).astype(np.float32), type_.number)
+    before = kernels.dequantise(raw, type_.number, (24, 512))
+    a = np.float32(random.normal(0, 512**-0.5, (4, 512)))
+    directions = np.float32(random.normal(0, 512**-0.5, (3, 512))) if known else None
+    update = rounding.Update.of(a, np.float32(times * random.normal(0, 1, (24, 4))), directions)
+    rows = rounding._Rows(raw, (type_, type_), update, None)
+    pull = update.pull(rounding.STRENGTH)
+    residual = rows.nearest() if known else np.zeros((24, len(update.seen)), np.float32)
+    new, errors = np.empty_like(raw), np.empty_like(before)
+    for some in rows.pieces if known else [slice(0, 512)]:
+        done, delta, errors[:, some] = rows.rounded(some, pull, residual)
+        new[:, type_.width(some.start) : type_.width(some.stop)] = done
+        np.testing.assert_allclose(delta, update.b @ update.a[:, some], rtol=1e-5, atol=1e-7)
+    change = kernels.dequantise(new, type_.number, (24, 512)) - before
+    size = np.abs(before).max()
+    np.testing.assert_allclose(errors, change - update.b @ update.a, atol=1e-5 * size)
+    np.testing.assert_allclose(residual, errors @ update.seen.T, atol=1e-3 * size)
+
+
+def test_a_descent_ends_where_no_single_code_lowers_the_objective():
+    random = np.random.default_rng(10)
+    rows, columns, seen = 40, 32, np.float32(random.normal(size=(3, 32)))
+    gram = np.float32(seen.T @ seen * 5 + np.eye(columns))
+    steps = np.float32(random.uniform(0.2, 1.5, (rows, columns)))
+    start = np.float32(random.normal(0, 2, (rows, columns)))  # the errors at the beginning
+    down, up = np.float32(np.full((rows, columns), -1)), np.float32(np.full((rows, columns), 2))
+    up[:, ::5] = 0
+
+    def objective(error):
+        return np.einsum("ri,ij,rj->r", error, gram, error)
+
+    best = np.float32(-(start @ gram) / gram.diagonal())
+    limits = down.copy(), up.copy()
+    total = rounding._descend(best, steps.copy(), 1 / steps, *limits, gram, gram.diagonal().copy())
+    np.testing.assert_array_equal(total, np.rint(total))
+    assert (total >= down).all() and (total <= up).all() and (total == down).any()
+    ended = objective(start + total * steps)
+    assert (ended <= objective(start) + 1e-4).all() and ended.mean() < 0.5 * objective(start).mean()
+    for column in range(columns):
+        for by in (-1, 1):
+            other = total.copy()
+            other[:, column] += by
+            allowed = (other >= down)[:, column] & (other <= up)[:, column]
+            worse = objective(start + other * steps) >= ended - 1e-3 * objective(start)
+            assert worse[allowed].all()
+
+
+def test_more_of_the_update_in_what_is_seen_and_never_more_error_than_the_nearest_code():
+    """The objective, counted from the bytes, falls below that of rounding and of quantising."""
+    update, kept = of_random("Q4_K", 0.5)
+    wanted = update.b @ update.a
+
+    def objective(got):
+        error = got - wanted
+        seen = ((error @ update.seen.T) ** 2).sum(axis=1)
+        return (error**2).sum(axis=1) + rounding.STRENGTH * seen
+
+    ours, nearest = objective(kept()[0]), objective(kept(strength=0.0)[0])
+    assert (ours < nearest).mean() > 0.95 and ours.mean() < 0.5 * nearest.mean()
+
+
+@pytest.mark.parametrize(("importance", "expected"), [
+    (None, [1, 1]), ([0, 0, 0, 0], [1, 1]), ([2, 4, 1, 1], [1, 2]), ([0, 8, 0, 0], [1e-3, 4]),
+])  # fmt: skip
+def test_the_weight_of_a_column_is_its_importance_over_the_mean(importance, expected):
+    given = None if importance is None else np.float32(importance)
+    np.testing.assert_allclose(rounding._weights(given, slice(0, 2)), np.float32(expected))
+
+
+def test_an_update_that_is_not_finite_is_refused():
+    update, kept = of_random("Q4_0", 0.5)
+    update.b[3, 1] = np.inf
+    for strength in (0.0, rounding.STRENGTH):
+        with pytest.raises(FloatingPointError):
+            kept(strength=strength)
+
+
+def test_what_is_seen_is_pulled_by_its_strength():
+    a, b = np.float32(np.eye(2, 8)), np.ones((3, 2), np.float32)
+    alone = rounding.Update.of(a, b)
+    both = rounding.Update.of(a, b, np.float32(np.eye(3, 8)))
+    assert (alone.alone, both.alone, both.spanned) == (True, False, 2)
+    np.testing.assert_array_equal(alone.pull(7.0), np.float32([7, 7]))
+    np.testing.assert_array_equal(both.pull(7.0), np.float32([7, 7, 1, 1, 1]))
+    np.testing.assert_allclose(both.sees(2), b @ a @ np.eye(3, 8).T)
+    np.testing.assert_allclose(np.abs(both.sees(0, 2)), np.ones((3, 2)), atol=1e-6)

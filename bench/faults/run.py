@@ -1,6 +1,6 @@
 """Every command that writes, with a fault in its midst: killed, a full or broken disk, Ctrl-C.
 
-    python bench/faults/run.py [--seconds N] [--fresh]
+    python bench/faults/run.py [--seconds N] [--fresh] [--command NAME...] [--kind KIND...]
 
 Tiny random models, one processor a run. After each fault: no file under a final name that is not
 whole, one line and the right exit code, no temporary file left after an error or Ctrl-C, and the
@@ -54,7 +54,7 @@ def build() -> None:
     (made / "inputs").rename(HOME / "inputs")
 
 
-def work(number: int, of: int, end: float) -> None:
+def work(number: int, of: int, end: float, commands: list[str], kinds: list[str]) -> None:
     """Trials of one processor, written down one by one."""
     faults.load()
     kept, places = HOME / f"trials-{number}.jsonl", sorted(os.sched_getaffinity(0))
@@ -62,9 +62,9 @@ def work(number: int, of: int, end: float) -> None:
     mounts = faults.can_mount(HOME / f"mount-{number}")
     plan = [
         (name, kind, index)
-        for name in faults.COMMANDS
-        for kind, count in GOALS.items()
-        for index in range(count)
+        for name in commands
+        for kind in kinds
+        for index in range(GOALS[kind])
         if mounts or kind not in faults.NEED_MOUNT
     ]
     random.Random(0).shuffle(plan)  # so that a piece of it says something of everything
@@ -133,6 +133,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("--command", action="append", choices=faults.COMMANDS, help="default: all")
+    parser.add_argument("--kind", action="append", choices=GOALS, help="default: all")
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--work", type=int)
     given = parser.parse_args()
@@ -140,12 +142,16 @@ def main() -> None:
     if given.build:
         return build()
     if given.work is not None:
-        return work(given.work, workers, time.monotonic() + given.seconds)
+        end = time.monotonic() + given.seconds
+        commands, kinds = given.command or list(faults.COMMANDS), given.kind or list(GOALS)
+        return work(given.work, workers, end, commands, kinds)
     if given.fresh:
         shutil.rmtree(HOME, ignore_errors=True)
     again = [sys.executable, __file__]
     if not (HOME / "inputs").exists():
         subprocess.run([*again, "--build"], check=True, stdout=2)
+    again += [word for name in given.command or () for word in ("--command", name)]
+    again += [word for kind in given.kind or () for word in ("--kind", kind)]
     running = [
         subprocess.Popen([*again, "--seconds", str(given.seconds), "--work", str(number)],
                          env={**os.environ, "OPENBLAS_NUM_THREADS": "1"})
