@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .gene import Expression as Expression
     from .gene import SafetyGene as SafetyGene
     from .learn import learn as learn
+    from .merge import bake as bake
     from .merge import merge as merge
     from .portfolio import portfolio as portfolio
     from .recalibrate import recalibrate as recalibrate
@@ -38,6 +39,7 @@ _HOMES = {
     "SafeGeneError": "errors",
     "SafeLlama": "runtime.llama",
     "SafetyGene": "gene",
+    "bake": "merge.bake",
     "convert": "converters.to_gguf",
     "evaluate": "evals.evaluate",
     "export": "export",

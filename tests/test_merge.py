@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 
@@ -24,10 +25,11 @@ from safegene_edge.errors import (
     NoEffectError,
     OutputError,
     SafeGeneError,
+    SettingError,
 )
 from safegene_edge.gene import Expression, Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile, kernels
-from safegene_edge.merge import MergeSettings, workers
+from safegene_edge.merge import MergeSettings, bake, workers
 from safegene_edge.merge import merge as merge_any
 from safegene_edge.merge import plan as merge_plan
 from safegene_edge.merge.plan import Plan, _promoted
@@ -502,6 +504,29 @@ def test_a_full_disk_and_a_wrong_number_of_parts_are_told_before_the_work(
     for name in ("out-00001-of-00002.gguf", "out-00002-of-00001.gguf"):
         with pytest.raises(OutputError, match=r"the name asks for \d files, the model has 1"):
             plan.check_outputs(tmp_path / name)
+
+
+def test_a_baked_model_is_the_merged_file_and_goes_with_its_model(quantised, tmp_path, monkeypatch):
+    source, work = quantised(), tmp_path / "work"
+    work.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(work))
+    gene = adapter_for(source, tmp_path)
+    settings = MergeSettings(run=False)
+    merge_any(source, [(gene, 0.5)], tmp_path / "merged.gguf", settings=settings)
+    expected = logits(tmp_path / "merged.gguf")
+    with bake(source, [(gene, 0.5)], settings=settings, n_ctx=64, logits_all=True) as llama:
+        assert not llama.adapters and open_model(llama.model_path).tensors
+        tokens = llama.tokenize(b"The cat sat on the mat and")
+        llama.eval(tokens)
+        np.testing.assert_array_equal(np.array(llama.scores[: len(tokens)]), expected)
+        assert len(list(work.iterdir())) == 1
+    assert not list(work.iterdir())
+    huge = adapter_for(source, tmp_path, size=1e-9)
+    with pytest.raises(NoEffectError, match="nothing would change"):
+        bake(source, [huge], settings=settings)
+    with pytest.raises(SettingError, match="lora_path is not used"):
+        bake(source, [adapter_for(source, tmp_path)], settings=settings, lora_path="x")
+    assert not list(work.iterdir())
 
 
 def test_the_command_line(quantised, tmp_path):

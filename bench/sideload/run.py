@@ -1,4 +1,4 @@
-"""What a side-loaded gene costs in speed, beside an adapter on all layers and a merged file.
+"""What a side-loaded gene costs in speed, beside an adapter on all layers and a baked gene.
 
     python bench/sideload/run.py
 
@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import cache_folder, safety_adapter, smollm2, table, write
 
-from safegene_edge import Engine, SafeLlama, SafetyGene, merge
+from safegene_edge import Engine, SafeLlama, SafetyGene, bake
 from safegene_edge.merge import MergeSettings
 
 ROUNDS, PROMPT, ANSWER = 5, 256, 48
@@ -44,12 +44,11 @@ def speeds(engine: Engine, scales: Any, batch: int) -> tuple[float, float]:
 def main() -> None:
     model, gene = smollm2(), SafetyGene.shipped()
     whole = safety_adapter(model)
-    merged = cache_folder() / "bench-sideload-merged.gguf"
-    merge(model, [gene], merged, settings=MergeSettings(run=False))
     found: dict[str, Any] = {}
     with (
         SafeLlama(model, n_ctx=512) as llama, Engine(llama, n_ctx=8192, flash_attn=True) as engine,
-        SafeLlama(merged, n_ctx=512) as other, Engine(other, n_ctx=8192, flash_attn=True) as baked,
+        bake(model, [gene], settings=MergeSettings(run=False), n_ctx=512) as other,
+        Engine(other, n_ctx=8192, flash_attn=True) as baked,
     ):  # fmt: skip
         adapters = {"distilled gene": gene, "all layers": SafetyGene.load(whole)}
         if LEARNT.exists():
@@ -57,7 +56,7 @@ def main() -> None:
         columns: dict[str, Any] = {BARE: (engine, {}, 0)}
         for name, adapter in adapters.items():
             columns[name] = engine, {llama.attach(adapter): 1.0}, len(adapter.pairs)
-        columns["distilled gene, merged"] = baked, {}, 0
+        columns["distilled gene, baked"] = baked, {}, 0
         for batch in BATCHES:
             taken: dict[str, list[tuple[float, float]]] = {name: [] for name in columns}
             for number in range(ROUNDS + 1):
