@@ -32,7 +32,7 @@ from common import ROOT, cache_folder, rows_of, table, write
 
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("SAFEGENE_MUTANTS", cache_folder() / "bench-mutants"))
-SEED, MEMORY = 33, 12 << 30
+SEED, MEMORY = 34, 12 << 30
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files, tests
     "gguf reader": (("gguf_file/reader.py",), ("test_gguf_file", "test_gene", "test_inspect")),
     "gene": (("gene.py",), ("test_gene", "test_inspect", "test_compat")),
