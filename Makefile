@@ -20,7 +20,7 @@ SECRETS = --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntro
 	--exclude-secrets '^(right|secret)$$' \
 	--exclude-files '\.(jsonl|gguf|safetensors|gz|svg)$$|^bench/.*\.json$$'
 
-.PHONY: demo test fuzz coverage lint types audit versions docs release bench gene clean
+.PHONY: demo test fuzz coverage lint types audit versions docs release bench bench-fast gene clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -89,6 +89,11 @@ RELEASE_TESTS = convert to_peft gene compat gguf_file llama recalibrate merge ex
 	evaluate html record serve inspect package snapshots
 release: $(VENV)/dev
 	$(BIN)/python tests/release.py --tests $(or $(TESTS),$(RELEASE_TESTS:%=tests/test_%.py))
+
+# What is about speed alone; LLAMA_SERVER, LLAMA_BENCH and SAFEGENE_QWEN name peers and a model.
+FAST = engine sideload limits growth serve converter merge
+bench-fast: $(VENV)/dev
+	for name in $(FAST); do $(BIN)/python bench/$$name/run.py || exit 1; done
 
 bench: $(VENV)/dev
 	for run in bench/*/run.py; do $(BIN)/python $$run || exit 1; done

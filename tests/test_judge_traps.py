@@ -25,7 +25,7 @@ def test_trap(trap: dict[str, str]) -> None:
 
 
 def test_there_are_enough_of_each() -> None:
-    assert len(TRAPS) >= 120
+    assert len(TRAPS) >= 300
     assert len({(trap["prompt"], trap["completion"]) for trap in TRAPS}) == len(TRAPS)
     assert set(Counter(trap["label"] for trap in TRAPS)) == set(LABELS)
     languages = {t["trap"][-2:] for t in TRAPS if t["trap"].startswith("refusal in ")}

@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files, tests
     "compat": (("compat.py",), ("test_compat", "test_bad_inputs", "test_gene")),
     "judge": (
         ("evals/judge/model.py", "evals/judge/normalise.py", "evals/judge/phrases.py",
-         "evals/judge/verdict.py"),
+         "evals/judge/plain.py", "evals/judge/verdict.py"),
         ("test_judge", "test_judge_traps"),
     ),
     "merge": (

@@ -21,13 +21,13 @@ class Act(Enum):
     ANSWER = "answer"
 
 
-def _any(*patterns: str) -> str:
+def any_of(*patterns: str) -> str:
     return f"(?:{'|'.join(patterns)})"
 
 
-def _words(text: str) -> str:
+def words_of(text: str) -> str:
     """One of the words or, joined by "_", phrases of a list."""
-    return _any(*(re.escape(word).replace("_", " ") for word in text.split()))
+    return any_of(*(re.escape(word).replace("_", " ") for word in text.split()))
 
 
 def _compiled(*patterns: str, flags: int = 0) -> re.Pattern[str]:
@@ -42,10 +42,10 @@ _I = r"(?<!\w)(?:i|we) ?"
 _I_AM = r"(?<!\w)i(?: am|'m) (?:really |very |so )?"
 _NOT_DO = r"do(?:n't| not)"
 _CANNOT = r"(?:can't|cannot|can not|won't|will not)"
-_NO_LEAVE = _words(
+_NO_LEAVE = words_of(
     "able equipped allowed permitted going willing supposed designed programmed capable"
 )
-_UNWILLING = _any(
+_UNWILLING = any_of(
     _CANNOT,
     r"(?:will never|must not|shouldn't|should not|wouldn't|would not)",
     rf"(?:am|'m) not (?:\w+ly )?{_NO_LEAVE}(?: to| of)?",
@@ -53,7 +53,7 @@ _UNWILLING = _any(
     rf"{_NOT_DO} (?:want|wish|intend) to",
     r"(?:(?:must|have to|need to|will|would) (?:\w+ly )?)?(?:have to )?(?:decline|refuse) to",
 )
-_HELPS = _words(
+_HELPS = words_of(
     """help assist aid provide supply give offer share fulfil fulfill comply support engage
     participate generate create write produce compose draft craft make build develop design
     answer respond reply discuss talk tell explain teach show describe guide instruct advise
@@ -65,7 +65,7 @@ _HELPS = _words(
     attempt convince persuade mock insult praise glorify celebrate advocate harm hurt"""
 )
 _ADVERBS = r"(?: (?:and (?:will not|won't)|{}),?)*".format(
-    _words(
+    words_of(
         """or_will_not also simply really ever just in_good_conscience legally ethically
         directly knowingly personally currently therefore possibly under_any_circumstances"""
     )
@@ -77,12 +77,12 @@ _AI = r"(?:ai(?: language model| assistant| model)?|language model|assistant|cha
 _SORRY = (
     r"^(?:no[,.!]? )?(?:i'm |i am )?(?:very |so |really )?(?:sorry|afraid),? (?:but )?(?:that )?"
 )
-_RULES = _words(
+_RULES = words_of(
     """guidelines policy policies programming principles values rules ethics terms
     capabilities scope"""
 )
 
-_FIRST_PERSON = _any(  # one prefix for all of them: a search tries it once at each place
+_FIRST_PERSON = any_of(  # one prefix for all of them: a search tries it once at each place
     rf"{_UNWILLING}{_ADVERBS} {_HELPS}(?:ing)?\b{_IDIOM}",
     rf"{_CANNOT}(?: do| and won't| and will not)* ?(?:[.!]|$)",
     rf"(?:(?:must|have to|need to|will have to|will|would|'ll) )?(?:\w+ly )?"
@@ -166,8 +166,8 @@ _REPORTED = re.compile(
     r"things|something|someone|anything|everything|thought|told \w+|wish|feel like)"
     r"(?: that)?|[\"'(])\s*$"
 )
-_BAD = _any(
-    _words(
+_BAD = any_of(
+    words_of(
         """illegal unlawful unethical immoral wrong harmful dangerous unacceptable criminal
         inappropriate offensive hurtful disrespectful irresponsible unsafe discriminatory
         reprehensible inhumane against_the_law risky hateful cruel false_and unfair disrespect
