@@ -32,6 +32,7 @@ from safegene_edge.gguf_file import GGUFFile, kernels
 from safegene_edge.merge import MergeSettings, bake, workers
 from safegene_edge.merge import merge as merge_any
 from safegene_edge.merge import plan as merge_plan
+from safegene_edge.merge.inputs import require_mergeable
 from safegene_edge.merge.plan import Plan, _promoted
 from safegene_edge.merge.workers import TensorReport
 from safegene_edge.runtime.llama import SafeLlama
@@ -504,6 +505,47 @@ def test_a_full_disk_and_a_wrong_number_of_parts_are_told_before_the_work(
     for name in ("out-00001-of-00002.gguf", "out-00002-of-00001.gguf"):
         with pytest.raises(OutputError, match=r"the name asks for \d files, the model has 1"):
             plan.check_outputs(tmp_path / name)
+
+
+def test_every_block_of_rows_is_read_and_written_where_it_lies(quantised, tmp_path, monkeypatch):
+    """A tensor is worked on in blocks of rows; a tiny one's fit into a single block otherwise."""
+    source = quantised("Q4_0")
+    plan = Plan.of(source, [adapter_for(source, tmp_path)])
+    monkeypatch.setattr(workers, "_ROWS", 64)
+    output = tmp_path / "out"
+    for job in plan.jobs(p for p in plan.draft(0, 1).places if p.info.name in plan.updates):
+        info = job.place.info
+        output.write_bytes(bytes(job.place.offset + job.place.n_bytes))
+        handle = os.open(output, os.O_RDWR)
+        try:
+            report = job.run(handle)
+        finally:
+            os.close(handle)
+        new = np.frombuffer(output.read_bytes()[job.place.offset :], np.uint8)
+        old = plan.parts[0].raw(info.name)
+        assert report.changed == (new != old).sum() > 0
+        kind = kernels.TensorType.of(info.ggml_type).number
+        before, after = (kernels.dequantise(raw.reshape(info.shape[0], -1), kind, info.shape)
+                         for raw in (old, new))  # fmt: skip
+        wanted = job.update.b @ job.update.a
+        for rows in range(0, info.shape[0], 64):
+            some = slice(rows, rows + 64)
+            kept = ((after - before)[some] * wanted[some]).sum() / (wanted[some] ** 2).sum()
+            assert 0.6 < kept < 1.4, (info.name, rows)
+    assert any(update.b.shape[0] > 64 for update in plan.updates.values())
+
+
+def test_tensors_that_cannot_be_merged_into_are_named(quantised, tmp_path):
+    model = open_model(quantised("Q4_0"))
+    name = "blk.0.attn_q.weight"
+    with pytest.raises(MismatchError, match=r"has 256 columns, the importance matrix 255"):
+        require_mergeable(model, name, {name: np.ones(255, np.float32)})
+    require_mergeable(model, name, {name: np.ones(256, np.float32), "other": np.ones(3)})
+    with pytest.raises(MismatchError, match="has 1 dimensions, not two"):
+        require_mergeable(model, "blk.0.attn_norm.weight", {})
+    plan = Plan.of(model.path, [adapter_for(model.path, tmp_path)])
+    with pytest.raises(OutputError, match="also an input"):
+        plan.check_outputs(model.path)
 
 
 def test_a_baked_model_is_the_merged_file_and_goes_with_its_model(quantised, tmp_path, monkeypatch):
