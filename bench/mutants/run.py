@@ -32,7 +32,7 @@ from common import ROOT, cache_folder, rows_of, table, write
 
 HERE = Path(__file__).parent
 HOME = Path(os.environ.get("SAFEGENE_MUTANTS", cache_folder() / "bench-mutants"))
-SEED, MEMORY = 34, 12 << 30
+SEED, MEMORY = 35, 12 << 30
 PARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # files, tests
     "gguf reader": (("gguf_file/reader.py",), ("test_gguf_file", "test_gene", "test_inspect")),
     "gene": (("gene.py",), ("test_gene", "test_inspect", "test_compat")),
@@ -240,8 +240,8 @@ def work(number: int, of: int, each: int, parts: list[str], end: float) -> None:
             path.write_text(mutated(before, *which))
             survived, seconds = passes(folder, tests, limits[part])
             path.write_text(before)
-            facts = {"part": part, "index": index, "file": file, "line": line, "what": what,
-                     "survived": survived, "seconds": round(seconds, 1)}  # fmt: skip
+            facts = {"part": part, "seed": SEED, "index": index, "file": file, "line": line,
+                     "what": what, "survived": survived, "seconds": round(seconds, 1)}  # fmt: skip
             journal.write(json.dumps(facts) + "\n")
             journal.flush()
 
@@ -268,7 +268,8 @@ def summary() -> None:
     survivors = [{k: t[k] for k in ("part", "file", "line", "what")} for t in found
                  if t["survived"]]  # fmt: skip
     survivors.sort(key=lambda t: (t["file"], t["line"]))
-    write(HERE, {"seed": SEED, "survivors": survivors}, text)
+    seeds = {t["part"]: t["seed"] for t in found}
+    write(HERE, {"seeds": seeds, "survivors": survivors}, text)
 
 
 def main() -> None:
