@@ -36,12 +36,14 @@ test: $(VENV)/dev
 fuzz: $(VENV)/dev
 	SAFEGENE_FUZZ=10000 SAFEGENE_FUZZ_SEED=$${SEED:-$$(date +%s)} $(BIN)/python -m pytest tests/test_fuzz.py tests/test_fuzz_text.py
 
-# Lines and branches that the tests reach, outside of training/: at least nine in ten.
+# Lines and branches that the tests reach, outside of training/: at least nine in ten. Half an hour.
+# One test leaves no room for a file, so coverage could not write its own.
 coverage: $(VENV)/dev
 	$(PIP) coverage
 	mkdir -p build/coverage
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest
+	$(BIN)/python -m coverage run -m pytest \
+		--deselect tests/test_merge.py::test_a_full_disk_gives_one_line_and_no_output
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --fail-under 90
 
