@@ -30,7 +30,7 @@ from safegene_edge import Engine, SafeLlama
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.requantise import requantise
 
-ROUNDS, PROMPT, ANSWER, MANY = 5, 512, 64, 16
+ROUNDS, PROMPT, ANSWER, MANY = 3, 256, 32, 16
 KINDS = ("Q4_K_M", "Q4_0")
 GIB = 2**30
 
