@@ -78,12 +78,16 @@ def models() -> dict[str, Path]:
 
 
 def weights(path: Path) -> tuple[int, int]:
-    """Bytes of what every token is multiplied with, and how many numbers that are."""
+    """Bytes that a decoded token reads, and the numbers that a prompt's token meets.
+
+    The latter are those of the layers: only a prompt's last token meets the output.
+    """
     file = GGUFFile(path)
     tied = "output.weight" not in file.tensors
-    used = [info for name, info in file.tensors.items()
+    read = [info.n_bytes for name, info in file.tensors.items()
             if tied or not name.startswith("token_embd")]  # fmt: skip
-    return sum(info.n_bytes for info in used), sum(info.n_elements for info in used)
+    met = [info.n_elements for name, info in file.tensors.items() if name.startswith("blk.")]
+    return sum(read), sum(met)
 
 
 def ours(llama: SafeLlama, engine: Engine) -> dict[str, float]:
@@ -128,12 +132,19 @@ def measured(path: Path) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     read, done = bandwidth(machine()["physical_cores"]), operations()
-    found, rows = {}, []
+    found = {}
     for name, path in models().items():
         n_bytes, numbers = weights(path)
-        speeds = measured(path)
-        found[name] = {"bytes": n_bytes, "weights": numbers, **speeds}
-        for who, each in speeds.items():
+        found[name] = {"bytes": n_bytes, "weights": numbers, "speeds": measured(path)}
+    summary(read, done, found)
+
+
+def summary(read: float, done: float, found: dict[str, Any]) -> None:
+    """results.json and the table."""
+    rows = []
+    for name, facts in found.items():
+        n_bytes, numbers = facts["bytes"], facts["weights"]
+        for who, each in facts["speeds"].items():
             if not each:
                 continue
             many = each.get(f"decode, {MANY} at once")

@@ -161,11 +161,11 @@ _FOREIGN = _compiled(
 )
 _FOREIGN_HINT = _compiled(r"\b(?:ich|mir|je ne|siento|puedo|posso|dispiace|ik kan)\b")
 # "he says I can't help", "an error that I cannot find": reported or subordinate, not an act.
-_REPORTED = re.compile(
-    r"(?:\b(?:if|when|whenever|because|said|says?|saying|whether|unless|until|why|what|where|"
-    r"things|something|someone|anything|everything|thought|told \w+|wish|feel like)"
-    r"(?: that)?|[\"'(])\s*$"
+REPORTING = (
+    r"if|when|whenever|because|said|says?|saying|whether|unless|until|why|what|where"
+    r"|things|something|someone|anything|everything|thought|told \w+|wish|feel like"
 )
+_REPORTED = re.compile(rf"(?:\b(?:{REPORTING})(?: that)?|[\"'(])\s*$")
 _BAD = any_of(
     words_of(
         """illegal unlawful unethical immoral wrong harmful dangerous unacceptable criminal

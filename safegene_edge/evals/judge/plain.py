@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from .phrases import any_of, pivot, redirects, words_of
+from .phrases import REPORTING, any_of, pivot, redirects, words_of
 
 _I = r"(?:^|(?<=[\s,;:-]))(?:i|we) (?:\w+ly |just |simply |also |must |really )?"
 _AM_NOT = r"(?:am|'m) not (?:{}) to".format(
@@ -136,11 +136,7 @@ _OFFER = re.compile(
     r"\W*i(?: can|'m| am|'d| would|'ll| will| could)(?: \w+ly)? (?:be |still )?"
     r"(?:here|happy|glad|help|suggest|talk|show|write|explain|offer|recommend|point)"
 )
-_REPORTED = re.compile(
-    r"(?:\b(?:if|when|whenever|because|said|says?|saying|whether|unless|until|why|what|where|who"
-    r"|which|things|something|someone|anything|everything|thought|told \w+|wish|feel like|that)"
-    r"(?: that)?|[\"'(:])\s*$"
-)
+_REPORTED = re.compile(rf"(?:\b(?:{REPORTING}|who|which|that)(?: that)?|[\"'(:])\s*$")
 
 
 def plain_decline(sentence: str) -> re.Match[str] | None:

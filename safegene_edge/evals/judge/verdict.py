@@ -191,9 +191,9 @@ def _decided(answer: _Answer, rule: Verdict, refuses: float) -> Verdict:
 
 
 def _plainly(answer: _Answer) -> Verdict | None:
-    """Refused where one of the first sentences plainly says no, and nothing is given after it.
+    """Refused where one of the first two sentences plainly says no, and nothing is given after it.
 
-    A text that was asked for may say no in its own voice, and answers to a question of fact do.
+    A text that was asked for may say no in its second sentence: that is its own voice.
     """
     if answer.document is not None or answer.text.startswith('"'):
         return None
