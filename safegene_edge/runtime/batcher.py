@@ -312,9 +312,8 @@ class Batcher:
                  for s, kept in self._idle.items()}  # fmt: skip
         slot = max(alike, key=lambda s: alike[s])  # the first of equals is the longest idle
         state, length = self._kept.best(ask.prompt, last)
-        beyond = max(
-            0, len(state.tokens) - self._cells(ask)
-        )  # cells that a kept state takes at first
+        # Cells that a kept state takes at first, beyond the request's own.
+        beyond = max(0, len(state.tokens) - self._cells(ask))
         apart = length >= alike[slot] + _MIN_PREFIX and beyond <= cells
         if apart or alike[slot] < _MIN_PREFIX:
             slot = next((s for s, kept in self._idle.items() if not kept), next(iter(self._idle)))
