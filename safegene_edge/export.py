@@ -72,6 +72,8 @@ def export(
     require_tool(tool)
     home = Path(folder)
     source = open_model(model).path.absolute()
+    if settings is not None and settings.imatrix and not (merged or tool == "lm-studio"):
+        raise SettingError("an importance matrix is for a merged model", "Give --merged as well")
     if merged or tool == "lm-studio":
         return _merged(tool, source, adapters, home, settings)
     folded, opened = fold(adapters), open_model(source)

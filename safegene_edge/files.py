@@ -58,6 +58,8 @@ def require_file(path: PathLike) -> Path:
     with reading(path):
         if path.is_dir():
             raise FileFormatError(f"{path}: is a folder", folder_remedy(path))
+        if path.exists() and not path.is_file():  # a pipe or a device, which might never end
+            raise FileFormatError(f"{path}: is no regular file", "Give a file")
         if not path.is_file():
             raise FileFormatError(f"{path}: no such file", _missing_remedy(path))
         if not os.access(path, os.R_OK):
@@ -138,7 +140,9 @@ def _missing_remedy(path: Path) -> str:
 
 def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
     """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
-    path = Path(path)
+    named, path = os.fspath(path), Path(path)
+    if named.endswith(("/", os.sep)):
+        raise OutputError(f"{named}: names a folder", "Name an output file")
     there = _is_there(path)
     with writing(path):
         if path.is_dir():

@@ -14,6 +14,7 @@ import click
 
 from ..errors import SettingError, command
 from ..evals.settings import (
+    BUILT_IN,
     DEFAULT_SUITES,
     By,
     CostSettings,
@@ -137,8 +138,9 @@ class _Options:
 
     @property
     def inputs(self) -> list[str]:
-        paths = (self.model, self.gene, self.perplexity, self.aligned, self.grader)
-        return [*self.adapter, *self.task, *(path for path in paths if path)]
+        paths = (self.model, self.gene, self.perplexity, self.aligned, self.grader, self.resume)
+        suites = [suite for suite in self.suites if suite not in BUILT_IN]
+        return [*self.adapter, *self.task, *suites, *(path for path in paths if path)]
 
     @property
     def attack_names(self) -> list[str]:
@@ -250,6 +252,8 @@ def evaluate_model(**options: Any) -> None:
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
     outputs = [path for path in (chosen.json_out, chosen.html, chosen.markdown) if path]
+    if len({Path(path).resolve() for path in outputs}) < len(outputs):
+        raise click.UsageError("two outputs are the same file")
     for path in outputs:
         check_output(path, chosen.inputs)  # before the work, not after it
     if chosen.model:

@@ -134,11 +134,19 @@ class EndpointModel:
     pause: float = 0.5
 
     def __post_init__(self) -> None:
-        parts = self._parts
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingError(f"'{self.url}' is no address of a server", "Give http://HOST:PORT")
+        try:
+            parts = self._parts
+            host, _ = parts.hostname, parts.port  # which may be no number, or too large
+        except ValueError as error:
+            raise self._no_address() from error
+        odd = any(char.isspace() or not char.isprintable() for char in self.url)
+        if parts.scheme not in ("http", "https") or not host or odd:
+            raise self._no_address()
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise SettingError("concurrency, timeout or retries make no sense")
+
+    def _no_address(self) -> SettingError:
+        return SettingError(f"'{self.url}' is no address of a server", "Give http://HOST:PORT")
 
     @property
     def _parts(self) -> SplitResult:

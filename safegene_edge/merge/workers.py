@@ -109,7 +109,11 @@ class Job:
     def _merged(self, raw: Bytes, start: int) -> tuple[Bytes, npt.NDArray[np.float64]]:
         piece = replace(self.update, b=self.update.b[start : start + len(raw)])
         try:
-            return rounding.merged(raw, self.kinds, piece, self.importance)
+            with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+                new, sums = rounding.merged(raw, self.kinds, piece, self.importance)
+            if not np.isfinite(sums).all():
+                raise FloatingPointError
+            return new, sums
         except FloatingPointError:
             raise SafeGeneError(
                 f"{self.model}: the update of '{self.place.info.name}' is not finite",

@@ -11,6 +11,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..errors import FileFormatError, SettingError
+from ..gguf_file import GGUFFile
+
+_TIMES = 4  # the machine's memory: no context takes as much
+
 _EXTRAS = {
     "train": ("torch", "transformers", "peft", "accelerate"),
     "serve": ("fastapi", "uvicorn"),
@@ -105,6 +110,31 @@ def _sysctl(name: str) -> int:
         return int(shown.stdout)
     except (OSError, ValueError, subprocess.CalledProcessError):
         return 0
+
+
+def require_cells(model: GGUFFile, n_ctx: int) -> None:
+    """SettingError for a context that takes several times the machine's memory.
+
+    llama.cpp would fill that memory before it failed. A bound with room: caches may be of smaller
+    types, and not all layers need have one.
+    """
+    name = model.architecture
+    try:
+        layers, width = (
+            model.whole(f"{name}.{key}") for key in ("block_count", "embedding_length")
+        )
+        heads = model.whole(f"{name}.attention.head_count", 1)
+        groups = model.whole(f"{name}.attention.head_count_kv", heads)
+    except FileFormatError:  # not told, or told by layers
+        return
+    needed = n_ctx * layers * width * 4 * groups // max(heads, 1)
+    memory = memory_bytes()
+    if memory and needed > _TIMES * memory:
+        raise SettingError(
+            f"a context of {n_ctx:,} tokens takes {needed >> 30:,} GiB, and the machine has "
+            f"{memory >> 30}",
+            "Give a smaller --ctx (n_ctx)",
+        )
 
 
 def memory_bytes() -> int:

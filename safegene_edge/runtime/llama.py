@@ -28,7 +28,7 @@ from ..gene import Adapter, AdapterLike, SafetyGene
 from ..hub import resolve
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
 from .controls import ControlTexts
-from .devices import physical_cores
+from .devices import physical_cores, require_cells
 from .guard import Guard, alone, guard_of
 from .log import reason
 from .shared import AttachedAdapter as AttachedAdapter
@@ -110,6 +110,7 @@ class SafeLlama(SharedLlama):
             raise SettingError(f"{refused[0]} is not used here", "Give adapters=[(path, scale)]")
         self._file = open_model(model_path)
         require_loadable(self._file)
+        require_cells(self._file, n_ctx)
         threads = n_threads or physical_cores()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if llama_cpp.llama_supports_gpu_offload() else 0

@@ -20,6 +20,7 @@ import llama_cpp
 from ..aliases import Floats
 from ..errors import LlamaCppError, SettingError
 from .batch import Batch, common, logit_rows, trim
+from .devices import require_cells
 from .guard import Forks
 from .llama import AttachedAdapter, SafeLlama
 from .log import interrupts_deferred, reason
@@ -376,6 +377,7 @@ def context_params(
     llama: SafeLlama, n_ctx: int, n_seq_max: int, flash_attn: bool | None = None
 ) -> Any:
     """llama.cpp's settings of another context on a model, as its own but for these."""
+    require_cells(llama._file, n_ctx)
     params, own = llama_cpp.llama_context_default_params(), llama.context_params
     for name in ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "type_k", "type_v",
                  "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow",

@@ -61,6 +61,8 @@ class Journal:
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
             descriptor = os.open(path, flags, 0o600)
         try:
+            if not path.is_file():
+                raise FileFormatError(f"{path}: is no regular file", "Name another file")
             whole = self._read(path)
             with writing(path):
                 os.truncate(descriptor, whole)  # the torn line of a run that was killed

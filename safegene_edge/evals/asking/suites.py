@@ -104,6 +104,8 @@ _Reader: TypeAlias = Callable[[str, bytes], _Rows]
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe, which might never end
+        raise FileFormatError(f"{path}: is no regular file", "Give a file")
     try:
         return path.read_bytes()
     except OSError as fault:
@@ -200,6 +202,10 @@ def _csv(source: str, data: bytes) -> _Rows:
             known = "; ".join(", ".join(sorted(needed)) for needed, _ in _CSV_FORMATS)
             raise _bad(source, 1, "has no known columns", f"Known sets of columns: {known}")
         for row, record in enumerate(reader, 2):
+            if any(record.get(None) or ()):
+                raise _bad(
+                    source, row, "has more cells than columns", "Put a text with commas in quotes"
+                )
             parsed = parse(source, row, _lower(source, row, record))
             if parsed is not None:
                 yield row, parsed
