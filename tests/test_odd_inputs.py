@@ -116,3 +116,21 @@ def test_an_importance_matrix_without_a_merge(tiny, tmp_path):
     gene, settings = adapter_for(model, tmp_path), MergeSettings(imatrix=tmp_path / "none.dat")
     with pytest.raises(SettingError, match="is for a merged model"):
         export("llama-server", model, [gene], tmp_path / "out", settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("option", "needed"),
+    [(("--timeout", "5"), "--endpoint"), (("--concurrency", "5"), "--endpoint"),
+     (("--api-key-env", "FOO"), "--endpoint"), (("--attack-limit", "4"), "--attack"),
+     (("--guard",), "--attack"), (("--by", "estimate"), "a threshold")],
+)  # fmt: skip
+def test_an_option_that_nothing_would_look_at(option, needed, suite, tiny):
+    result = run("eval", tiny("llama").gguf_path, "--suite", suite, *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} goes with {needed}" in result.output
+
+
+def test_a_merge_into_a_folders_name(quantised, tmp_path):
+    gene = adapter_for(quantised(), tmp_path)
+    with pytest.raises(OutputError, match="names a folder"):
+        merge(quantised(), [gene], f"{tmp_path}/o.gguf/", settings=MergeSettings(run=False))

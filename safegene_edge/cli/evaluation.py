@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from ..errors import SettingError, command
 from ..evals.settings import (
@@ -251,6 +252,7 @@ def evaluate_model(**options: Any) -> None:
     from ..files import check_output, write_text
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
+    _require_used(chosen)
     outputs = [path for path in (chosen.json_out, chosen.html, chosen.markdown) if path]
     if len({Path(path).resolve() for path in outputs}) < len(outputs):
         raise click.UsageError("two outputs are the same file")
@@ -268,6 +270,21 @@ def evaluate_model(**options: Any) -> None:
         click.echo(f"report: {path}", err=True)
     end_by(report.gate())
     say_next(*_after(chosen))
+
+
+def _require_used(chosen: _Options) -> None:
+    """UsageError for an option that was given, and that nothing would look at."""
+    source = click.get_current_context().get_parameter_source
+    gate = chosen.gate()
+    wanted = {
+        "--endpoint": (chosen.endpoint, ("timeout", "concurrency", "api_key_env")),
+        "--attack": (chosen.attacks, ("attack_limit", "guard")),
+        "a threshold": (gate.asks, ("by",)),
+    }
+    for needed, (there, names) in wanted.items():
+        for name in () if there else names:
+            if source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with {needed}")
 
 
 def _after(chosen: _Options) -> list[str]:

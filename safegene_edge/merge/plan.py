@@ -199,6 +199,7 @@ class Plan:
 
     def check_outputs(self, output: PathLike) -> list[Path]:
         """The files to write; checked for free space, too."""
+        check_output(output)  # as it was written: a slash at its end is gone from a Path
         output, count = Path(output), len(self.parts)
         match = SHARD.fullmatch(output.name)
         if match is None:
