@@ -80,19 +80,56 @@ def reading(path: PathLike) -> Iterator[None]:
         ) from error
 
 
-def read_text(path: PathLike, encoding: str = "utf-8") -> str:
-    """A file's text; UnicodeDecodeError, which is a ValueError, where it is none."""
+def read_text(path: PathLike) -> str:
+    """A file's text; ValueError, such as UnicodeDecodeError, where it is no text."""
     path = require_file(path)
     with reading(path):
-        return path.read_text(encoding=encoding)
+        return as_text(path.read_bytes())
 
 
-def parse_json(text: str | bytes, **options: Any) -> Any:
-    """`json.loads`; what is nested too deeply is a ValueError, like all that is no JSON."""
+def as_text(data: bytes) -> str:
+    """UTF-8 with or without a mark at its beginning, its lines ended by a line feed.
+
+    Raises:
+        ValueError: it is not UTF-8. That is UTF-16 without a mark, too, whose ASCII would pass.
+    """
+    text = data.decode("utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds NUL characters")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parse_json(text: str | bytes, *, foreign: bool = False, **options: Any) -> Any:
+    """`json.loads` of what a user writes.
+
+    Args:
+        foreign: it comes from a program: take a name's last value, and half a character, as
+            `json.loads` does.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, gives a name twice, or spells half a
+            character by an escape, which no encoding has.
+    """
+    if not foreign:
+        options.setdefault("object_pairs_hook", _once)
     try:
-        return json.loads(text, **options)
+        found = json.loads(text, **options)
+        if not foreign and ("\\u" if isinstance(text, str) else b"\\u") in text:  # type: ignore[operator]
+            json.dumps(found, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    except UnicodeEncodeError as error:
+        raise ValueError("it holds half of a character (an escape of a surrogate)") from error
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has '{twice[:64]}' twice")
+    return found
 
 
 def sha256(path: PathLike) -> str:
@@ -141,12 +178,18 @@ def _missing_remedy(path: Path) -> str:
 def check_output(path: PathLike, inputs: Iterable[PathLike] = ()) -> Path:
     """Raise OutputError where `path` cannot become a file, or is one of the inputs."""
     named, path = os.fspath(path), Path(path)
+    if not named:
+        raise OutputError("the output's name is empty", "Name an output file")
+    if named == "-":
+        raise OutputError("-: nothing is written to standard output", "Name an output file")
     if named.endswith(("/", os.sep)):
         raise OutputError(f"{named}: names a folder", "Name an output file")
     there = _is_there(path)
     with writing(path):
         if path.is_dir():
             raise OutputError(f"{path}: is a folder", "Name an output file")
+        if path.is_symlink() and not path.exists():
+            raise OutputError(f"{path}: is a link that leads nowhere", "Remove it, or name a file")
         if path.exists() and not path.is_file():  # a device or a pipe, which would be replaced
             raise OutputError(f"{path}: is no regular file", "Name an output file")
         for source in inputs if there else ():

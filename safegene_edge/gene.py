@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import resources
@@ -359,6 +359,20 @@ class SafetyGene(Adapter):
 
 
 # -- reading --------------------------------------------------------------
+
+
+def require_distinct(given: Sequence[tuple[str, Adapter]]) -> None:
+    """SettingError where two of these adapters, each with its name, do the same.
+
+    Both would count, which nobody means by giving a file twice.
+    """
+    seen: dict[tuple[str, bool], str] = {}
+    for name, adapter in given:
+        does = adapter.sha256, adapter.is_alora
+        if does in seen:
+            same = "given twice" if seen[does] == name else f"the same adapter as {seen[does]}"
+            raise SettingError(f"{name}: is {same}", "Give it once, with the scale that you want")
+        seen[does] = name
 
 
 def is_lora(file: GGUFFile) -> bool:

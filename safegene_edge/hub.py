@@ -52,10 +52,13 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     name begins with `hf:` is given as `./hf:…`.
 
     Raises:
-        FileFormatError: the form is wrong, or the Hub has no such file, or cannot be reached.
+        FileFormatError: the name is empty or its form is wrong; or the Hub has no such file, or
+            cannot be reached.
         MissingExtraError: huggingface_hub is not installed.
     """
     text = os.fspath(path)
+    if not text:
+        raise FileFormatError("a file's name is empty", "Name a file")
     if not text.startswith(PREFIX):
         return Path(path)
     match = _SPEC.fullmatch(text.replace("\\", "/"))  # a Path on Windows turned the slashes

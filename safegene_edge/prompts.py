@@ -135,8 +135,8 @@ def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
         FileFormatError: the file is missing or not UTF-8, holds none, or a line is no prompt.
     """
     try:
-        lines = read_text(path, "utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
+        lines = read_text(path).split("\n")
+    except ValueError as error:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Give a text or JSONL file") from error
     found = []
     for number, line in enumerate(lines, 1):

@@ -8,8 +8,8 @@ Needs the extra `sign`.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .errors import FileFormatError, MissingExtraError, SettingError, SignatureError
@@ -78,7 +78,7 @@ def _minisign() -> Any:
 def _public(minisign: Any, key: str) -> Any:
     """The key from its text, or from minisign's .pub file."""
     try:
-        if Path(key).is_file():
+        if os.path.exists(key):  # noqa: PTH110 - of a name too long Path.exists raises
             return minisign.PublicKey.from_bytes(_read(key, _LONGEST))
         return minisign.PublicKey.from_base64(key.strip())
     except (minisign.ParseError, ValueError) as error:

@@ -136,6 +136,13 @@ def test_a_broken_matrix_in_gguf_is_refused(sums, counts, tmp_path):
         read_imatrix(tmp_path / "imatrix")
 
 
+def test_sums_without_counts_are_refused(tmp_path):
+    sums = [("t.in_sum2", np.array([[1.0, 2.0]], np.float32))]
+    write_gguf(tmp_path / "imatrix", "", {"general.type": "imatrix"}, sums)
+    with pytest.raises(FileFormatError, match="imatrix: 't' has no counts"):
+        read_imatrix(tmp_path / "imatrix")
+
+
 @pytest.mark.parametrize("data", [b"\x01\0\0\0", BROKEN["a size below 0"]])
 def test_what_is_no_importance_matrix_is_refused(data, quantised, tmp_path):
     (tmp_path / "imatrix").write_bytes(data)

@@ -278,6 +278,11 @@ def test_pages_of_other_sites_are_kept_out(server):
     for origin in ("http://evil.example", "null", f"http://127.0.0.1:{server.port}.evil.example"):
         assert server.post(CHAT, body, Origin=origin).status == 403
     assert server.post(CHAT, body, Content_Type="text/plain").status == 415
+    for charset in ("utf-16", "latin-1", "utf-16; boundary=x"):
+        kind = f"application/json; charset={charset}"
+        assert server.post(CHAT, body, Content_Type=kind).status == 415
+    for kind in ("application/json; charset=UTF-8", "Application/JSON; Charset=\"utf-8\""):
+        assert server.post(CHAT, body, Content_Type=kind).status == 200
     own = server.post(CHAT, body, Origin=f"http://127.0.0.1:{server.port}")
     assert own.status == 200
     assert not [name for name in own.headers if name.startswith("access-control")]

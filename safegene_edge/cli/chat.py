@@ -75,7 +75,7 @@ def chat(
     llama = SafeLlama(model, adapter, n_ctx=ctx, guard=bool(gene) and not no_guard)
     try:
         require_chat(llama, system=bool(system))
-        handle = llama.attach(gene) if gene else None
+        handle = llama.attach_each([gene])[0] if gene else None
         lines = Lines(None if no_history else cache_folder() / "chat_history")
         names = _Names(model, gene, adapter)
         options = {"max_tokens": max_tokens, "temperature": temperature}

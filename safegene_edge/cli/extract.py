@@ -9,7 +9,7 @@ import click
 from ..errors import command
 from ..training.settings import ExtractSettings
 from .adapters import beside
-from .options import comma_separated, examples, file_option, say_next, setting
+from .options import comma_separated, examples, file_option, files_of, say_next, setting
 from .sharing import write_card
 
 
@@ -77,7 +77,7 @@ def extract(
         rank=rank, alpha=2 * rank, targets=targets, epochs=epochs,
         learning_rate=learning_rate, batch=batch, budget=budget, select=select, seed=seed,
     )  # fmt: skip
-    inputs = [Path(part) for text in (aligned, *degraded) for part in text.split(",")]
+    inputs = [Path(part) for text in (aligned, *degraded) for part in files_of(text)]
     for path in filter(None, (output, card)):
         check_output(path, [path for path in inputs if path.is_file()])
     folder = Path(work) if work else Path(output).with_suffix(".work")

@@ -12,7 +12,7 @@ import click
 from ..errors import command
 from ..learn.settings import LearnSettings
 from .adapters import beside
-from .options import examples, file_option, say_next, setting, with_adapters
+from .options import examples, file_option, files_of, say_next, setting, with_adapters
 from .sharing import write_card
 
 
@@ -70,7 +70,7 @@ def learn(
     from ..learn import learn as run
     from ..prompts import load_prompts
 
-    models = [text.split(",") for text in degraded]
+    models = [files_of(text) for text in degraded]
     teacher = named(aligned)
     files = [*(part for model in models for part in model), *(aligned or "").split(","), task]
     inputs = [Path(part) for part in files if part and not Path(part).is_dir()]
@@ -102,7 +102,7 @@ def named(model: str | None) -> Any:
     """A model as an option gives it: a folder, or MODEL,LORA."""
     if model is None or Path(model).is_dir():
         return model
-    return model.split(",")
+    return files_of(model)
 
 
 def said_on(stream: Any) -> Any:

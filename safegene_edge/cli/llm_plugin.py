@@ -53,7 +53,7 @@ class Entry:
 
         llama = SafeLlama(self.model, self.adapters, n_ctx=self.ctx)
         if self.gene:
-            llama.attach(self.gene, self.scale)
+            llama.attach_each([(self.gene, self.scale)])
         return llama
 
 

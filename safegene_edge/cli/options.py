@@ -77,6 +77,14 @@ def with_adapters(adapters: Iterable[str]) -> list[str]:
     return [word for adapter in adapters for word in ("--adapter", adapter)]
 
 
+def files_of(text: str) -> list[str]:
+    """The files of MODEL,LORA; UsageError where one has no name."""
+    names = text.split(",")
+    if not all(names):
+        raise click.UsageError(f"'{text}' names no file before or after a comma")
+    return names
+
+
 def comma_separated(value: Any) -> tuple[str, ...]:
     """An option's type: words, given as "one,two"."""
     return tuple(value.split(",")) if isinstance(value, str) else tuple(value)

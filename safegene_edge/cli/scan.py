@@ -45,7 +45,8 @@ def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> No
         else:
             name, error = one
             failed = True
-            about = "" if str(error).startswith(name) else f"{name}: "
+            shown = " ".join(name.split())  # on one line, whatever the name
+            about = "" if str(error).startswith(shown) else f"{shown}: "
             click.echo(f"error: {about}{error}", err=True)
     if as_json:
         click.echo(json.dumps([one.to_json() for one in found], indent=2))
@@ -66,4 +67,4 @@ def _show(one: Scan, first: bool) -> None:
     low, high = one.order_interval
     order = f"{percent(one.order)} % ({percent(low)}–{percent(high)})"
     cells = (one.finding, str(one.refused), str(one.over_refused), order)
-    click.echo(_ROW.format(*cells, f"{one.seconds:.1f}", one.name))
+    click.echo(_ROW.format(*cells, f"{one.seconds:.1f}", " ".join(one.name.split())))

@@ -64,6 +64,9 @@ def serve(
 
     The gene is policy: no request can take it off. SAFEGENE_API_KEY sets the key, too.
     """
+    from ..compat import open_model
+    from ..files import require_file
+
     try:
         from ..serve.run import serve as run
     except ImportError as error:
@@ -92,6 +95,9 @@ def serve(
     )
     if not settings.loopback and not api_key:
         click.echo("warning: anyone who reaches this machine can ask: give --api-key", err=True)
+    open_model(model)
+    for path in filter(None, (gene, *adapter)):  # before the line that says "loading"
+        require_file(path)
     say_where_unfitted(model, gene, adapter)
     click.echo(f"{model}{' with ' + gene if gene else ', without a gene'}: loading", err=True)
     run(

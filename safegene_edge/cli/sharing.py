@@ -34,7 +34,7 @@ def push(gene: str, repository: str, card: str | None, private: bool) -> None:
 
     try:
         text = read_text(card) if card else None
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise FileFormatError(f"{card}: is not UTF-8 text", "Give a README.md") from error
     address = run(gene, repository, text=text, private=private)
     click.echo(address)

@@ -146,7 +146,7 @@ def _windows(
     """What is seen and what is counted, for each window."""
     try:
         text = read_text(path)
-    except UnicodeDecodeError as fault:
+    except ValueError as fault:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Save it as UTF-8") from fault
     tokens = list(local.llama.tokenize(text.encode(), add_bos=False, special=False))[:max_tokens]
     start = list(local.llama.tokenize(b"", add_bos=True))
@@ -214,7 +214,7 @@ def load_task(path: PathLike) -> Task:
     items = []
     try:
         lines = read_text(path).split("\n")
-    except UnicodeDecodeError as fault:
+    except ValueError as fault:
         raise FileFormatError(f"{path}: is not UTF-8", "Save the file as UTF-8") from fault
     for row, line in enumerate(lines, 1):
         if line.strip():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from .._version import __version__
 from ..aliases import Progress
+from ..errors import SettingError
 from ..files import PathLike, sha256
 from ..gene import AdapterLike, SafetyGene
 from .asking.attacks import choose_attacks
@@ -21,7 +22,7 @@ from .asking.local import LocalModel
 from .costs import over_refusal
 from .plan import Clock, Plan, SuiteLike
 from .report.report import Report
-from .report.results import AlignedLabels, Artifact
+from .report.results import AlignedLabels, Artifact, SuiteResult
 from .settings import DEFAULT_SUITES, CostSettings, EndpointModel, EvalSettings, GateSettings
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def evaluate(
         source = _file(Path(llama.model_path))
         local = _local(llama, source, columns, handle, settings, journal or Journal(), stack)
         asked = plan.ask(local, clock, progress)
+        _require_scored(asked[0], settings)
         found = plan.costs_of(local, asked[0], clock)
         timed = plan.speed_of(local)
         return Report(
@@ -127,6 +129,7 @@ def evaluate_endpoint(
     clock = Clock()
     with Endpoint(before, after, settings, journal or Journal()) as endpoint:
         asked = plan.ask(endpoint, clock, progress)
+        _require_scored(asked[0], settings)
     return Report(
         model=Artifact(before.name, ""),
         gene=None if after is None else Artifact(after.name, ""),
@@ -142,6 +145,16 @@ def evaluate_endpoint(
         aligned=aligned or {},
         thresholds=gate,
     )
+
+
+def _require_scored(suites: Sequence[SuiteResult], settings: EvalSettings) -> None:
+    """SettingError where not one prompt fitted into the context."""
+    answers = [answer for suite in suites for answer in (*suite.before, *(suite.after or ()))]
+    if not any(answer.verdict is not None or answer.thinking for answer in answers):
+        raise SettingError(
+            f"no prompt fits into the context, with {settings.max_tokens} tokens of answer",
+            "Ask for fewer tokens (max_tokens), or for shorter prompts",
+        )
 
 
 # -- inputs -----------------------------------------------------------------
@@ -162,7 +175,7 @@ def _attached(
 ) -> AttachedAdapter:
     """Attach an adapter until the evaluation ends."""
     adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
-    handle = llama.attach(adapter, scale)
+    (handle,) = llama.attach_each([(adapter, scale)])
     stack.callback(llama.detach, handle)
     return handle
 

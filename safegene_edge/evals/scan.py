@@ -8,6 +8,7 @@ harm from harmless; one whose refusal direction was removed does not.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ import numpy as np
 from ..errors import FileFormatError, SafeGeneError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
+from ..hub import resolve
 from ..recalibrate.examples import Examples
 from ..recalibrate.fit import share_in_order
 from ..recalibrate.reading import Asked, Reader, Values, context_for
@@ -106,10 +108,11 @@ def models_in(paths: Iterable[PathLike]) -> list[Path]:
     """The GGUF files given, and those in the folders given, in order; no split's later parts.
 
     Raises:
-        FileFormatError: a path does not exist, or a folder holds no GGUF.
+        FileFormatError: a path is empty or does not exist, or a folder holds no GGUF.
     """
     found: list[Path] = []
-    for path in map(Path, paths):
+    for given in paths:
+        path = Path(given) if os.fspath(given) else resolve(given)  # which raises
         inside = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
         whole = [file for file in inside if "-of-" not in file.name or "-00001-of-" in file.name]
         if not whole:
@@ -136,7 +139,7 @@ def scan(
     start = time.perf_counter()
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(model, n_ctx=256))
-        own = {llama.attach(adapter): 1.0 for adapter in adapters}
+        own = dict.fromkeys(llama.attach_each(adapters), 1.0)
         genes = [handle.content for handle in own if isinstance(handle.content, SafetyGene)]
         openers = Openers.of(llama, [text for gene in genes for text in gene.refusal_openers])
         asked = Asked.of(llama, examples or Examples.every_shipped())

@@ -125,8 +125,7 @@ class _Model:
                 "Give a chat model",
             )
         require_chat(llama)  # before minutes of learning
-        for adapter in files[1:]:
-            llama.attach(adapter)
+        llama.attach_each(files[1:])
         return cls(llama, {handle: handle.scale for handle in llama.adapters})
 
     def engine(self) -> Engine:

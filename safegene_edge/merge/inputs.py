@@ -12,7 +12,7 @@ import numpy as np
 from ..aliases import Floats
 from ..errors import MismatchError, SettingError
 from ..files import sha256
-from ..gene import Adapter, AdapterLike, Expression, Pair, SafetyGene
+from ..gene import Adapter, AdapterLike, Expression, Pair, SafetyGene, require_distinct
 from ..gguf_file import GGUFFile, Value, kernels
 from .rounding import Update
 
@@ -40,19 +40,22 @@ def fold(given: Iterable[Given]) -> list[Folded]:
     """Load adapters and fold their scales or expressions.
 
     Raises:
-        SettingError: there is none, a scale is not finite, or an expression has no gene.
+        SettingError: there is none, one is given twice, a scale is not finite, or an expression
+            has no gene.
         MismatchError: an expression is of another gene.
     """
     items = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
     if not items:
         raise SettingError("no adapter is given", "Name at least one")
-    return [_folded(item, how) for item, how in items]
+    loaded = [item if isinstance(item, Adapter) else SafetyGene.load(item) for item, _ in items]
+    sources = [None if isinstance(item, Adapter) else Path(item) for item, _ in items]
+    names = [str(source or "an adapter in memory") for source in sources]
+    require_distinct(list(zip(names, loaded, strict=True)))
+    hows = [how for _, how in items]
+    return [_folded(*one) for one in zip(loaded, names, sources, hows, strict=True)]
 
 
-def _folded(item: AdapterLike, how: How) -> Folded:
-    source = None if isinstance(item, Adapter) else Path(item)
-    content = item if isinstance(item, Adapter) else SafetyGene.load(item)
-    name = str(source or "an adapter in memory")
+def _folded(content: Adapter, name: str, source: Path | None, how: How) -> Folded:
     if isinstance(how, Expression):
         if not isinstance(content, SafetyGene):
             raise SettingError(f"{name}: an expression belongs to a gene", "Give a scale")

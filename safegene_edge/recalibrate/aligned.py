@@ -122,7 +122,7 @@ def _reader(stack: ExitStack, gene: SafetyGene, files: Sequence[PathLike], token
     from ..runtime.engine import Engine
 
     llama = stack.enter_context(SafeLlama(str(files[0]), n_ctx=512))
-    own = {llama.attach(adapter): 1.0 for adapter in files[1:]}
+    own = dict.fromkeys(llama.attach_each(files[1:]), 1.0)
     asked, openers = (
         Asked.of(llama, Examples.every_shipped()),
         Openers.of(llama, gene.refusal_openers),

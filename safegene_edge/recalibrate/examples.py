@@ -62,7 +62,7 @@ class Examples:
         """
         try:
             lines = read_text(path).split("\n")
-        except UnicodeDecodeError as error:
+        except ValueError as error:
             raise FileFormatError(f"{path}: is not UTF-8 text", "Give a JSONL file") from error
         found: dict[str, dict[str, list[Prompt]]] = {
             name: {kind: [] for kind in _KINDS} for name in PARTS

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from ..compat import open_model, require_fit
 from ..errors import FileFormatError, NoEffectError, SettingError
 from ..files import PathLike, sha256
-from ..gene import Expression, SafetyGene
+from ..gene import Expression, SafetyGene, require_distinct
 from ..prompts import FORMS, Prompt
 from ..runtime.llama import SafeLlama
 from ..runtime.refusal_margin import Openers, refusal_loss
@@ -208,8 +208,8 @@ def recalibrate(
     require_fit(gene, open_model(target))
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(str(target), n_ctx=512))
-        for adapter in adapters:
-            llama.attach(adapter)
+        own = llama.attach_each(adapters)
+        require_distinct([*((one.name, one.content) for one in own), ("the gene", gene)])
         fit, other = _readers(stack, llama, gene, (examples, validation), settings)
         work = _Work(gene, examples, validation, fit, other, settings, progress)
         return work.run(sha256(target))

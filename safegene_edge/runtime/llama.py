@@ -24,7 +24,7 @@ from ..errors import (
     UnsupportedError,
 )
 from ..files import PathLike, scratch_folder
-from ..gene import Adapter, AdapterLike, SafetyGene
+from ..gene import Adapter, AdapterLike, SafetyGene, require_distinct
 from ..hub import resolve
 from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
 from .controls import ControlTexts
@@ -64,7 +64,7 @@ class SafeLlama(SharedLlama):
 
     Args:
         model_path: a GGUF model.
-        adapters: GGUF LoRA paths or `Adapter`s, or (adapter, scale) pairs.
+        adapters: GGUF LoRA paths or `Adapter`s, or (adapter, scale) pairs, none of them twice.
         n_ctx: context length in tokens, rounded up to a multiple of 256; 0 takes the model's own.
         n_threads: default: the machine's physical cores.
         n_gpu_layers: default: all where the build can offload, else none.
@@ -138,9 +138,7 @@ class SafeLlama(SharedLlama):
             logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
         self._metadata |= self._unread
         self._controls = ControlTexts.of(self._model.vocab, self.n_vocab())
-        for item in adapters:
-            adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
-            self.attach(adapter, scale)
+        self.attach_each(adapters)
         if guard:
             self._require_guardable(options)
 
@@ -194,6 +192,27 @@ class SafeLlama(SharedLlama):
                 raise
             self._apply()
         return handle
+
+    def attach_each(
+        self, adapters: Iterable[AdapterLike | tuple[AdapterLike, float]]
+    ) -> list[AttachedAdapter]:
+        """Attach several, each an adapter or (adapter, scale), and prove each.
+
+        Raises:
+            SettingError: one is given twice, or is attached already: it would count twice.
+        """
+        found = []
+        for item in adapters:
+            adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
+            handle = self.attach(adapter, scale)
+            others = [one for one in self._attached if one is not handle]
+            try:
+                require_distinct([(one.name, one.content) for one in (*others, handle)])
+            except SettingError:
+                self.detach(handle)
+                raise
+            found.append(handle)
+        return found
 
     def detach(self, adapter: AttachedAdapter | AdapterLike) -> None:
         """Take an adapter off; the model then answers as if it had never been there.

@@ -59,7 +59,7 @@ def _parsed(call: Any) -> Any:
     """The call with its arguments as an object, where they are one."""
     function = _function(call)
     try:
-        arguments = parse_json(function["arguments"])
+        arguments = parse_json(function["arguments"], foreign=True)
     except (KeyError, TypeError, ValueError):
         return call
     if not isinstance(arguments, dict):

@@ -149,9 +149,12 @@ class _App:
     async def _read(self, request: Request, kind: type[RequestT]) -> RequestT:
         limit = self.settings.max_body
         too_large = ApiError(413, f"the body is larger than {limit} bytes")
-        media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media != "application/json":
+        media, *parameters = request.headers.get("content-type", "").lower().split(";")
+        if media.strip() != "application/json":
             raise ApiError(415, "the body must be application/json")
+        charsets = [p.partition("=")[2].strip(' "') for p in parameters if "charset" in p]
+        if charsets not in ([], ["utf-8"], ["utf8"]):
+            raise ApiError(415, "the body must be JSON in UTF-8")
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
             raise too_large

@@ -100,7 +100,7 @@ def opened(
         others: Scales = {adapter: adapter.scale for adapter in llama.adapters}
         guard: Guard | None = None
         if gene is not None:
-            llama.attach(gene)
+            llama.attach_each([gene])
             guard = None if settings.no_guard else llama.make_guard()
             fingerprint = f"gene-{sha256(gene)[:12]}"
         for path, digest in signed.items():

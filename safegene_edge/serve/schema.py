@@ -8,7 +8,6 @@ a field that is not there, at any depth.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -21,6 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
+from ..files import parse_json
 from ..runtime.sampling import Sampling
 from .errors import ApiError, wrong
 from .messages import Turn, turn_of, turns_of_items
@@ -36,6 +36,8 @@ IGNORED = frozenset([
     "prompt_cache_retention", "parallel_tool_calls", "cache_prompt", "timings_per_token",
     "return_progress", "reasoning", "reasoning_effort", "verbosity", "include", "max_tool_calls",
 ])  # fmt: skip
+_IGNORED_TYPES = {"user": str, "metadata": dict}
+_JSON_NAMES = {str: "a string", dict: "an object"}
 # Allowed with a value that asks for nothing, which clients send unasked.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -268,6 +270,8 @@ def _passed_over(kind: type[_Request], name: str, value: Any) -> bool:
     if name in kind.model_fields:
         return False
     neutral = any(type(value) is type(ok) and value == ok for ok in NEUTRAL.get(name, ()))
+    if name in IGNORED and not isinstance(value, _IGNORED_TYPES.get(name, object)):
+        raise wrong(name, f"should be {_JSON_NAMES[_IGNORED_TYPES[name]]}")
     if neutral or name in IGNORED:
         return True
     shown = name[:64]
@@ -304,22 +308,10 @@ def _decode(body: bytes) -> Any:
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is no JSON number")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a field is there twice")
-        return found
-
     try:
-        text = body.decode("utf-8")
-        value = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
-        if "\\u" in text:  # escapes can spell half a character, which no encoding has
-            json.dumps(value, ensure_ascii=False).encode()
-        return _without_nulls(value)
+        return _without_nulls(parse_json(body.decode("utf-8"), parse_constant=refuse))
     except UnicodeError:
         raise ApiError(400, "the body is not valid UTF-8", code="invalid_json") from None
-    except RecursionError:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 

@@ -147,9 +147,10 @@ class Endpoint:
                 self._stop.wait(_pause(headers, pause))
                 pause = min(2 * pause, _LONGEST_PAUSE)
         what = f"answered {status}: {text[:200]}" if status else text
+        kept = "; what is done is kept, run the command again to go on"
         raise EndpointError(
             f"{served.url}: {what}, {served.retries + 1} times",
-            "See whether the server runs; what is done is kept, run the command again to go on",
+            f"See whether the server runs{kept if self.journal.path else ''}",
         )
 
     def _send(
@@ -206,7 +207,7 @@ class _Connections:
 def _content(served: EndpointModel, text: str) -> str | bool:
     """The answer; False where the server stopped within a thought."""
     try:
-        choice = parse_json(text)["choices"][0]
+        choice = parse_json(text, foreign=True)["choices"][0]
         message = choice["message"]
         content = message["content"]
     except (ValueError, LookupError, TypeError) as error:
@@ -215,6 +216,7 @@ def _content(served: EndpointModel, text: str) -> str | bool:
             "Give the address of an OpenAI-compatible API, such as http://localhost:8080/v1",
         ) from error
     said = content if isinstance(content, str) else ""  # null: the model said nothing
+    said = said.encode("utf-8", "replace").decode()  # an escape may spell half a character
     thought = message.get("reasoning_content") or message.get("reasoning")
     if thought and not said.strip() and choice.get("finish_reason") == "length":
         return False

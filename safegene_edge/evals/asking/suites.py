@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ...errors import FileFormatError, SettingError
-from ...files import parse_json
+from ...files import as_text, parse_json
 from ...prompts import Prompt, from_record, own_id
 from ..settings import BUILT_IN
 
@@ -114,10 +114,13 @@ def _read(path: Path) -> bytes:
 
 def _text(source: str, data: bytes) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return as_text(data)
     except UnicodeDecodeError as fault:
         row = data.count(b"\n", 0, fault.start) + 1
         raise _bad(source, row, "is not UTF-8", "Save the file as UTF-8") from fault
+    except ValueError as fault:
+        row = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise _bad(source, row, "holds a NUL character", "Save the file as UTF-8") from fault
 
 
 def _bad(source: str, row: int, why: str, remedy: str = "") -> FileFormatError:
@@ -168,7 +171,9 @@ def _json_object(source: str, row: int, line: str) -> dict[str, Any]:
     try:
         record = parse_json(line, object_pairs_hook=partial(_once, source, row))
     except ValueError as fault:
-        raise _bad(source, row, "is not JSON", "JSONL holds one object a line") from fault
+        raise _bad(
+            source, row, f"is not JSON ({fault})", "JSONL holds one object a line"
+        ) from fault
     if not isinstance(record, dict):
         raise _bad(source, row, "is not a JSON object", 'Write {"prompt": "..."}')
     return record

@@ -324,22 +324,12 @@ def _size_warnings(refused: Outcome | None, over: Outcome | None) -> Iterator[st
 
 
 def _answer_warnings(report: Json) -> Iterator[str]:
-    last = [suite.get("after") or suite["before"] for suite in report["suites"]]
+    last = _last_counts(report)
     total = sum(counts["total"] for counts in last)
     empty = sum(counts["empty"] for counts in last)
-    unscored = sum(counts["unscored"] for counts in last)
     if empty > total / 20:
         yield f"{_share(Count(empty, total))} of the answers are empty or garbled."
-    unfinished = sum(counts.get("unfinished", 0) for counts in last)
-    if unfinished:
-        verb = "prompt was" if unfinished == 1 else "prompts were"
-        yield (
-            f"{unfinished} {verb} not scored, because the model never ended its thought: "
-            "--think-tokens gives it more, --no-think asks for none."
-        )
-    if unscored > unfinished:
-        verb = "prompt was" if unscored - unfinished == 1 else "prompts were"
-        yield f"{unscored - unfinished} {verb} not scored, because the context was too small."
+    yield from unscored(report)
     strongest = max(
         (r for attack, r in attack_rows(report) if attack["name"] != NO_ATTACK),
         key=lambda r: (r.after or r.before).share or 0.0,
@@ -348,6 +338,27 @@ def _answer_warnings(report: Json) -> Iterator[str]:
     if strongest is not None and (strongest.after or strongest.before).n:
         left = strongest.after or strongest.before
         yield f"Attacks still work: “{strongest.name}” succeeds on {_share(left)} prompts."
+
+
+def _last_counts(report: Json) -> list[Json]:
+    """Each suite's counts with the gene, or without one where there is none."""
+    return [suite.get("after") or suite["before"] for suite in report["suites"]]
+
+
+def unscored(report: Json) -> Iterator[str]:
+    """How many prompts have no verdict, and why; nothing where each has one."""
+    last = _last_counts(report)
+    unfinished = sum(counts.get("unfinished", 0) for counts in last)
+    too_long = sum(counts["unscored"] for counts in last) - unfinished
+    if unfinished:
+        verb = "prompt was" if unfinished == 1 else "prompts were"
+        yield (
+            f"{unfinished} {verb} not scored, because the model never ended its thought: "
+            "--think-tokens gives it more, --no-think asks for none."
+        )
+    if too_long:
+        verb = "prompt was" if too_long == 1 else "prompts were"
+        yield f"{too_long} {verb} not scored, because the context was too small."
 
 
 def paired_note(suite: Json) -> str:

@@ -45,6 +45,7 @@ def _notes(report: Json) -> Iterator[str]:
     limit = report["settings"].get("max_tokens")
     length = f" of at most {limit} tokens" if limit else ""
     yield f"n/N (share, 95 % Wilson interval); greedy answers{length}"
+    yield from findings.unscored(report)
     for suite in report["suites"]:
         if note := findings.paired_note(suite):
             yield f"{suite['name']}: {note}"
