@@ -21,6 +21,7 @@ from .errors import OutputError, ProcessLostError, SafeGeneError, SettingError
 from .evals.asking.suites import load_suite
 from .evals.report import findings
 from .evals.report.findings import Json
+from .evals.report.pictures import of_models
 from .evals.settings import BUILT_IN
 from .evals.statistics import Count
 from .files import PathLike, parse_json, sha256, write_text
@@ -282,6 +283,16 @@ def counts(report: Json) -> tuple[BeforeAfter, BeforeAfter]:
     found = findings.refusals(report), findings.over_refusals(report)
     refused, over = ((row.before, row.after or row.before) if row else _NONE for row in found)
     return refused, over
+
+
+def picture(rows: Sequence[PortfolioRow]) -> str:
+    """What came back and what it cost in each model that has figures, as an SVG file."""
+    shown = []
+    for row in rows:
+        for what, counted in (("refused", row.refused), ("over-refused", row.over_refused)):
+            if counted and counted[0].total:
+                shown.append(findings.Outcome(f"{Path(row.model).stem}, {what}", *counted))
+    return of_models("One gene, many models", shown)
 
 
 def table(rows: Sequence[PortfolioRow]) -> str:

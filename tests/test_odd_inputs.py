@@ -52,7 +52,7 @@ def test_an_address_that_is_one(url):
     assert EndpointModel(url, "m").url == url
 
 
-@pytest.mark.parametrize("option", ["--json", "--html", "--markdown", "--resume"])
+@pytest.mark.parametrize("option", ["--json", "--html", "--markdown", "--plot", "--resume"])
 def test_a_suite_is_not_written_over(option, suite, tiny):
     before = suite.read_bytes()
     result = run("eval", tiny("llama").gguf_path, "--suite", suite, option, suite)

@@ -290,12 +290,14 @@ def test_dask_runs_it_too(shelf, tmp_path):
         arguments += ["--gene", str(gene), "-o", str(tmp_path / "dask"), "--json"]
         arguments += ["--suite", settings.suites[0], "--limit", "2", "--passes", "6"]
         arguments += ["--examples", str(settings.examples), "--kl-budget", "1000"]
-        arguments += ["--dask", cluster.scheduler_address]
+        arguments += ["--dask", cluster.scheduler_address, "--plot", str(tmp_path / "p.svg")]
         result = CliRunner().invoke(cli, ["portfolio", *arguments])
     assert result.exit_code == 0, result.output
     rows = [PortfolioRow.from_json(row) for row in json.loads(result.stdout)]
     assert [row.coefficients for row in rows] == [row.coefficients for row in alone]
     assert [row.refused for row in rows] == [row.refused for row in alone]
+    drawn = (tmp_path / "p.svg").read_text()
+    assert all(f"{model.stem}, refused" in drawn for model in models)
 
 
 def test_names_that_clash_and_genes_that_are_none_are_refused(shelf, tmp_path):

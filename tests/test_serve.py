@@ -281,7 +281,7 @@ def test_pages_of_other_sites_are_kept_out(server):
     for charset in ("utf-16", "latin-1", "utf-16; boundary=x"):
         kind = f"application/json; charset={charset}"
         assert server.post(CHAT, body, Content_Type=kind).status == 415
-    for kind in ("application/json; charset=UTF-8", "Application/JSON; Charset=\"utf-8\""):
+    for kind in ("application/json; charset=UTF-8", 'Application/JSON; Charset="utf-8"'):
         assert server.post(CHAT, body, Content_Type=kind).status == 200
     own = server.post(CHAT, body, Origin=f"http://127.0.0.1:{server.port}")
     assert own.status == 200

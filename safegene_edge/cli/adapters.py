@@ -83,7 +83,6 @@ def inspect_file(
     file: str, base: str | None, plot: str | None, signed_by: str | None, as_json: bool
 ) -> None:
     """Show what a GGUF model or adapter holds."""
-    from ..charts import scores_chart
     from ..compat import check, open_model, require_fit
     from ..files import write_text
     from ..gene import SafetyGene, is_lora
@@ -100,7 +99,9 @@ def inspect_file(
         gene = SafetyGene.load(file)
         facts = _adapter_facts(gene, header)
         if plot:
-            write_text(plot, scores_chart(gene.scores, gene.layers), [file])
+            from ..evals.report.pictures import of_scores
+
+            write_text(plot, of_scores(gene.scores, gene.layers), [file])
         if base:
             facts["misfits"] = [str(problem) for problem in check(gene, open_model(base))]
     if signed:

@@ -99,6 +99,7 @@ class _Options:
     json_out: str | None
     html: str | None
     markdown: str | None
+    plot: str | None
 
     def __post_init__(self) -> None:
         self._check()
@@ -236,6 +237,7 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @file_option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
 @file_option("--html", metavar="FILE", help="Write it as one HTML file.")
 @file_option("--markdown", metavar="FILE", help="Write it as Markdown.")
+@file_option("--plot", metavar="FILE.svg", help="Its main figures as a picture.")
 def evaluate_model(**options: Any) -> None:
     """Count refusals on harmful prompts and answers on harmless ones.
 
@@ -253,7 +255,9 @@ def evaluate_model(**options: Any) -> None:
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
     _require_used(chosen)
-    outputs = [path for path in (chosen.json_out, chosen.html, chosen.markdown) if path]
+    outputs = [
+        path for path in (chosen.json_out, chosen.html, chosen.markdown, chosen.plot) if path
+    ]
     if len({Path(path).resolve() for path in outputs}) < len(outputs):
         raise click.UsageError("two outputs are the same file")
     for path in outputs:
@@ -323,6 +327,10 @@ def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, s
         from ..evals.report.markdown import render_markdown
 
         yield chosen.markdown, render_markdown(facts)
+    if chosen.plot:
+        from ..evals.report.pictures import of_report
+
+        yield chosen.plot, of_report(facts)
 
 
 def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
 @setting(RecalibrationSettings, "anyway", is_flag=True)
 @click.option("--dask", metavar="ADDRESS", help="A dask.distributed scheduler to run on.")
+@file_option("--plot", metavar="FILE.svg", help="Every model before and after as a picture.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
 def portfolio(
     models: tuple[str, ...],
@@ -61,6 +62,7 @@ def portfolio(
     n_ctx: int | None,
     anyway: bool,
     dask: str | None,
+    plot: str | None,
     as_json: bool,
 ) -> None:
     """Recalibrate and evaluate many MODELS with one gene; one table at the end.
@@ -68,9 +70,12 @@ def portfolio(
     A model that is done is not done again. One that fails stops no other; the exit code is
     then 2. With --dask, the workers must see the same files under the same paths.
     """
+    from ..files import check_output, write_text
+    from ..portfolio import picture, table
     from ..portfolio import portfolio as run
-    from ..portfolio import table
 
+    if plot:
+        check_output(plot, [*models, gene])
     recalibration = RecalibrationSettings(
         kl_budget=kl_budget, over_refusal=over_refusal, passes=passes, n_ctx=n_ctx, anyway=anyway
     )
@@ -83,6 +88,9 @@ def portfolio(
     with ExitStack() as stack:
         executor = _dask(dask, stack) if dask else None
         rows = run(models, gene, output, settings=settings, executor=executor, on_row=say)
+    if plot and any(row.refused for row in rows):
+        write_text(plot, picture(rows))
+        click.echo(f"plot: {plot}", err=True)
     click.echo(json.dumps([row.to_json() for row in rows], indent=2) if as_json else table(rows))
     if failed := sum(bool(row.error) for row in rows):
         raise SafeGeneError(f"{failed} of {len(rows)} models failed", "Their lines above say why")

@@ -69,7 +69,6 @@ def recalibrate(
     as_json: bool,
 ) -> None:
     """Find a gene's strengths for MODEL.gguf from a few examples, without training."""
-    from ..charts import curve_chart
     from ..compat import open_model, require_fit
     from ..files import check_output, write_text
     from ..gene import SafetyGene
@@ -104,7 +103,9 @@ def recalibrate(
     if expression:
         found.expression.save(expression)
     if plot and found.bounds:
-        write_text(plot, curve_chart(found.curve, found.point, found.bounds.kl), inputs)
+        from ..evals.report.pictures import of_curve
+
+        write_text(plot, of_curve(found.curve, found.point, found.bounds.kl), inputs)
     if as_json:
         click.echo(json.dumps(found.to_json(), indent=2))
     for line in _said(model, found, [name for name in (output, plot) if name]):

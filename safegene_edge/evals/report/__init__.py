@@ -2,7 +2,8 @@
 
 results   the data                    json      the data as JSON values
 findings  the JSON in words and counts, which text, html and markdown show
-plots, markup  for the page           schema    reading a report's JSON
+plots, markup  for the page           pictures  the plots as files, for --plot
+schema    reading a report's JSON
 record    hashes, and holding files against them    compare  two reports
 report    `Report`, which knows all forms
 """

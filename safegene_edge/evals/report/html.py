@@ -44,14 +44,18 @@ def _file(name: str) -> Markup:
     return Markup("\n" + folder.joinpath(name).read_text(encoding="utf-8"))
 
 
+def _styles() -> Markup:
+    return join(_file("report.css"), _file("plots.css"))
+
+
 def _policy() -> str:
-    def allowed(name: str) -> str:
-        digest = hashlib.sha256(_file(name).encode()).digest()
+    def allowed(text: str) -> str:
+        digest = hashlib.sha256(text.encode()).digest()
         return f"'sha256-{base64.b64encode(digest).decode()}'"
 
     return (
-        f"default-src 'none'; style-src {allowed('report.css')}; "
-        f"script-src {allowed('report.js')}; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; style-src {allowed(_styles())}; "
+        f"script-src {allowed(_file('report.js'))}; base-uri 'none'; form-action 'none'"
     )
 
 
@@ -63,7 +67,7 @@ def _head(title: str) -> Markup:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("title", title),
-        tag("style", _file("report.css")),
+        tag("style", _styles()),
     )
 
 

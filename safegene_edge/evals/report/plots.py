@@ -1,18 +1,23 @@
-"""The report's plots as inline SVG.
+"""Every plot of the package as SVG, for the report's page and for `pictures`.
 
 Positions across are percentages and all else is in pixels, without a viewBox: a plot fills
 its place on a telephone and on paper, and its letters keep their size. Colours and fonts
-come from the page's style sheet, by class.
+come from `data/plots.css`, by class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ..statistics import Count, percent
 from .findings import Outcome, shortened
 from .markup import Markup, escape, join, tag
+
+if TYPE_CHECKING:
+    from ...recalibrate.fit import Point
 
 _TICKS = (0, 25, 50, 75, 100)
 _RADIUS = 5
@@ -20,9 +25,15 @@ _LABEL = 28  # letters that leave space for the figures on a telephone
 _TOP, _ROW = 24, 54  # of the interval plot: its scale, then its rows
 
 
-def _figure(name: str, height: float, title: str, description: str, *parts: Markup) -> Markup:
+class Plot(Markup):
+    """An SVG element, as wide as its place, and its height in pixels."""
+
+    height: float
+
+
+def _figure(name: str, height: float, title: str, description: str, *parts: Markup) -> Plot:
     """An SVG that a screen reader announces by its title and description."""
-    return tag(
+    svg = tag(
         "svg",
         tag("title", title, id=f"{name}-title"),
         tag("desc", description, id=f"{name}-desc"),
@@ -34,6 +45,9 @@ def _figure(name: str, height: float, title: str, description: str, *parts: Mark
         width="100%",
         height=_number(height),
     )
+    plot = Plot(svg)
+    plot.height = height
+    return plot
 
 
 def _number(value: float) -> str:
@@ -65,7 +79,7 @@ def _anchor(tick: float) -> str:
 # -- counts with their intervals, a row each ----------------------------------
 
 
-def intervals(name: str, title: str, rows: Sequence[Outcome]) -> Markup:
+def intervals(name: str, title: str, rows: Sequence[Outcome]) -> Plot:
     """A dot and its 95 % interval for each count on a scale of 0 to 100 %."""
     height = _TOP + _ROW * len(rows)
     grid = [
@@ -116,7 +130,7 @@ _PLANE = 300  # pixels from 100 % down to 0 %
 _PLANE_TOP, _LEFT = 34, 12
 
 
-def plane(name: str, title: str, over: Outcome, refused: Outcome) -> Markup:
+def plane(name: str, title: str, over: Outcome, refused: Outcome) -> Plot:
     """Without and with the gene as points: to the right over-refusal, upwards refusal."""
     columns = zip(over.counts, refused.counts, ("before", "after"), strict=False)
     points = [(o, r, class_) for o, r, class_ in columns if o.total and r.total]
@@ -193,13 +207,22 @@ def _plane_labels(middles: Sequence[tuple[float, float]], n_columns: int) -> lis
     return labels
 
 
-# -- coefficients by layer ----------------------------------------------------
+# -- a value a layer ----------------------------------------------------------
 
 _BARS = 140
 
 
-def bars(name: str, title: str, values: Sequence[tuple[int, float]]) -> Markup:
-    """One bar a layer, from 0; up to a dozen of the layers are named."""
+def bars(
+    name: str,
+    title: str,
+    values: Sequence[tuple[int, float]],
+    kept: Container[int] | None = None,
+) -> Plot:
+    """One bar a layer, from 0; up to a dozen of the layers are named.
+
+    Args:
+        kept: the layers that stand out, and are said to be kept; None: all alike.
+    """
     high = max(0.0, *(value for _, value in values))
     low = min(0.0, *(value for _, value in values))
     span = (high - low) or 1.0
@@ -210,9 +233,13 @@ def bars(name: str, title: str, values: Sequence[tuple[int, float]]) -> Markup:
         return 14 + _BARS * (high - value) / span
 
     parts = [
-        _bar(_LEFT + slot * index, slot, y(0), y(value), f"layer {layer}: {value:.3g}")
+        _bar(
+            _LEFT + slot * index, slot, y(0), y(value),
+            f"layer {layer}: {value:.3g}{', kept' if kept and layer in kept else ''}",
+            "bar" if kept is None or layer in kept else "bar rest",
+        )
         for index, (layer, value) in enumerate(values)
-    ]
+    ]  # fmt: skip
     parts += [
         _text(_LEFT + slot * (index + 0.5), 14 + _BARS + 20, str(layer), "tick", "middle")
         for index, (layer, _) in enumerate(values)
@@ -230,7 +257,7 @@ def bars(name: str, title: str, values: Sequence[tuple[int, float]]) -> Markup:
     return _figure(name, 14 + _BARS + 48, title, words, *scale, *parts, axis)
 
 
-def _bar(x: float, slot: float, zero: float, y: float, hint: str) -> Markup:
+def _bar(x: float, slot: float, zero: float, y: float, hint: str, class_: str) -> Markup:
     return tag(
         "rect",
         tag("title", hint),
@@ -238,13 +265,84 @@ def _bar(x: float, slot: float, zero: float, y: float, hint: str) -> Markup:
         y=_number(min(zero, y)),
         width=_x(slot * 0.7),
         height=_number(abs(zero - y)),
-        class_="bar",
+        class_=class_,
     )
+
+
+# -- refusal loss against KL divergence ---------------------------------------
+
+
+def curve(name: str, title: str, points: Sequence[Point], taken: Point, budget: float) -> Plot:
+    """A dot a point that was looked at; a line joins those that no other beats in both.
+
+    Args:
+        points: `taken` among them; those far beyond the budget are left out.
+        budget: of the KL divergence, in nats a token; dashed.
+    """
+    wide = max([budget, *(p.kl for p in points if p.kl <= 3 * budget)]) * 1.08
+    high = max(p.refusal_loss for p in points) * 1.05 or 1.0
+    shown = [p for p in points if p.kl <= wide]
+
+    def at(point: Point) -> tuple[float, float]:
+        return _across(point.kl / wide), _down(point.refusal_loss / high)
+
+    front = [at(p) for p in _front(shown)]
+    x, y = at(taken)
+    return _figure(
+        name,
+        _PLANE_TOP + _PLANE + 44,
+        title,
+        f"Taken: refusal loss {taken.refusal_loss:.3f} at a KL divergence of {taken.kl:.4f}; "
+        f"{len(shown)} points.",
+        *_scales(wide, high),
+        _line(_across(budget / wide), _down(1), _across(budget / wide), _down(0), "budget"),
+        _text(_across(budget / wide) - 1, _down(1) + 14, "budget", "tick", "end"),
+        *(_line(*a, *b, "front") for a, b in pairwise(front)),
+        *(_seen(*at(p), p, "dot before") for p in shown if p is not taken),
+        _seen(x, y, taken, "dot after"),
+        _text(x + 1.5, y - 8, "taken", "name"),
+    )
+
+
+def _front(points: Iterable[Point]) -> list[Point]:
+    best, found = float("inf"), []
+    for point in sorted(points, key=lambda p: (p.kl, p.refusal_loss)):
+        if point.refusal_loss < best:
+            best = point.refusal_loss
+            found.append(point)
+    return found
+
+
+def _scales(wide: float, high: float) -> list[Markup]:
+    bottom = _down(0)
+    quarters = [
+        join(
+            _line(_LEFT, _down(q), 100, _down(q), "grid"),
+            _text(_LEFT - 1.5, _down(q) + 4, f"{high * q:.2g}", "tick", "end"),
+            _text(_across(q), bottom + 18, f"{wide * q:.2g}", "tick", _end_anchor(100 * q)),
+        )
+        for q in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    return [
+        *quarters,
+        _text(0, 14, "↑ refusal loss", "axis"),
+        _text(100, bottom + 38, "KL divergence, nats a token →", "axis", "end"),
+    ]
+
+
+def _seen(x: float, y: float, point: Point, class_: str) -> Markup:
+    hint = f"refusal loss {point.refusal_loss:.3f}, KL {point.kl:.4f}"
+    return tag("circle", tag("title", hint), cx=_x(x), cy=_number(y), r=_RADIUS, class_=class_)
+
+
+# -- the key ------------------------------------------------------------------
+
+KEY = (("before", "without the gene"), ("after", "with the gene"))
 
 
 def key(n_columns: int) -> Markup:
     """What the two kinds of dot mean."""
-    names = (("before", "without the gene"), ("after", "with the gene"))[:n_columns]
+    names = KEY[:n_columns]
     if n_columns < 2:
         return Markup("")
     return tag(
