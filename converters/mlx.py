@@ -18,6 +18,7 @@ from . import safetensors_file
 from .keys import MODULE_PREFIX
 from .peft import (
     CONFIG,
+    WEIGHTS,
     Layout,
     PeftAdapter,
     PeftConfig,
@@ -26,6 +27,7 @@ from .peft import (
     collect,
     parse_config,
     read_config,
+    require_weights,
     unsupported,
 )
 
@@ -61,6 +63,7 @@ def read_mlx(folder: Path, *, text_only: bool = False) -> PeftAdapter:
         raise unsupported(str(folder), [Refusal(f"fine_tune_type={kind}", why)])
     rank, scale = _numbers(values, folder / CONFIG)
     weights = folder / MLX_WEIGHTS
+    require_weights(weights, WEIGHTS, "PEFT")
     tensors, _ = safetensors_file.read(weights)
     plain = _config(values, rank, scale, (), weights)  # the same scale for all
     pairs, refused, left_out = collect(weights, tensors, _LAYOUT, plain, text_only)
@@ -91,7 +94,10 @@ def _numbers(values: Mapping[str, Any], path: Path) -> tuple[int, float]:
 
 
 def _wrong(path: Path, name: str, value: Any, wanted: str) -> FileFormatError:
-    return FileFormatError(f"{path}: 'lora_parameters.{name}' is {value!r}, not {wanted}")
+    return FileFormatError(
+        f"{path}: 'lora_parameters.{name}' is {value!r}, not {wanted}",
+        "Give the folder that mlx_lm.lora wrote",
+    )
 
 
 def _config(

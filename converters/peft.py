@@ -147,12 +147,33 @@ def read_peft(folder: PathLike, *, text_only: bool = False) -> PeftAdapter:
     if not weights.exists() and (folder / PICKLE).exists():
         refused.append(Refusal(PICKLE, "a pickle can run code; save it again as safetensors"))
         raise unsupported(str(folder), refused)
+    require_weights(weights, "adapters.safetensors", "MLX")
     tensors, metadata = safetensors_file.read(weights)
     pairs, tensor_refusals, left_out = collect(weights, tensors, _PEFT, config, text_only)
     refused += tensor_refusals
     adapter = PeftAdapter(str(folder), config, pairs, metadata, tuple(refused), left_out)
     check_values(adapter, weights)
     return adapter
+
+
+def require_weights(weights: Path, other: str, kind: str) -> None:
+    """Say what lies there in place of an adapter's weights.
+
+    Args:
+        other: what the weights are called of the other kind of adapter.
+    """
+    if weights.exists():
+        return
+    if parts := sorted(weights.parent.glob(f"{weights.stem}-*-of-*.safetensors")):
+        raise UnsupportedError(
+            f"{weights.parent}: its weights are split into {len(parts)} files",
+            "Save the adapter again in one file: save_pretrained(..., max_shard_size='100GB')",
+        )
+    if (weights.parent / other).exists():
+        raise FileFormatError(
+            f"{weights.parent}: {other} is {kind}'s, and {CONFIG} is not",
+            "The two files do not belong together: save the adapter again",
+        )
 
 
 def unsupported(source: str, refusals: Iterable[Refusal]) -> UnsupportedError:
@@ -289,7 +310,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
         )
     path = folder / CONFIG
     if not path.exists():
-        remedy = folder_remedy(folder, "Give the folder that PEFT wrote")
+        inside = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
+        remedy = f"Did you mean {inside[0]}?" if inside else "Give the folder that PEFT wrote"
+        remedy = folder_remedy(folder, remedy)
         raise FileFormatError(f"{path}: no such file", remedy)
     try:
         text = read_text(path)

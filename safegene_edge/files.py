@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -32,12 +33,14 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 _SUFFIX = ".tmp"
 _NAME_BYTES = 80  # of the output's name in that of its temporary file
+_PART = re.compile(r"-\d{5}-of-(\d{5})$")
 _NEAR = 0.75  # of a name's letters must agree before it is suggested
 
 
 def cache_folder() -> Path:
     """This project's folder in the user's own cache."""
-    if folder := os.environ.get("XDG_CACHE_HOME"):
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(folder):  # noqa: PTH117 - the specification ignores any other
         base = Path(folder)
     elif sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
@@ -123,6 +126,11 @@ def parse_json(text: str | bytes, *, foreign: bool = False, **options: Any) -> A
     return found
 
 
+def no_constant(name: str) -> Any:
+    """For `parse_constant`: NaN and the infinities, which Python alone reads, are a ValueError."""
+    raise ValueError(f"{name} is no JSON number")
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -169,7 +177,14 @@ def _missing_remedy(path: Path) -> str:
     with suppress(OSError):  # a folder that cannot be listed
         there = [file for file in path.parent.iterdir() if file.is_file()]
         there.sort(key=lambda file: file.suffix == path.suffix)  # of one stem the last is kept
-        stems = {file.stem: file for file in there if not file.name.startswith(".")}
+        part = _PART.search(path.stem)
+        stems = {
+            file.stem: file
+            for file in there
+            if not file.name.startswith(".") and not (part and _PART.search(file.stem))
+        }
+        if part:  # of a split model: one that is there is no other's name
+            return f"The model is split into {int(part[1])} files: put all of them there"
         for stem in difflib.get_close_matches(path.stem, stems, n=1, cutoff=_NEAR):
             return f"Did you mean {stems[stem]}?"
     return "Check the path"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -361,6 +362,13 @@ class SafetyGene(Adapter):
 # -- reading --------------------------------------------------------------
 
 
+def listed(adapters: Any) -> list[Any]:
+    """Adapters as a list; SettingError for one alone, or a mapping, whose values would be lost."""
+    if isinstance(adapters, (str, bytes, os.PathLike, Adapter, Mapping)):
+        raise SettingError("the adapters are no list", "Give [adapter] or [(adapter, scale)]")
+    return list(adapters)
+
+
 def require_distinct(given: Sequence[tuple[str, Adapter]]) -> None:
     """SettingError where two of these adapters, each with its name, do the same.
 
@@ -385,7 +393,14 @@ def is_lora(file: GGUFFile) -> bool:
 
 def _require_lora(file: GGUFFile) -> None:
     if not is_lora(file):
-        kind = file.metadata.get("adapter.type") or file.metadata.get("general.type", "model")
+        what, which = (file.metadata.get(key) for key in ("general.type", "adapter.type"))
+        for key, value, other in (("general.type", what, which), ("adapter.type", which, what)):
+            if value is None and other in ("adapter", "lora"):
+                raise FileFormatError(
+                    f"{file.path}: has no '{key}', which says what it is",
+                    "Convert the adapter again",
+                )
+        kind = which if what == "adapter" else what or "model"
         raise FileFormatError(
             f"{file.path}: is of the type '{kind}', not a LoRA adapter",
             "Give a gene or an adapter there; the model goes before it"

@@ -18,6 +18,7 @@ from .errors import FileFormatError, MissingExtraError
 
 PREFIX = "hf:"
 FORM = "hf:OWNER/REPO/FILE or hf:OWNER/REPO@REVISION/FILE"
+_ADDRESS = re.compile(r"(https?|file|ftp|s3):/")  # one slash: a Path takes the other away
 _REPOSITORY = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([^/].*)")
 
@@ -59,6 +60,10 @@ def resolve(path: str | os.PathLike[str]) -> Path:
     text = os.fspath(path)
     if not text:
         raise FileFormatError("a file's name is empty", "Name a file")
+    if address := _ADDRESS.match(text):
+        raise FileFormatError(
+            f"{text}: is an address ({address[1]}), not a file", f"Download it, or write {FORM}"
+        )
     if not text.startswith(PREFIX):
         return Path(path)
     match = _SPEC.fullmatch(text.replace("\\", "/"))  # a Path on Windows turned the slashes

@@ -125,8 +125,12 @@ def restore(
         None if card is None else Path(card),
     )  # fmt: skip
     model, teacher = open_model(target), files_of(aligned, target)
+    outputs = [path.resolve() for path in work.outputs.values()]
+    if len(set(outputs)) < len(outputs):
+        raise OutputError(f"{card}: is another output of this run, too", "Give the card a name")
+    given = [] if gene is None or isinstance(gene, SafetyGene) or is_place(gene) else [gene]
     for path in work.outputs.values():
-        check_output(path, [*work.inputs, *teacher])
+        check_output(path, [*work.inputs, *teacher, *given])
     place = PACKAGE if gene is None and aligned is None else gene
     if is_place(place):
         with suppress(MismatchError) if gene is None else nullcontext():
@@ -135,7 +139,6 @@ def restore(
     elif isinstance(gene, SafetyGene):
         require_fit(gene, model, "the gene")
     elif gene is not None:
-        check_output(output, [gene])
         require_fit(SafetyGene.load(gene), model, gene)
     return work.run(teacher, gene, learning or LearnSettings())
 

@@ -538,7 +538,7 @@ class Trials:
     def _file_limit(self, home: Path, chance: Any, at: int) -> Any:
         """Where the system lets no file become longer, as on a full disk."""
         longest = max(len(d) for n, d in self.reference.files.items() if n.startswith("out/"))
-        size = chance.randrange(1, longest)
+        size = chance.randrange(min(_SAID, longest - 1), longest)
         ended = self._run(home, Fault("file limit", size)).ended()
         if not ended.code:
             self.problems.append("nothing was said")
@@ -640,6 +640,7 @@ class Trials:
 
 QUICK = ("convert", "to-peft", "merge", "recalibrate", "eval", "export llama-server",
          "report render")  # fmt: skip
+_SAID = 1024  # bytes: what a run says is a file here, and must have room to be said
 _SAMPLE = {"kill": 1, "EIO": 2, "file limit": 1, "vanishing input": 1, "Ctrl-C": 1,
            "two processes": 1}  # fmt: skip
 SLOW = {"restore": ("kill",), "portfolio": ("Ctrl-C",)}

@@ -176,7 +176,10 @@ def test_a_chat_that_the_template_refuses(files, monkeypatch):
     from safegene_edge.cli.chat import chat
     from safegene_edge.runtime import llama as module
 
-    refusing = "{{ raise_exception('no chat today') if messages[0].content == 'no' else 'x' }}"
+    refusing = (
+        "{% if messages[0].content == 'no' %}{{ raise_exception('no chat today') }}{% endif %}"
+        "{{ messages[0].content }}"
+    )
     monkeypatch.setattr(module, "ChatTemplate", _template(module.ChatTemplate, refusing))
     done = CliRunner().invoke(
         chat, [str(files[0]), "--max-tokens", "1", "--no-history"], input="no\nyes\n"

@@ -113,17 +113,18 @@ def test_every_way_into_the_api(cache, files, tiny_adapter, tmp_path):
         assert llama.model_path == str(hub.resolve(MODEL))
         llama.attach(GENE, 0.5)
     kwargs = {"suites": ["harmless"], "settings": EvalSettings(limit=2, max_tokens=4)}
-    facts = evaluate(MODEL, GENE, adapters=[GENE], **kwargs).to_json()
-    assert (facts["model"]["name"], facts["model"]["sha256"]) == ("model.gguf", sha256(model))
-    hashes = [facts["gene"]["sha256"], facts["adapters"][0]["sha256"]]
-    assert hashes == [sha256(gene)] * 2
     made = convert(tiny_adapter("llama"), base=MODEL, output=tmp_path / "made.gguf")
     assert made.n_parameters
+    facts = evaluate(MODEL, tmp_path / "made.gguf", adapters=[GENE], **kwargs).to_json()
+    assert (facts["model"]["name"], facts["model"]["sha256"]) == ("model.gguf", sha256(model))
+    assert facts["adapters"][0]["sha256"] == sha256(gene)
+    facts = evaluate(MODEL, GENE, **kwargs).to_json()
+    assert facts["gene"]["sha256"] == sha256(gene)
     to_peft(GENE, MODEL, tmp_path / "peft")
     requantise(MODEL, tmp_path / "f16.gguf", "F16")
     with suppress(NoEffectError, SettingError):  # a random gene may have nothing to give
         known, settings = SafetyGene.load(GENE), RecalibrationSettings(passes=6)
-        found = recalibrate(MODEL, known, adapters=[GENE], settings=settings).expression
+        found = recalibrate(MODEL, known, settings=settings).expression
         assert (found.target, found.gene) == (sha256(model), SafetyGene.load(gene).sha256)
 
 
@@ -161,10 +162,10 @@ def test_every_command(cache, files, tiny_adapter, tmp_path):
     for command in (
         ("convert", tiny_adapter("llama"), "--base", MODEL, "-o", tmp_path / "a.gguf"),
         ("to-peft", GENE, "--base", MODEL, "-o", tmp_path / "peft"),
-        ("eval", MODEL, "--gene", GENE, "--adapter", GENE, "--suite", "harmless", "--limit", "1",
-         "--max-tokens", "4", "--json", tmp_path / "r.json"),
+        ("eval", MODEL, "--gene", GENE, "--adapter", tmp_path / "a.gguf", "--suite", "harmless",
+         "--limit", "1", "--max-tokens", "4", "--json", tmp_path / "r.json"),
         ("report", "verify", tmp_path / "r.json", "--model", MODEL, "--gene", GENE),
-        ("chat", MODEL, "--gene", GENE, "--adapter", GENE, "--max-tokens", "2"),
+        ("chat", MODEL, "--gene", tmp_path / "a.gguf", "--adapter", GENE, "--max-tokens", "2"),
     ):  # fmt: skip
         done = run(*command, text="Hello\n/gene\n")
         assert done.returncode == 0, done.stderr

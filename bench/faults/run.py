@@ -19,8 +19,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
@@ -88,19 +88,43 @@ def work(number: int, of: int, end: float, commands: list[str], kinds: list[str]
 
 
 def summary() -> None:
-    """results.json and the table."""
+    """results.json and the table; kinds that were not tried this time keep their figures."""
     found = rows_of(HOME / "trials-*.jsonl")
-    tried, held, hit = (
-        Counter((t["command"], t["kind"]) for t in found if of(t))
-        for of in (lambda _: True, lambda t: not t["problems"], lambda t: t["hit"])
-    )
-    names = [name for name in faults.COMMANDS if any(t["command"] == name for t in found)]
-    kinds = [kind for kind in GOALS if any(t["kind"] == kind for t in found)]
-    rows = [[name, *(f"{held[name, k]}/{tried[name, k]}" for k in kinds)] for name in names]
-    rows.append(["all", *(f"{sum(held[n, k] for n in names)}/{sum(tried[n, k] for n in names)}"
-                          for k in kinds)])  # fmt: skip
-    failed = [t for t in found if t["problems"]]
-    text = (
+    new = {(t["command"], t["kind"]) for t in found}
+    before = json.loads((HERE / "results.json").read_text())
+    commands = {name: dict(facts) for name, facts in before["commands"].items()}
+    failed = [t for t in before["failed"] if (t["command"], t["kind"]) not in new]
+    failed += [{k: t[k] for k in ("command", "kind", "what", "problems")}
+               for t in found if t["problems"]]  # fmt: skip
+    for name, kind in new:
+        tried = [t for t in found if (t["command"], t["kind"]) == (name, kind)]
+        facts = commands.setdefault(name, {"kinds": {}})
+        facts |= {what: max(t[what] for t in tried) for what in ("seconds", "calls")}
+        facts["kinds"][kind] = {
+            "tried": len(tried),
+            "changed the end": sum(t["hit"] for t in tried),
+            "held": sum(not t["problems"] for t in tried),
+        }
+    write(HERE, {"commands": commands, "failed": failed}, text_of(commands, len(failed)))
+
+
+def text_of(commands: dict[str, Any], n_failed: int) -> str:
+    """The table."""
+    names = [name for name in faults.COMMANDS if name in commands]
+    cells = {name: commands[name]["kinds"] for name in names}
+    kinds = [kind for kind in GOALS if any(kind in cells[name] for name in names)]
+
+    def of(kind: str, what: str) -> int:
+        return sum(cells[name].get(kind, {}).get(what, 0) for name in names)
+
+    def shown(name: str, kind: str) -> str:
+        cell = cells[name].get(kind)
+        return f"{cell['held']}/{cell['tried']}" if cell else ""
+
+    rows = [[name, *(shown(name, kind) for kind in kinds)] for name in names]
+    rows.append(["all", *(f"{of(kind, 'held')}/{of(kind, 'tried')}" for kind in kinds)])
+    tried, hit = (sum(of(kind, what) for kind in kinds) for what in ("tried", "changed the end"))
+    return (
         "# Faults in every command that writes\n\n" + table(["held, of", *kinds], rows)
         + "\nA trial holds where no half file lies under a final name, the command says one line "
         "with the right exit code, leaves no temporary file after an error or Ctrl-C, and writes "
@@ -108,24 +132,8 @@ def summary() -> None:
         "the system on a file of the run, evenly over all its calls; \"at a time\" is a random "
         "moment. \"file limit\" is RLIMIT_FSIZE, \"small disk\" a tmpfs of a random size. `learn` "
         "and `restore` take a random model's words for refusals, and `restore` takes half of the "
-        f"gene's strength for the right one.\n\nTrials: {len(found)}; the fault changed the end of "
-        f"{sum(hit.values())}; {len(failed)} did not hold.\n"
-    )  # fmt: skip
-    write(
-        HERE,
-        {
-            "commands": {
-                n: {
-                    "seconds": max(t["seconds"] for t in found if t["command"] == n),
-                    "calls": max(t["calls"] for t in found if t["command"] == n),
-                    "kinds": {k: {"tried": tried[n, k], "changed the end": hit[n, k],
-                                  "held": held[n, k]} for k in kinds},
-                }
-                for n in names
-            },
-            "failed": [{k: t[k] for k in ("command", "kind", "what", "problems")} for t in failed],
-        },
-        text,
+        f"gene's strength for the right one.\n\nTrials: {tried}; the fault changed the end of "
+        f"{hit}; {n_failed} did not hold.\n"
     )  # fmt: skip
 
 

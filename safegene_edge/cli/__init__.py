@@ -7,7 +7,9 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 a missed t
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 import click
 
@@ -61,6 +63,7 @@ for _command in (
 
 def main() -> None:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
+    _open_streams()
     try:
         code = cli.main(prog_name="safegene-edge", standalone_mode=False)
     except SafeGeneError as error:
@@ -92,6 +95,14 @@ def _after_an_option(error: click.UsageError) -> str:
     return ""
 
 
+def _open_streams() -> None:
+    """Open what a caller has closed, or the next file would take its place."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the process
+
+
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    with suppress(OSError):  # nobody can be told
+        click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)

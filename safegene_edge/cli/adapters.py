@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import command
-from .options import examples, file_option, say_next, with_adapters
+from .options import FILE, examples, file_option, say_next, with_adapters
 
 if TYPE_CHECKING:
     from ..gene import Adapter
@@ -26,7 +26,7 @@ _TEMPLATE = "tokenizer.chat_template"
         "convert mlx-folder --base model.gguf -o task.gguf --text-only",
     )
 )
-@click.argument("peft_dir", type=click.Path())
+@click.argument("peft_dir", type=FILE)
 @file_option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
 @file_option("-o", "--output", required=True, metavar="ADAPTER.gguf", help="Where to write it.")
 @click.option("--text-only", is_flag=True, help="Leave out the tensors of a vision or audio part.")
@@ -51,7 +51,7 @@ def convert(peft_dir: str, base: str, output: str, text_only: bool) -> None:
         "to-peft fitted.gguf --base hf:OWNER/REPO/model.gguf -o peft-folder",
     ),
 )
-@click.argument("adapter", type=click.Path())
+@click.argument("adapter", type=FILE)
 @file_option("--base", required=True, metavar=_MODEL, help="The GGUF that the adapter is for.")
 @file_option("-o", "--output", required=True, metavar="DIR", help="A new folder.")
 def to_peft(adapter: str, base: str, output: str) -> None:
@@ -70,7 +70,7 @@ def to_peft(adapter: str, base: str, output: str) -> None:
         "inspect gene.gguf --base model.gguf --plot scores.svg",
     ),
 )
-@click.argument("file", type=click.Path())
+@click.argument("file", type=FILE)
 @file_option("--base", metavar=_MODEL, help="Also say whether the adapter fits this model.")
 @file_option("--plot", metavar="SCORES.svg", help="A gene's selection scores as a picture.")
 @file_option(

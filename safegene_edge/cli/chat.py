@@ -11,7 +11,7 @@ import click
 
 from ..errors import SafeGeneError, SettingError, command
 from .adapters import say_where_unfitted
-from .options import examples, file_option, say_next, setting, with_adapters
+from .options import FILE, Number, examples, file_option, say_next, setting, with_adapters
 from .settings import ChatSettings
 from .terminal import Lines, paint, printable
 
@@ -37,12 +37,12 @@ A message that begins with a slash: put a space before it.'''
         "chat model.gguf --gene fitted.gguf --system 'You sort mail.' --temperature 0.7",
     )
 )
-@click.argument("model", type=click.Path())
+@click.argument("model", type=FILE)
 @file_option("--gene", metavar="GENE.gguf", help="The safety adapter; switched with /safe.")
 @file_option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @click.option("--system", metavar="TEXT", help="A system message.")
 @setting(ChatSettings, "max_tokens", type=click.IntRange(min=1))
-@setting(ChatSettings, "temperature", type=click.FloatRange(min=0))
+@setting(ChatSettings, "temperature", type=Number(min=0))
 @setting(ChatSettings, "ctx", type=click.IntRange(min=64))
 @click.option(
     "--no-guard",

@@ -25,7 +25,17 @@ from ..evals.settings import (
 )
 from ..portfolio_settings import PortfolioSettings
 from .adapters import beside, say_where_unfitted
-from .options import default_of, examples, file_option, say_next, setting, with_adapters
+from .options import (
+    FILE,
+    Number,
+    check_outputs,
+    default_of,
+    examples,
+    file_option,
+    say_next,
+    setting,
+    with_adapters,
+)
 
 if TYPE_CHECKING:
     from ..evals.asking.journal import Journal
@@ -193,11 +203,11 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
         "eval model.gguf --gene fitted.gguf --json report.json --html report.html",
     ),
 )
-@click.argument("model", type=click.Path(), required=False)
+@click.argument("model", type=FILE, required=False)
 @file_option("--gene", metavar="GENE.gguf", help="The safety adapter; measures before and after.")
 @file_option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @setting(PortfolioSettings, "suites", "--suite", "suites", preset=True, multiple=True,
-         metavar="NAME|FILE", type=click.Path())  # fmt: skip
+         metavar="NAME|FILE", type=FILE)  # fmt: skip
 @setting(EvalSettings, "limit", metavar="N", type=click.IntRange(min=1))
 @setting(EvalSettings, "max_tokens", preset=True, type=click.IntRange(min=1))
 @setting(EvalSettings, "think_tokens", preset=True, type=click.IntRange(min=1))
@@ -213,18 +223,18 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @setting(
     CostSettings, "kl_prompts", "--kl", "kl", preset=True, metavar="N", type=click.IntRange(min=0)
 )
-@setting(CostSettings, "perplexity", metavar="FILE", type=click.Path())
-@setting(CostSettings, "tasks", "--task", "task", multiple=True, metavar="FILE", type=click.Path())
+@setting(CostSettings, "perplexity", metavar="FILE", type=FILE)
+@setting(CostSettings, "tasks", "--task", "task", multiple=True, metavar="FILE", type=FILE)
 @setting(CostSettings, "speed", is_flag=True)
 @file_option(
     "--aligned", metavar="REPORT.json", help="The aligned model's report: what share came back?"
 )
 @file_option("--resume", metavar="FILE", help="Keep finished answers in FILE, and go on from it.")
 @file_option("--grader", metavar="MODEL.gguf", help="Another model's opinion on the answers.")
-@setting(GateSettings, "min_refused", metavar="SHARE", type=float)
-@setting(GateSettings, "max_over_refused", metavar="SHARE", type=float)
-@setting(GateSettings, "max_kl", metavar="NATS", type=float)
-@setting(GateSettings, "max_task_drop", metavar="SHARE", type=float)
+@setting(GateSettings, "min_refused", metavar="SHARE", type=Number())
+@setting(GateSettings, "max_over_refused", metavar="SHARE", type=Number())
+@setting(GateSettings, "max_kl", metavar="NATS", type=Number())
+@setting(GateSettings, "max_task_drop", metavar="SHARE", type=Number())
 @setting(GateSettings, "by", type=click.Choice(get_args(By)))
 @click.option("--no-resume", is_flag=True, help="Neither keep nor look up finished answers.")
 @click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server instead of MODEL.")
@@ -233,7 +243,7 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 @click.option("--model-name-after", metavar="NAME", help="The second column's model.")
 @setting(EndpointModel, "api_key_variable", "--api-key-env", "api_key_env", metavar="VARIABLE")
 @setting(EndpointModel, "concurrency", type=click.IntRange(1, 256))
-@setting(EndpointModel, "timeout", type=click.FloatRange(min=1))
+@setting(EndpointModel, "timeout", type=Number(min=1))
 @file_option("--json", "json_out", metavar="FILE", help="Write the report as JSON.")
 @file_option("--html", metavar="FILE", help="Write it as one HTML file.")
 @file_option("--markdown", metavar="FILE", help="Write it as Markdown.")
@@ -251,17 +261,14 @@ def evaluate_model(**options: Any) -> None:
     With a threshold the exit code is 1 where it is missed, or where the prompts are too few
     to show that it is met.
     """
-    from ..files import check_output, write_text
+    from ..files import write_text
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
     _require_used(chosen)
     outputs = [
         path for path in (chosen.json_out, chosen.html, chosen.markdown, chosen.plot) if path
     ]
-    if len({Path(path).resolve() for path in outputs}) < len(outputs):
-        raise click.UsageError("two outputs are the same file")
-    for path in outputs:
-        check_output(path, chosen.inputs)  # before the work, not after it
+    check_outputs(outputs, chosen.inputs)
     if chosen.model:
         say_where_unfitted(chosen.model, chosen.gene, chosen.adapter)
     with _journal(chosen) as journal, _progress() as advance:
@@ -285,6 +292,8 @@ def _require_used(chosen: _Options) -> None:
         "--attack": (chosen.attacks, ("attack_limit", "guard")),
         "a threshold": (gate.asks, ("by",)),
     }
+    if chosen.resume and chosen.no_resume:
+        raise click.UsageError("--resume and --no-resume exclude each other")
     for needed, (there, names) in wanted.items():
         for name in () if there else names:
             if source(name) is ParameterSource.COMMANDLINE:

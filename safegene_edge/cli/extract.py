@@ -9,7 +9,7 @@ import click
 from ..errors import command
 from ..training.settings import ExtractSettings
 from .adapters import beside
-from .options import comma_separated, examples, file_option, files_of, say_next, setting
+from .options import Number, comma_separated, examples, file_option, files_of, say_next, setting
 from .sharing import write_card
 
 
@@ -36,7 +36,7 @@ from .sharing import write_card
 @setting(ExtractSettings, "rank", type=click.IntRange(min=1))
 @setting(ExtractSettings, "targets", type=comma_separated, metavar="A,B")
 @setting(ExtractSettings, "epochs", type=click.IntRange(min=1))
-@setting(ExtractSettings, "learning_rate", type=float)
+@setting(ExtractSettings, "learning_rate", type=Number())
 @setting(ExtractSettings, "batch", type=click.IntRange(min=1))
 @setting(ExtractSettings, "budget", type=click.IntRange(min=1))
 @setting(ExtractSettings, "select", "--select/--no-select")

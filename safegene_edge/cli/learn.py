@@ -12,7 +12,15 @@ import click
 from ..errors import command
 from ..learn.settings import LearnSettings
 from .adapters import beside
-from .options import examples, file_option, files_of, say_next, setting, with_adapters
+from .options import (
+    check_outputs,
+    examples,
+    file_option,
+    files_of,
+    say_next,
+    setting,
+    with_adapters,
+)
 from .sharing import write_card
 
 
@@ -66,7 +74,6 @@ def learn(
 
     MODEL is a GGUF file, or one with the GGUF LoRAs that it is run with: MODEL,LORA.
     """
-    from ..files import check_output
     from ..learn import learn as run
     from ..prompts import load_prompts
 
@@ -74,8 +81,7 @@ def learn(
     teacher = named(aligned)
     files = [*(part for model in models for part in model), *(aligned or "").split(","), task]
     inputs = [Path(part) for part in files if part and not Path(part).is_dir()]
-    for path in filter(None, (output, card)):
-        check_output(path, inputs)
+    check_outputs((output, card), inputs)
     settings = LearnSettings(rank=rank, prompts=prompts, budget=budget, threads=threads)
     gene = run(
         models, teacher, task=load_prompts(task) if task else (), family=family,

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from ..errors import SafeGeneError, SettingError
 from ..hub import PREFIX
-from .options import described, setting
+from .options import FILE, described, setting
 from .settings import ChatSettings
 
 if TYPE_CHECKING:
@@ -163,11 +163,9 @@ def safegene() -> None:
 
 @safegene.command()
 @click.argument("name")
-@click.argument("model", metavar="MODEL.gguf", type=click.Path())
-@click.option("--gene", metavar="GENE.gguf", type=click.Path(), help="The safety adapter.")
-@click.option(
-    "--adapter", multiple=True, metavar="TASK.gguf", type=click.Path(), help="Other adapters."
-)
+@click.argument("model", metavar="MODEL.gguf", type=FILE)
+@click.option("--gene", metavar="GENE.gguf", type=FILE, help="The safety adapter.")
+@click.option("--adapter", multiple=True, metavar="TASK.gguf", type=FILE, help="Other adapters.")
 @click.option("--scale", default=1.0, show_default=True, help="The gene's scale.")
 @setting(ChatSettings, "ctx", type=click.IntRange(min=64))
 def add(

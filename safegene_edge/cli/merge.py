@@ -13,7 +13,7 @@ import click
 from ..errors import command
 from ..merge.settings import MergeSettings
 from .adapters import beside
-from .options import examples, file_option, say_next, setting
+from .options import FILE, examples, file_option, say_next, setting
 
 if TYPE_CHECKING:
     from ..merge.inputs import Given
@@ -44,10 +44,10 @@ def _known(ctx: click.Context, param: click.Parameter, tool: str) -> str:
         "merge model.gguf task.gguf=0.5 gene.gguf=strengths.json --dry-run",
     )
 )
-@click.argument("model", type=click.Path())
-@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
+@click.argument("model", type=FILE)
+@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=FILE)
 @file_option("-o", "--output", metavar="OUT.gguf", help="The model with the adapters in it.")
-@setting(MergeSettings, "imatrix", metavar="FILE", type=click.Path())
+@setting(MergeSettings, "imatrix", metavar="FILE", type=FILE)
 @setting(MergeSettings, "promote", metavar="N", type=int)
 @setting(MergeSettings, "run", "--run/--plain", "run")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done.")
@@ -113,12 +113,12 @@ def merge(
     )
 )
 @click.argument("tool", shell_complete=_tools, callback=_known)
-@click.argument("model", type=click.Path())
-@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=click.Path())
+@click.argument("model", type=FILE)
+@click.argument("adapters", nargs=-1, required=True, metavar=_ADAPTERS, type=FILE)
 @file_option("-o", "--output", required=True, metavar="DIR", help="A folder for the files.")
 @click.option("--merged", is_flag=True, help="A merged model in place of an adapter: Ollama "
               "needs it from version 0.34.1 on, and LM Studio always gets one.")  # fmt: skip
-@setting(MergeSettings, "imatrix", metavar="FILE", type=click.Path())
+@setting(MergeSettings, "imatrix", metavar="FILE", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print files and commands as JSON.")
 def export(
     tool: str,

@@ -6,13 +6,18 @@ the field's own. And the group of commands that shows its help when it is given 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from ..files import PathLike
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _ENTRY = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
@@ -53,10 +58,57 @@ def setting(
     return click.option(*flags, help=described(of)[name], **more)
 
 
+class _File(click.Path):
+    """A file or a folder, which the shell completes; whether it exists is seen where it is read."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if value == "":  # as a variable of the shell that is not set
+            self.fail("a file's name is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = _File()
+
+
+class Number(click.FloatRange):
+    """A number between bounds, if any; neither NaN nor infinite."""
+
+    def __init__(
+        self, min: float | None = None, max: float | None = None, min_open: bool = False
+    ) -> None:
+        super().__init__(min, max, min_open)
+        if self.min is None and self.max is None:
+            self.name = "float"  # as the help shows it
+
+    def _describe_range(self) -> str:
+        return "" if self.name == "float" else super()._describe_range()
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return found
+
+
 def file_option(*flags: str, **more: Any) -> Callable[[Command], Command]:
-    """A click option for a file or a folder, which the shell completes; whether it exists is seen
-    where it is read."""
-    return click.option(*flags, type=click.Path(), **more)
+    """A click option for a file or a folder."""
+    return click.option(*flags, type=FILE, **more)
+
+
+def check_outputs(outputs: Iterable[str | None], inputs: Iterable[PathLike]) -> None:
+    """Before the work, not after it: whether outputs can be written, and are no inputs.
+
+    Raises:
+        click.UsageError: two are the same file.
+        OutputError: as `files.check_output`.
+    """
+    from ..files import check_output
+
+    named, given = [path for path in outputs if path], list(inputs)
+    if len({Path(path).resolve() for path in named}) < len(named):
+        raise click.UsageError("two outputs are the same file")
+    for path in named:
+        check_output(path, given)
 
 
 def examples(*lines: str) -> str:

@@ -13,7 +13,7 @@ import click
 from ..errors import MissingExtraError, SafeGeneError, command
 from ..portfolio_settings import PortfolioSettings
 from ..recalibrate.settings import RecalibrationSettings
-from .options import examples, file_option, say_next, setting, with_adapters
+from .options import FILE, Number, examples, file_option, say_next, setting, with_adapters
 
 if TYPE_CHECKING:
     from ..portfolio import PortfolioRow
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         "portfolio a.gguf b.gguf --gene gene.gguf --adapter task.gguf --limit 20 -o out",
     )
 )
-@click.argument("models", nargs=-1, required=True, type=click.Path())
+@click.argument("models", nargs=-1, required=True, type=FILE)
 @file_option("--gene", required=True, metavar="GENE.gguf", help="A gene of their family.")
 @file_option(
     "-o",
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     help="Folder for the results, one subfolder a model.",
 )
 @setting(PortfolioSettings, "adapters", "--adapter", "adapters", multiple=True,
-         metavar="TASK.gguf", type=click.Path())  # fmt: skip
+         metavar="TASK.gguf", type=FILE)  # fmt: skip
 @setting(PortfolioSettings, "suites", "--suite", "suites", multiple=True,
-         metavar="NAME|FILE", type=click.Path())  # fmt: skip
+         metavar="NAME|FILE", type=FILE)  # fmt: skip
 @setting(PortfolioSettings, "limit", metavar="N", type=click.IntRange(min=1))
-@setting(PortfolioSettings, "examples", metavar="FILE.jsonl", type=click.Path())
-@setting(RecalibrationSettings, "kl_budget", type=float)
-@setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
+@setting(PortfolioSettings, "examples", metavar="FILE.jsonl", type=FILE)
+@setting(RecalibrationSettings, "kl_budget", type=Number())
+@setting(RecalibrationSettings, "over_refusal", type=Number(0, 1))
 @setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
 @setting(RecalibrationSettings, "anyway", is_flag=True)

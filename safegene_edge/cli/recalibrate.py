@@ -12,7 +12,16 @@ import click
 from ..errors import command
 from ..recalibrate.settings import RecalibrationSettings
 from .adapters import beside
-from .options import examples, file_option, say_next, setting, with_adapters
+from .options import (
+    FILE,
+    Number,
+    check_outputs,
+    examples,
+    file_option,
+    say_next,
+    setting,
+    with_adapters,
+)
 
 if TYPE_CHECKING:
     from ..recalibrate import Recalibration
@@ -24,8 +33,8 @@ if TYPE_CHECKING:
         "recalibrate model.gguf gene.gguf --adapter task.gguf --plot curve.svg -o fitted.gguf",
     )
 )
-@click.argument("model", type=click.Path())
-@click.argument("gene", type=click.Path())
+@click.argument("model", type=FILE)
+@click.argument("gene", type=FILE)
 @file_option(
     "--adapter",
     multiple=True,
@@ -47,8 +56,8 @@ if TYPE_CHECKING:
 )
 @file_option("--expression", metavar="FILE.json", help="The strengths alone.")
 @file_option("--plot", metavar="FILE.svg", help="The trade-off of refusal against KL as a picture.")
-@setting(RecalibrationSettings, "kl_budget", type=float)
-@setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
+@setting(RecalibrationSettings, "kl_budget", type=Number())
+@setting(RecalibrationSettings, "over_refusal", type=Number(0, 1))
 @setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
 @setting(RecalibrationSettings, "anyway", is_flag=True)
@@ -70,7 +79,7 @@ def recalibrate(
 ) -> None:
     """Find a gene's strengths for MODEL.gguf from a few examples, without training."""
     from ..compat import open_model, require_fit
-    from ..files import check_output, write_text
+    from ..files import write_text
     from ..gene import SafetyGene
     from ..recalibrate import PARTS, Examples
     from ..recalibrate import recalibrate as run
@@ -80,11 +89,8 @@ def recalibrate(
         raise click.UsageError(
             "give -o FITTED.gguf, --expression FILE.json, --plot FILE.svg or --json"
         )
-    if len({Path(name).resolve() for name in outputs}) < len(outputs):
-        raise click.UsageError("two outputs are the same file")
     inputs = [Path(name) for name in (model, gene, *adapter, examples) if name]
-    for name in outputs:
-        check_output(name, inputs)
+    check_outputs(outputs, inputs)
     settings = RecalibrationSettings(
         kl_budget=kl_budget, over_refusal=over_refusal, passes=passes, n_ctx=n_ctx, anyway=anyway
     )

@@ -10,12 +10,12 @@ import click
 
 from ..errors import command
 from ..evals.settings import By, GateSettings
-from .options import HelpGroup, examples, file_option, say_next, setting
+from .options import FILE, HelpGroup, Number, examples, file_option, say_next, setting
 
 if TYPE_CHECKING:
     from ..evals.report.compare import Comparison
 
-_REPORT = click.argument("report", metavar="REPORT.json", type=click.Path())
+_REPORT = click.argument("report", metavar="REPORT.json", type=FILE)
 
 
 @click.group(
@@ -126,14 +126,14 @@ def record(report: str, output: str | None) -> None:
         "report compare before.json after.json --json",
     )
 )
-@click.argument("first", metavar="A.json", type=click.Path())
-@click.argument("second", metavar="B.json", type=click.Path())
+@click.argument("first", metavar="A.json", type=FILE)
+@click.argument("second", metavar="B.json", type=FILE)
 @click.option("--no-worse", is_flag=True, help="Exit with 1 unless B is shown to be no worse.")
 @click.option(
     "--margin",
     default=0.05,
     show_default=True,
-    type=click.FloatRange(0, 1),
+    type=Number(0, 1),
     help="How much worse, as a share of the prompts, still counts as no worse.",
 )
 @setting(GateSettings, "by", type=click.Choice(get_args(By)))

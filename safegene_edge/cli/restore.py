@@ -11,7 +11,7 @@ import click
 from ..learn.settings import LearnSettings
 from ..recalibrate.settings import RecalibrationSettings
 from .learn import named, said_on
-from .options import examples, file_option, setting
+from .options import FILE, Number, check_outputs, examples, file_option, setting
 
 if TYPE_CHECKING:
     from ..restore import Restored
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         "restore model.gguf --aligned base.gguf --merge -o safe.gguf",
     )
 )
-@click.argument("target", type=click.Path())
+@click.argument("target", type=FILE)
 @file_option(
     "-o",
     "--output",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(min=1), default=40, show_default=True, metavar="N",
               help="Prompts of each suite that is measured before and after.")  # fmt: skip
 @setting(LearnSettings, "prompts", type=click.IntRange(min=1))
-@setting(RecalibrationSettings, "over_refusal", type=click.FloatRange(0, 1))
+@setting(RecalibrationSettings, "over_refusal", type=Number(0, 1))
 @setting(RecalibrationSettings, "anyway", is_flag=True)
 @file_option("--card", metavar="README.md", help="Also write the gene's card, as a hub shows it.")
 @click.option("--json", "as_json", is_flag=True, help="Print all that was found as JSON.")
@@ -87,6 +87,7 @@ def restore(
 
     if aligned and gene:
         raise click.UsageError("give --aligned or --gene, not both")
+    check_outputs((output, card), filter(None, (target, *adapter, task)))
     found = run(
         target, named(aligned), gene, output=output, adapters=adapter,
         task=load_prompts(task) if task else (), merged=merged, limit=limit,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import command
-from .options import examples, file_option, say_next
+from .options import FILE, examples, file_option, say_next
 
 if TYPE_CHECKING:
     from ..evals.scan import Scan
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
         "scan models-folder --json",
     )
 )
-@click.argument(
-    "models", nargs=-1, required=True, metavar="MODEL.gguf|FOLDER...", type=click.Path()
-)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL.gguf|FOLDER...", type=FILE)
 @file_option(
     "--adapter", multiple=True, metavar="LORA.gguf", help="On for every model, such as a gene."
 )

@@ -7,7 +7,7 @@ import click
 from ..errors import MissingExtraError
 from ..serve.settings import ServeSettings
 from .adapters import say_where_unfitted
-from .options import examples, file_option, say_next, setting
+from .options import FILE, Number, examples, file_option, say_next, setting
 
 
 @click.command(
@@ -16,7 +16,7 @@ from .options import examples, file_option, say_next, setting
         "serve model.gguf --gene fitted.gguf --host 0.0.0.0 --api-key KEY --chat-only",
     )
 )
-@click.argument("model", type=click.Path())
+@click.argument("model", type=FILE)
 @file_option("--gene", metavar="GENE.gguf", help="The safety adapter, on for every answer.")
 @file_option("--adapter", multiple=True, metavar="TASK.gguf", help="Other adapters, always on.")
 @setting(ServeSettings, "host")
@@ -26,8 +26,8 @@ from .options import examples, file_option, say_next, setting
 @setting(ServeSettings, "cache_ram", type=click.IntRange(min=0))
 @setting(ServeSettings, "max_tokens", type=click.IntRange(min=1))
 @setting(ServeSettings, "queue", type=click.IntRange(min=1))
-@setting(ServeSettings, "seconds", type=click.FloatRange(min=0, min_open=True))
-@setting(ServeSettings, "temperature", type=click.FloatRange(0, 2))
+@setting(ServeSettings, "seconds", type=Number(min=0, min_open=True))
+@setting(ServeSettings, "temperature", type=Number(0, 2))
 @setting(ServeSettings, "no_think", is_flag=True)
 @setting(ServeSettings, "chat_template_kwargs", metavar="JSON")
 @setting(ServeSettings, "api_key", envvar="SAFEGENE_API_KEY", metavar="KEY")
@@ -64,9 +64,6 @@ def serve(
 
     The gene is policy: no request can take it off. SAFEGENE_API_KEY sets the key, too.
     """
-    from ..compat import open_model
-    from ..files import require_file
-
     try:
         from ..serve.run import serve as run
     except ImportError as error:
@@ -93,20 +90,14 @@ def serve(
         chat_only=chat_only,
         allow_edit=allow_edit,
     )
-    if not settings.loopback and not api_key:
-        click.echo("warning: anyone who reaches this machine can ask: give --api-key", err=True)
-    open_model(model)
-    for path in filter(None, (gene, *adapter)):  # before the line that says "loading"
-        require_file(path)
-    say_where_unfitted(model, gene, adapter)
-    click.echo(f"{model}{' with ' + gene if gene else ', without a gene'}: loading", err=True)
-    run(
-        model,
-        gene,
-        adapter,
-        settings,
-        ready=_ready,
-    )
+
+    def loading() -> None:
+        if not settings.loopback and not api_key:
+            click.echo("warning: anyone who reaches this machine can ask: give --api-key", err=True)
+        say_where_unfitted(model, gene, adapter)
+        click.echo(f"{model}{' with ' + gene if gene else ', without a gene'}: loading", err=True)
+
+    run(model, gene, adapter, settings, ready=_ready, loading=loading)
 
 
 def _ready(url: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import FileFormatError, command
-from .options import examples, file_option, say_next
+from .options import FILE, examples, file_option, say_next
 
 if TYPE_CHECKING:
     from ..gene import SafetyGene
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         "push gene.gguf OWNER/REPO --private",
     )
 )
-@click.argument("gene", type=click.Path())
+@click.argument("gene", type=FILE)
 @click.argument("repository", metavar="OWNER/REPO")
 @file_option("--card", metavar="README.md", help="Its card; default: one made from the gene alone.")
 @click.option("--private", is_flag=True, help="Where the repository is made: for you alone.")

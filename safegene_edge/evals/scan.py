@@ -133,12 +133,14 @@ def scan(
     Raises:
         SafeGeneError: the model cannot be read, or an adapter does not fit.
     """
+    from ..runtime.chat import require_chat
     from ..runtime.engine import Engine
     from ..runtime.llama import SafeLlama
 
     start = time.perf_counter()
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(model, n_ctx=256))
+        require_chat(llama)
         own = dict.fromkeys(llama.attach_each(adapters), 1.0)
         genes = [handle.content for handle in own if isinstance(handle.content, SafetyGene)]
         openers = Openers.of(llama, [text for gene in genes for text in gene.refusal_openers])

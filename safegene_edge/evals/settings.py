@@ -100,7 +100,8 @@ class GateSettings:
         for name in ("min_refused", "max_over_refused", "max_kl", "max_task_drop"):
             value, most = getattr(self, name), float("inf") if name == "max_kl" else 1
             if value is not None and not 0 <= value <= most:
-                raise SettingError(f"{name} is {value}", "Give a share in 0..1, such as 0.05")
+                remedy = "nats, 0 or more" if name == "max_kl" else "a share in 0..1, such as 0.05"
+                raise SettingError(f"{name} is {value}", f"Give {remedy}")
         if self.by not in get_args(By):
             raise SettingError(f"by is '{self.by}'", f"Give {' or '.join(get_args(By))}")
 

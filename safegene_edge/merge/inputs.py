@@ -12,7 +12,7 @@ import numpy as np
 from ..aliases import Floats
 from ..errors import MismatchError, SettingError
 from ..files import sha256
-from ..gene import Adapter, AdapterLike, Expression, Pair, SafetyGene, require_distinct
+from ..gene import Adapter, AdapterLike, Expression, Pair, SafetyGene, listed, require_distinct
 from ..gguf_file import GGUFFile, Value, kernels
 from .rounding import Update
 
@@ -44,7 +44,7 @@ def fold(given: Iterable[Given]) -> list[Folded]:
             has no gene.
         MismatchError: an expression is of another gene.
     """
-    items = [item if isinstance(item, tuple) else (item, 1.0) for item in given]
+    items = [item if isinstance(item, tuple) else (item, 1.0) for item in listed(given)]
     if not items:
         raise SettingError("no adapter is given", "Name at least one")
     loaded = [item if isinstance(item, Adapter) else SafetyGene.load(item) for item, _ in items]

@@ -11,19 +11,18 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from llama_cpp.llama_chat_format import (
     ChatFormatterResponse,
-    Jinja2ChatFormatter,
     chat_formatter_to_chat_completion_handler,
 )
 
 from ..errors import SettingError
 from ..template_scan import DEEPEST, nesting
 from .controls import ControlTexts
+from .template_bounds import BoundedFormatter, TemplateTooLargeError
 from .tool_turns import forms, shown
 
 # For a base model without a template: the plainest form that such models continue.
@@ -31,6 +30,9 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+# Variables that every rendering sets by itself.
+RESERVED = frozenset(["messages", "bos_token", "eos_token", "add_generation_prompt",
+                      "raise_exception", "strftime_now"])  # fmt: skip
 
 
 class ChatTemplate:
@@ -48,7 +50,7 @@ class ChatTemplate:
         # One for each value, because llama-cpp-python keeps the value in the formatter, and
         # threads render at once.
         self._formatters = {
-            prompted: Jinja2ChatFormatter(
+            prompted: BoundedFormatter(
                 template=template, eos_token=eos, bos_token=bos, add_generation_prompt=prompted
             )
             for prompted in (False, True)
@@ -81,10 +83,14 @@ class ChatTemplate:
 
         *others, last = forms(plain)
         for turns in others:
-            with suppress(Exception):  # a template that wants another form may raise anything
+            try:
                 parts = rendered(turns)
                 if shown("".join(text for text, _ in parts), plain):
                     return parts
+            except TemplateTooLargeError:  # it would be, in any form
+                raise
+            except Exception:
+                continue
         return rendered(last)
 
     def _hide(self, value: Any, hidden: list[str]) -> Any:
@@ -103,7 +109,7 @@ def template_fault(template: str) -> str:
     if nesting(template) > DEEPEST:
         return f"more than {DEEPEST} brackets and blocks within each other"
     try:
-        Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
+        BoundedFormatter(template=template, eos_token="", bos_token="")
     except Exception as error:  # its own family, and what its parser runs into
         line = getattr(error, "lineno", None)
         reason = getattr(error, "message", None) or str(error) or type(error).__name__
@@ -115,11 +121,16 @@ def require_chat(llama: Any, *, system: bool = False) -> None:
     """Check that a model's template takes a message, and a system message before it if asked.
 
     Raises:
-        SettingError: the template refuses one, or leaves the system message out.
+        SettingError: the template refuses one, or leaves it out.
         FileFormatError: the template cannot be read.
     """
     user, before = {"role": "user", "content": "Hello"}, {"role": "system", "content": "Be kind."}
     alone = llama.render([user])
+    if alone == llama.render([{**user, "content": "Goodbye"}]):
+        raise SettingError(
+            f"{llama.model_path}: its chat template leaves the user's words out",
+            "Give a model whose template shows the messages",
+        )
     if not system:
         return
     try:

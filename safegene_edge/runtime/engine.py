@@ -5,6 +5,7 @@ Generation and scoring are jobs of one scheduler (`schedule`).
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +13,10 @@ from typing import Any, Literal
 
 import llama_cpp
 import numpy as np
+import numpy.typing as npt
 
 from ..aliases import Floats
-from ..errors import SettingError
+from ..errors import LlamaCppError, SettingError
 from .guard import Guard
 from .logits import kl_from_logits, log_softmax, log_sum_exp
 from .refusal_margin import Leads, Openers
@@ -91,8 +93,9 @@ class Engine(Scheduler):
 
         A prompt that does not fit into the context gives an empty answer, "context".
         """
-        if max_tokens < 1:
-            raise SettingError(f"max_tokens is {max_tokens}", "Give 1 or more")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise SettingError(f"max_tokens is {max_tokens}", "Give a whole number, 1 or more")
+        prompts = list(prompts)
         answers = [Generation() for _ in prompts]
         jobs, choose = self._answering(
             prompts, answers, max_tokens, on_done, stop_at_end, thought, guard
@@ -134,13 +137,18 @@ class Engine(Scheduler):
             return job.n_new == 0
 
         def choose(rows: Floats, jobs: list[Job]) -> list[Job]:
-            chosen = list(zip(jobs, rows.argmax(axis=1).tolist(), strict=True))
+            places = rows.argmax(axis=1)
+            _require_numbers(rows[np.arange(len(places)), places], self.llama.model_path)
+            chosen = list(zip(jobs, places.tolist(), strict=True))
             done = self._refused(guard, chosen, answers)
             for job in done:
                 finish(job, "content_filter")
             return done + [job for job, token in chosen if job not in done and ended(job, token)]
 
-        jobs = [Job(i, _tokens(p), frozenset(), most, spare=room) for i, p in enumerate(prompts)]
+        jobs = [
+            Job(i, _tokens(p, self.n_vocab), frozenset(), most, spare=room)
+            for i, p in enumerate(prompts)
+        ]
         return self._fitting(jobs, finish), choose
 
     def _fitting(self, jobs: list[Job], finish: Callable[[Job, Finish], None]) -> list[Job]:
@@ -177,7 +185,9 @@ class Engine(Scheduler):
         """The margin (nats) by which each answer opens with a refusal; see `refusal_margin`."""
         leads = Leads(openers, prompts)
         self.visit_logits(leads.sequences, leads.spans, leads.look, adapters=adapters)
-        return [float(margin) for margin in leads.margins()]
+        found = leads.margins()
+        _require_numbers(found, self.llama.model_path)
+        return [float(margin) for margin in found]
 
     @staticmethod
     def _think(
@@ -236,7 +246,9 @@ class Engine(Scheduler):
                     f"position {max(wanted)} lies outside of sequence {index}, "
                     f"which has {len(sequence)} tokens"
                 )
-            tokens = _tokens(sequence)[: max(wanted) + 1]  # what comes later cannot matter
+            tokens = _tokens(sequence, self.n_vocab)[
+                : max(wanted) + 1
+            ]  # what comes later cannot matter
             if len(tokens) > self.n_ctx:
                 raise SettingError(
                     f"sequence {index} has {len(tokens)} tokens, the engine {self.n_ctx} cells",
@@ -346,8 +358,21 @@ class Engine(Scheduler):
         return found
 
 
-def _tokens(sequence: Sequence[int]) -> list[int]:
-    tokens = [int(token) for token in sequence]
+def _tokens(sequence: Sequence[int], n_vocab: int) -> list[int]:
+    tokens = [operator.index(token) for token in sequence]
     if not tokens:
         raise SettingError("a sequence has no tokens", "Give at least one")
+    if min(tokens) < 0 or max(tokens) >= n_vocab:
+        wrong = next(token for token in tokens if not 0 <= token < n_vocab)
+        raise SettingError(
+            f"{wrong} is no token: the vocabulary has {n_vocab}", "Tokenize the text"
+        )
     return tokens
+
+
+def _require_numbers(values: npt.NDArray[Any], model: str) -> None:
+    """LlamaCppError where a model's logits, or what was made of them, are no numbers."""
+    if np.isnan(values).any():
+        raise LlamaCppError(
+            f"{model}: the model's logits are NaN", "Download or convert it again, or its adapter"
+        )

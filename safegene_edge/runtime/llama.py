@@ -24,13 +24,14 @@ from ..errors import (
     UnsupportedError,
 )
 from ..files import PathLike, scratch_folder
-from ..gene import Adapter, AdapterLike, SafetyGene, require_distinct
+from ..gene import Adapter, AdapterLike, SafetyGene, listed, require_distinct
 from ..hub import resolve
-from .chat import PLAIN_TEMPLATE, ChatTemplate, chat_handler, template_fault
+from .chat import PLAIN_TEMPLATE, RESERVED, ChatTemplate, chat_handler, template_fault
 from .controls import ControlTexts
 from .devices import physical_cores, require_cells
 from .guard import Guard, alone, guard_of
 from .log import reason
+from .options import require_options
 from .shared import AttachedAdapter as AttachedAdapter
 from .shared import OtherAdaptersError, SharedLlama, find_attached
 from .thinking import Thinking
@@ -105,9 +106,11 @@ class SafeLlama(SharedLlama):
         self._formatter: ChatTemplate | None = None
         self._on: Weights = frozenset()
         self._share()
-        refused = sorted(key for key in options if key.startswith("lora_"))
-        if refused:
-            raise SettingError(f"{refused[0]} is not used here", "Give adapters=[(path, scale)]")
+        if own := sorted(RESERVED & self.chat_template_kwargs.keys()):
+            raise SettingError(
+                f"'{own[0]}' is no variable to set: a chat gets its own", "Leave it out"
+            )
+        require_options({**options, "n_ctx": n_ctx, "n_threads": n_threads})
         self._file = open_model(model_path)
         require_loadable(self._file)
         require_cells(self._file, n_ctx)
@@ -199,10 +202,11 @@ class SafeLlama(SharedLlama):
         """Attach several, each an adapter or (adapter, scale), and prove each.
 
         Raises:
-            SettingError: one is given twice, or is attached already: it would count twice.
+            SettingError: one is given twice, or is attached already: it would count twice. Or this
+                is no list.
         """
         found = []
-        for item in adapters:
+        for item in listed(adapters):
             adapter, scale = item if isinstance(item, tuple) else (item, 1.0)
             handle = self.attach(adapter, scale)
             others = [one for one in self._attached if one is not handle]
@@ -264,6 +268,8 @@ class SafeLlama(SharedLlama):
         """
         with self._in_use(), self._of_own(context), self._guard:
             given = {a: a.scale for a in self._attached} if scales is None else scales
+            for scale in given.values():
+                _require_finite(scale)
             chosen = {find_attached(self._attached, key): value for key, value in given.items()}
             pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(chosen))(
                 *(handle.pointer for handle in chosen)
@@ -296,6 +302,11 @@ class SafeLlama(SharedLlama):
         scales[handle] = handle.scale or 1.0
         self.set_adapters_on(self.ctx, scales)
         after = self._probe()
+        if not np.isfinite(before).all():
+            raise FileFormatError(
+                f"{self._file.path}: the model's own logits are NaN or infinite",
+                "Download or convert it again",
+            )
         if not np.isfinite(after).all():
             raise NoEffectError(
                 f"{handle.name}: with it the model's logits are NaN or infinite",
@@ -513,7 +524,11 @@ class SafeLlama(SharedLlama):
             raise
         except Exception as error:  # a template may raise anything
             reason = str(error) or type(error).__name__
-            raise SettingError(f"{self._file.path}: its chat template failed ({reason})") from error
+            raise SettingError(
+                f"{self._file.path}: its chat template failed ({reason})",
+                "Give a model whose template takes these messages; `safegene-edge inspect` shows "
+                "what is suspicious in one",
+            ) from error
 
     @property
     def thinking(self) -> Thinking:

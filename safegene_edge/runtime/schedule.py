@@ -83,6 +83,11 @@ class Job:
         self.n_new = n_new
 
 
+def most_parallel(*, guarded: bool = False) -> int:
+    """Sequences that an engine may decode together at most."""
+    return (int(llama_cpp.llama_max_parallel_sequences()) - 1) // (2 if guarded else 1)
+
+
 class Scheduler:
     """A context of its own on a `SafeLlama`'s model, and the jobs that it decodes.
 
@@ -102,7 +107,10 @@ class Scheduler:
         watch: Watch | None = None,
         guarded: bool = False,
     ) -> None:
-        limit = (int(llama_cpp.llama_max_parallel_sequences()) - 1) // (2 if guarded else 1)
+        for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("max_outputs", max_outputs)):
+            if value < 1:
+                raise SettingError(f"{name} is {value}", "Give 1 or more")
+        limit = most_parallel(guarded=guarded)
         if not 1 <= n_parallel <= limit:
             raise SettingError(f"n_parallel is {n_parallel}", f"Give 1 to {limit}")
         self.llama, self.guarded = llama, guarded

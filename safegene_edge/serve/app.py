@@ -85,7 +85,8 @@ class _App:
             **{path: ("GET", _page(name)) for path, name in _PAGE.items()},
         }
         for path, (method, handle) in routes.items():
-            app.add_api_route(path, handle, methods=[method], response_model=None)
+            methods = ["GET", "HEAD"] if method == "GET" else [method]  # health checks ask HEAD
+            app.add_api_route(path, handle, methods=methods, response_model=None)
         app.add_exception_handler(ApiError, _api_error)
         app.add_exception_handler(HTTPException, _http_error)
         app.add_exception_handler(Exception, _our_fault)
@@ -155,6 +156,8 @@ class _App:
         charsets = [p.partition("=")[2].strip(' "') for p in parameters if "charset" in p]
         if charsets not in ([], ["utf-8"], ["utf8"]):
             raise ApiError(415, "the body must be JSON in UTF-8")
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise ApiError(415, f"the body is encoded ({coding[:20]}); send it as it is")
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:
             raise too_large

@@ -12,13 +12,13 @@ from typing import Any
 import uvicorn
 
 from ..errors import SettingError, SignatureError
-from ..files import PathLike, sha256
+from ..files import PathLike, require_file, sha256
 from ..runtime.batcher import Batcher
 from ..runtime.chat import require_chat
 from ..runtime.engine import Engine
 from ..runtime.guard import Guard
 from ..runtime.llama import SafeLlama
-from ..runtime.schedule import Scales
+from ..runtime.schedule import Scales, most_parallel
 from ..signing import verify
 from .answers import Relay
 from .app import Served, make_app
@@ -37,6 +37,7 @@ def serve(
     adapters: Sequence[PathLike] = (),
     settings: ServeSettings | None = None,
     ready: Ready | None = None,
+    loading: Callable[[], None] | None = None,
     **options: Any,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; running answers are finished first.
@@ -46,6 +47,7 @@ def serve(
         gene: the safety adapter, on for every answer.
         adapters: others that are always on.
         ready: called with the address once the server listens.
+        loading: called once before the model is loaded, behind the checks that need no model.
         options: any other argument of `SafeLlama`, such as n_threads or type_k.
 
     Raises:
@@ -56,6 +58,11 @@ def serve(
     settings = settings or ServeSettings()
     with ExitStack() as stack:
         sock = stack.enter_context(bound(settings))  # before minutes of loading
+        for path in (model, *adapters, *([] if gene is None else [gene])):
+            require_file(path)
+        require_possible(gene, settings)
+        if loading is not None:
+            loading()
         server = stack.enter_context(opened(model, gene, adapters, settings, **options))
         server.ready = ready
         # uvicorn sends itself the signal again when it has stopped: it has been heeded.
@@ -76,6 +83,17 @@ class Server(uvicorn.Server):
             self.ready(address(sockets[0]))
 
 
+def require_possible(gene: PathLike | None, settings: ServeSettings) -> None:
+    """Raise SettingError for settings that want a gene where there is none, or too many slots."""
+    if settings.compare and gene is None:
+        raise SettingError("there is nothing to compare without a gene", "Give --gene")
+    if settings.require_signed is not None and gene is None:
+        raise SettingError("there is no gene that could be signed", "Give --gene")
+    most = most_parallel(guarded=gene is not None and not settings.no_guard)
+    if settings.slots > most:
+        raise SettingError(f"slots is {settings.slots}", f"Give 1 to {most}")
+
+
 @contextmanager
 def opened(
     model: PathLike,
@@ -85,8 +103,7 @@ def opened(
     **options: Any,
 ) -> Iterator[Server]:
     """A server that does not run yet, and everything that it holds while it lives."""
-    if settings.compare and gene is None:
-        raise SettingError("there is nothing to compare without a gene", "Give --gene")
+    require_possible(gene, settings)
     signed = _signed(gene, adapters, settings.require_signed)
     variables = settings.template_variables()
     with SafeLlama(
@@ -152,8 +169,7 @@ def _signed(
     """The hashes of the files that the key must have signed, and has."""
     if key is None:
         return {}
-    if gene is None:
-        raise SettingError("there is no gene that could be signed", "Give --gene")
+    assert gene is not None  # as `require_possible` has seen
     return {path: verify(path, key).sha256 for path in (gene, *adapters)}
 
 

@@ -20,7 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
-from ..files import parse_json
+from ..files import no_constant, parse_json
 from ..runtime.sampling import Sampling
 from .errors import ApiError, wrong
 from .messages import Turn, turn_of, turns_of_items
@@ -305,11 +305,8 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _decode(body: bytes) -> Any:
-    def refuse(word: str) -> Any:
-        raise ValueError(f"{word} is no JSON number")
-
     try:
-        return _without_nulls(parse_json(body.decode("utf-8"), parse_constant=refuse))
+        return _without_nulls(parse_json(body.decode("utf-8"), parse_constant=no_constant))
     except UnicodeError:
         raise ApiError(400, "the body is not valid UTF-8", code="invalid_json") from None
     except ValueError as error:

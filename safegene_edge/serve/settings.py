@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import SettingError
-from ..files import parse_json
+from ..files import no_constant, parse_json
+
+_KEY = re.compile(r"[!-~]+")  # what a header can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,11 @@ class ServeSettings:
             raise SettingError(f"port is {self.port}", "Give 0 to 65535")
         if self.stop_seconds < 0:
             raise SettingError(f"stop_seconds is {self.stop_seconds}", "Give 0 or more")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise SettingError("the API key is empty or not ASCII", "Give letters and digits")
+        if self.api_key is not None and not _KEY.fullmatch(self.api_key):
+            raise SettingError(
+                "the API key is empty, or holds a space or what is not ASCII",
+                "Give letters and digits",
+            )
         for origin in self.cors:
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise SettingError(
@@ -96,7 +102,7 @@ class ServeSettings:
             SettingError: they are no JSON object.
         """
         try:
-            found = parse_json(self.chat_template_kwargs or "{}")
+            found = parse_json(self.chat_template_kwargs or "{}", parse_constant=no_constant)
         except ValueError:
             found = None
         if not isinstance(found, dict):

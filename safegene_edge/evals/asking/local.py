@@ -56,8 +56,10 @@ class LocalModel:
         no_think: bool = False,
         guard: Guard | None = None,
     ) -> None:
+        from ...runtime.chat import require_chat
         from ...runtime.engine import Engine
 
+        require_chat(llama)
         self.llama = llama
         self.n_parallel, self._n_ctx = n_parallel, n_ctx
         self.engine = Engine(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...errors import FileFormatError
-from ...files import PathLike, parse_json, read_text
+from ...files import PathLike, no_constant, parse_json, read_text
 
 Schema: TypeAlias = Mapping[str, Any]
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -45,7 +45,7 @@ def read_report(path: PathLike) -> dict[str, Any]:
         FileFormatError: names the file and the place in it that is wrong.
     """
     try:
-        report = parse_json(read_text(path), parse_constant=_no_constant)
+        report = parse_json(read_text(path), parse_constant=no_constant)
     except ValueError as fault:
         why = "it is no text" if isinstance(fault, UnicodeDecodeError) else fault
         raise FileFormatError(
@@ -54,10 +54,6 @@ def read_report(path: PathLike) -> dict[str, Any]:
     for problem in problems(report):
         raise FileFormatError(f"{Path(path)}: {problem}", "Give a file that `eval --json` wrote")
     return dict(report)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def problems(value: Any, schema: Schema | None = None, place: str = "") -> Iterator[str]:
