@@ -564,7 +564,7 @@ def test_an_unrelated_model_of_the_same_shape_is_refused(smollm, tmp_path, seed)
         model = Path(shutil.copyfile(smollm, tmp_path / "unrelated.gguf"))
         shuffle_blocks(model, seed)
     gene = SafetyGene.shipped()
-    with SafeLlama(str(model), n_ctx=512) as llama, Engine(llama, n_parallel=16) as engine:
+    with SafeLlama(str(model), n_ctx=512) as llama, Engine(llama, flash_attn=True) as engine:
         handles = [llama.attach(part, 0.0) for part in gene.split().values()]
         reader = reader_of(engine, handles, gene, Examples.shipped(), 1)
         readings = [reader.without(), reader.at(1.0)]
