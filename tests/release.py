@@ -34,6 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+_BORROWED = "borrowed.pth"
 HEADLINES = ("Grain prices rise", "Champions win at home", "A new chip", "Talks on borders go on")
 TASK = "Which section does this headline belong to: world, sports, business or science? {}"
 
@@ -72,7 +73,10 @@ def borrowing(wheel: Path, folder: Path) -> Path:
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     own = run([str(python), "-c", where], folder)
     # A path alone: the .pth files there, an editable install's among them, stay out.
-    Path(own.strip(), "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    lender = Path(sysconfig.get_path("purelib"))
+    further = lender / _BORROWED  # where this one borrows itself
+    lent = further.read_text() if further.exists() else ""
+    Path(own.strip(), _BORROWED).write_text(f"{lender}\n{lent}")
     return programs
 
 
