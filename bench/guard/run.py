@@ -20,13 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import SHARED, cache_folder, table, write
-from knowing import PROMPTS, QUERIES, SHOWN, measured
+from common import cache_folder, table, write
 
 from safegene_edge import Engine, Expression, SafeLlama, SafetyGene
-from safegene_edge.evals.asking import attacks
-from safegene_edge.evals.asking.attacks import ATTACKS, Attack
-from safegene_edge.evals.asking.chat import Chat
+from safegene_edge.evals.asking.attacks import ATTACKS
 from safegene_edge.evals.asking.journal import Journal
 from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.evaluate import evaluate
@@ -49,8 +46,6 @@ LONG, LONG_TOKENS = 100, 256
 ANSWER = 96  # tokens of an attack's answer: long enough for a look within it
 FIRST = ("prefill", "many_shot", "crescendo")  # what the guard is for
 ADAPTIVE_LIMIT = 8
-JAILBREAK = "jailbreakchat"
-KNOWING = {"knowing, gene": False, "knowing, gene and guard": True}
 ROUNDS, SPEED_TOKENS = 3, 128
 SPEEDS = {  # clients at once, and whether a history stands before the question
     "1 at once": (1, False),
@@ -65,7 +60,6 @@ class OutOfTimeError(Exception):
 
 
 def main() -> None:
-    register_jailbreak()
     parser = argparse.ArgumentParser()
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=220)
@@ -92,34 +86,15 @@ def measurements(options: argparse.Namespace, until: float) -> list[tuple[str, A
     """Every cell of the table, by name."""
     fixed = [name for name, attack in ATTACKS.items() if attack.apply and name != "direct"]
     fixed.sort(key=lambda name: name not in FIRST)
-    tried = [(name, partial(attacked, name, options.limit, until)) for name in fixed]
+    attacks = [(name, partial(attacked, name, options.limit, until)) for name in fixed]
     return [
         ("threshold", partial(fitted, options.strength)),
-        *tried[: len(FIRST)],
+        *attacks[: len(FIRST)],
         ("long", long_answers),
         *((name, partial(speed, *how)) for name, how in SPEEDS.items()),
-        *tried[len(FIRST) :],
+        *attacks[len(FIRST) :],
         ("adaptive", partial(attacked, "adaptive", ADAPTIVE_LIMIT, until)),
-        *((name, partial(measured, TARGET, FITTED, guarded=guarded))
-          for name, guarded in KNOWING.items()),
-    ]  # fmt: skip
-
-
-def register_jailbreak() -> None:
-    """A template that no one here wrote, where its data are."""
-    file = SHARED / "jbc_prompts.jsonl"
-    if not file.exists():
-        return
-    row = json.loads(file.read_text(encoding="utf-8").split("\n")[0])
-    before, goal, after = row["prompt"].rpartition(row["goal"])
-    assert goal
-
-    def wrapped(chat: Chat) -> Chat:
-        return chat.saying(f"{before}{chat.text}{after}")
-
-    attack = Attack(JAILBREAK, "jailbreakchat.com, in JailbreakBench, arXiv 2404.01318", wrapped)
-    attacks._ATTACKS = (*attacks._ATTACKS, attack)
-    ATTACKS[JAILBREAK] = attack
+    ]
 
 
 def fitted(strength: float) -> dict[str, Any]:
@@ -275,8 +250,6 @@ def text_of(cells: dict[str, Any]) -> str:
     head = ["attack", "harmful answered: fine-tuned", "gene", "gene and guard",
             "harmless over-refused: fine-tuned", "gene", "gene and guard"]  # fmt: skip
     speeds = ["asked", "tokens/s", "with the guard", "first token, ms", "with the guard"]
-    won = [[name, *(str(Count(cells[name]["won"][str(n)], cells[name]["prompts"])) for n in SHOWN)]
-           for name in KNOWING if name in cells]  # fmt: skip
     costs = [
         [name, *(cells[name][way][key] for key in ("tokens_per_second", "first_token_ms")
                  for way in ("without", "with"))]
@@ -298,9 +271,6 @@ def text_of(cells: dict[str, Any]) -> str:
         f"Of {long['prompts']} answers to plain harmless prompts of at most {LONG_TOKENS} tokens, "
         f"{long['looked_at']} were long enough to be looked at, and the guard ended "
         f"{Count(long['ended'], long['prompts'])}.\n\n"
-        f"An attacker who knows the gene and its guard and reads every margin (knowing.py), on "
-        f"{PROMPTS} harmful prompts, {QUERIES} queries each at most: won with so many queries\n\n"
-        f"{table(['', *map(str, SHOWN)], won)}\n"
         f"{table(speeds, costs)}\n"
         f"Medians of {ROUNDS} rounds in turn, answers of at most {SPEED_TOKENS} tokens.\n"
     )
