@@ -22,12 +22,14 @@ import numpy.typing as npt
 from ..compat import open_model
 from ..errors import FileFormatError, MismatchError
 from ..files import PathLike, check_output, sha256
-from ..gene import OUTSIDE_BLOCKS, Adapter, Pair, layer_of
+from ..gene import Adapter, Pair, layer_of
+from ..gene_facts import OUTSIDE_BLOCKS
 from .keys import MODULE_PREFIX, module_of
-from .mlx import MLX_WEIGHTS, is_mlx, read_mlx
+from .mlx import is_mlx, read_mlx
 from .names import BaseNames, is_linear_layer
 from .peft import (
     CONFIG,
+    MLX_WEIGHTS,
     WEIGHTS,
     PeftAdapter,
     Refusal,

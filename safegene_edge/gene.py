@@ -21,9 +21,9 @@ from typing import Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from . import gene_facts
 from .errors import FileFormatError, MismatchError, SettingError, UnsupportedError
 from .expression import Expression as Expression
-from .expression import wrong_coefficient
 from .files import PathLike
 from .gguf_file import ArrayValue, GGUFFile, Value, write_gguf
 from .gguf_file.values import FLOAT32
@@ -32,7 +32,6 @@ SHIPPED = "smollm2-135m.gene.gguf"
 # Of SmolLM2, whose shape SmolLM has, too; the file is older than the rule that genes name theirs.
 _TOKENIZER = "466c712f05bc8cf87141b44b671342255af7984e589ef2ec677bda2c341fbfca"
 FORMAT_VERSION = 1
-OUTSIDE_BLOCKS = -1  # the layer number of tensors that belong to no block, such as the output
 MAX_METADATA = 16 << 20  # bytes; all of it is decoded, and an adapter's is a few KB
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")
 _KEPT = ("safegene.peft.", "safegene.learn.")
@@ -45,7 +44,7 @@ AdapterT = TypeVar("AdapterT", bound="Adapter")
 def layer_of(tensor: str) -> int:
     """The block that a GGUF tensor belongs to: "blk.7.attn_q.weight" is in 7."""
     match = _BLOCK.match(tensor)
-    return int(match.group(1)) if match else OUTSIDE_BLOCKS
+    return int(match.group(1)) if match else gene_facts.OUTSIDE_BLOCKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +310,9 @@ class SafetyGene(Adapter):
                 f"this version reads {FORMAT_VERSION}",
                 "Update safegene-edge",
             )
-        aligned = {name: _share(file, name) for name in ("aligned_loss", "aligned_over_refusal")}
+        aligned = {
+            name: gene_facts.share(file, name) for name in ("aligned_loss", "aligned_over_refusal")
+        }
         own = {key: extra.pop(key) for key in list(extra) if key.startswith(cls.PREFIX)}
         # How an adapter was converted, or a gene learnt, is not this class's to drop.
         extra.update({k: v for k, v in own.items() if k.startswith(_KEPT)})
@@ -322,16 +323,18 @@ class SafetyGene(Adapter):
             extra,
             file.types,
             family=file.text("safegene.family", ""),
-            sources=_keyed(file, "safegene.sources", file.strings("safegene.source_hashes")),
-            scores=_by_layer(file, "safegene.scores"),
-            coefficients=_coefficients(file),
+            sources=gene_facts.keyed(
+                file, "safegene.sources", file.strings("safegene.source_hashes")
+            ),
+            scores=gene_facts.by_layer(file, "safegene.scores"),
+            coefficients=gene_facts.coefficients(file),
             refusal_openers=tuple(file.strings("safegene.refusal_openers")),
             aligned_margins=tuple(file.numbers("safegene.aligned_margins")),
             aligned_examples=file.text("safegene.aligned_examples", ""),
-            aligned_kl=_not_negative(file, "safegene.aligned_kl"),
+            aligned_kl=gene_facts.not_negative(file, "safegene.aligned_kl"),
             target=file.text("safegene.target", ""),
             tokenizer=file.text("safegene.tokenizer", ""),
-            guard_threshold=_given(file, "safegene.guard_threshold"),
+            guard_threshold=gene_facts.given(file, "safegene.guard_threshold"),
             **aligned,
         )
 
@@ -465,53 +468,3 @@ def _read_pair(file: GGUFFile, name: str) -> Pair:
             f"and {b.shape[1]} in lora_b"
         )
     return Pair(a, b)
-
-
-def _keyed(file: GGUFFile, key: str, values: list[str]) -> dict[str, str]:
-    names = file.strings(key)
-    if len(names) != len(values):
-        raise FileFormatError(f"{file.path}: {key} has {len(names)} names for {len(values)} values")
-    if len(set(names)) < len(names):
-        raise FileFormatError(f"{file.path}: {key} has a name twice")
-    return dict(zip(names, values, strict=True))
-
-
-def _share(file: GGUFFile, name: str) -> float:
-    value = float(file.number(f"safegene.{name}", 0.0))
-    if not 0 <= value <= 1:
-        raise FileFormatError(
-            f"{file.path}: safegene.{name} is {value:g}, and a share is 0 to 1",
-            "Extract the gene again: before its release this was in nats",
-        )
-    return value
-
-
-def _not_negative(file: GGUFFile, key: str) -> float:
-    value = float(file.number(key, 0.0))
-    if value < 0:
-        raise FileFormatError(f"{file.path}: {key} is {value:g}, and it cannot be")
-    return value
-
-
-def _given(file: GGUFFile, key: str) -> float | None:
-    return float(file.number(key, 0.0)) if key in file.metadata else None
-
-
-def _by_layer(file: GGUFFile, key: str) -> dict[int, float]:
-    layers, values = file.numbers(f"{key}.layers"), file.numbers(key)
-    if len(layers) != len(values):
-        raise FileFormatError(
-            f"{file.path}: {key} has {len(values)} values for {len(layers)} layers"
-        )
-    if any(layer < OUTSIDE_BLOCKS or layer != int(layer) for layer in layers):
-        raise FileFormatError(f"{file.path}: {key}.layers has a number that is no layer's")
-    if len(set(layers)) < len(layers):
-        raise FileFormatError(f"{file.path}: {key}.layers has a layer twice")
-    return {int(layer): value for layer, value in zip(layers, values, strict=True)}
-
-
-def _coefficients(file: GGUFFile) -> dict[int, float]:
-    found = _by_layer(file, "safegene.coefficients")
-    if wrong := wrong_coefficient(found):
-        raise FileFormatError(f"{file.path}: {wrong[0]}", wrong[1])
-    return found

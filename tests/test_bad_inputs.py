@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import shutil
 import sys
 from dataclasses import replace
 
 import numpy as np
+import peft_mistakes  # noqa: F401 - its mistakes join the list
 import pytest
 from adapters import random_adapter
-from safetensors.numpy import load_file, save_file
+from mistakes import CASES, Case, case, first_pair
 
 from safegene_edge.cli import main
 from safegene_edge.gene import INVOCATION, Adapter, Pair
 from safegene_edge.gguf_file import write_gguf
-
-
-class Case:
-    """A folder with a good model, adapter and PEFT folder, for one mistake at a time."""
-
-    def __init__(self, folder, tiny, tiny_adapter):
-        self.folder = folder
-        self.output = folder / "out.gguf"
-        self.model = folder / "model.gguf"
-        shutil.copy(tiny("llama").gguf_path, self.model)
-        self.gene = folder / "gene.gguf"
-        self.adapter = random_adapter(self.model)
-        self.adapter.save(self.gene)
-        self.peft = folder / "peft"
-        shutil.copytree(tiny_adapter("llama"), self.peft)
-        self.tiny, self.tiny_adapter = tiny, tiny_adapter
-
-    def convert(self, **changes):
-        """`convert` of the PEFT folder, its config changed."""
-        path = self.peft / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-        return ["convert", self.peft, "--base", self.model, "-o", self.output]
-
-    def convert_tensors(self, change):
-        """`convert` of the PEFT folder, its tensors changed by a function."""
-        path = self.peft / "adapter_model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-        return self.convert()
-
-    def evaluate(self, gene=None):
-        return ["eval", self.model, "--gene", gene or self.gene, "--json", self.output]
-
-    def evaluate_pairs(self, pairs, architecture="llama"):
-        """`eval` with a gene of other pairs."""
-        Adapter(architecture, 4.0, pairs).save(self.gene)
-        return self.evaluate()
-
-
-def first_pair(case):
-    name = next(iter(case.adapter.pairs))
-    return name, case.adapter.pairs[name]
-
-
-def first_key(tensors, half="lora_A"):
-    return next(key for key in tensors if half in key)
-
-
-CASES = {}
-
-
-def case(expected):
-    def register(build):
-        CASES[build.__name__] = (build, expected)
-        return build
-
-    return register
-
 
 # -- the base and the gene -------------------------------------------------
 
@@ -419,169 +359,6 @@ def recalibrating_an_alora(c):
 @case("is an aLoRA")
 def chatting_with_an_alora(c):
     return ["chat", c.model, "--gene", alora(c)]
-
-
-# -- PEFT folders -----------------------------------------------------------
-
-
-@case("DoRA")
-def dora(c):
-    return c.convert(use_dora=True)
-
-
-@case("modules_to_save")
-def modules_to_save(c):
-    return c.convert(modules_to_save=["lm_head"])
-
-
-@case("bias")
-def bias(c):
-    return c.convert(bias="all")
-
-
-@case("embed")
-def embeddings(c):
-    def change(tensors):
-        prefix = "base_model.model.model.embed_tokens"
-        tensors[f"{prefix}.lora_embedding_A"] = np.ones((4, 300), np.float32)
-        tensors[f"{prefix}.lora_embedding_B"] = np.ones((64, 4), np.float32)
-
-    return c.convert_tensors(change)
-
-
-@case("norm")
-def norm_weights(c):
-    def change(tensors):
-        tensors["base_model.model.model.norm.weight"] = np.ones(64, np.float32)
-
-    return c.convert_tensors(change)
-
-
-@case("expert")
-def moe_experts(c):
-    def change(tensors):
-        prefix = "base_model.model.model.layers.0.mlp.experts.3.gate_proj"
-        tensors[f"{prefix}.lora_A.weight"] = np.ones((4, 64), np.float32)
-        tensors[f"{prefix}.lora_B.weight"] = np.ones((96, 4), np.float32)
-
-    return c.convert_tensors(change)
-
-
-@case("lm_head")
-def tied_lm_head(c):
-    model = c.tiny("gemma3").gguf_path
-    peft = c.tiny_adapter("gemma3")
-    shutil.rmtree(c.peft)
-    shutil.copytree(peft, c.peft)
-    shutil.copy(model, c.model)
-
-    def change(tensors):
-        tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((4, 64), np.float32)
-        tensors["base_model.model.lm_head.lora_B.weight"] = np.ones((300, 4), np.float32)
-
-    return c.convert_tensors(change)
-
-
-@case("adapter_model.bin")
-def pickled_weights(c):
-    (c.peft / "adapter_model.safetensors").rename(c.peft / "adapter_model.bin")
-    return c.convert()
-
-
-@case("IA3")
-def another_peft_type(c):
-    return c.convert(peft_type="IA3")
-
-
-@case("adapter_config.json")
-def malformed_config(c):
-    args = c.convert()
-    (c.peft / "adapter_config.json").write_text('{"r": 4,')
-    return args
-
-
-@case("adapter_config.json")
-def missing_config(c):
-    args = c.convert()
-    (c.peft / "adapter_config.json").unlink()
-    return args
-
-
-@case("r")
-def rank_zero(c):
-    return c.convert(r=0)
-
-
-@case("lora_alpha")
-def alpha_of_words(c):
-    return c.convert(lora_alpha="plenty")
-
-
-@case("adapter_model.safetensors")
-def truncated_safetensors(c):
-    path = c.peft / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    return c.convert()
-
-
-@case("lora_B half is missing")
-def peft_half_missing(c):
-    return c.convert_tensors(lambda tensors: tensors.pop(first_key(tensors, "lora_B")))
-
-
-@case("NaN")
-def peft_nan(c):
-    return c.convert_tensors(lambda tensors: tensors[first_key(tensors)].fill(np.nan))
-
-
-@case("model.layers.0")
-def peft_of_another_size(c):
-    def change(tensors):
-        for key in tensors:
-            if key.endswith("q_proj.lora_A.weight"):
-                tensors[key] = np.ones((4, 128), np.float32)
-
-    return c.convert_tensors(change)
-
-
-@case("qwen2.5-7b-unknown")
-def module_that_the_base_has_not(c):
-    def change(tensors):
-        for half, shape in (("A", (4, 64)), ("B", (64, 4))):
-            key = f"base_model.model.qwen2.5-7b-unknown.lora_{half}.weight"
-            tensors[key] = np.ones(shape, np.float32)
-
-    return c.convert_tensors(change)
-
-
-@case("also an input")
-def convert_over_the_base(c):
-    args = c.convert()
-    return [*args[:-1], c.model]
-
-
-@case("is a folder")
-def convert_into_a_folder(c):
-    args = c.convert()
-    return [*args[:-1], c.folder]
-
-
-@case("two outputs are the same file")
-def two_names_of_one_output(c):
-    other_name = f"{c.folder}/./{c.output.name}"
-    return ["recalibrate", c.model, c.gene, "-o", c.output, "--plot", other_name]
-
-
-@case("convert_hf_to_gguf.py")
-def convert_a_whole_model(c):
-    (c.peft / "adapter_config.json").rename(c.peft / "config.json")
-    return ["convert", c.peft, "--base", c.model, "-o", c.output]
-
-
-@case("not a folder")
-def convert_nothing(c):
-    args = c.convert()
-    return [args[0], c.folder / "nowhere", *args[2:]]
 
 
 def contents(folder):

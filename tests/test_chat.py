@@ -174,7 +174,7 @@ def test_no_message_forges_a_turn(files, monkeypatch):
 def test_a_chat_that_the_template_refuses(files, monkeypatch):
     """It is named, and the chat goes on."""
     from safegene_edge.cli.chat import chat
-    from safegene_edge.runtime import llama as module
+    from safegene_edge.runtime import rendering as module
 
     refusing = (
         "{% if messages[0].content == 'no' %}{{ raise_exception('no chat today') }}{% endif %}"

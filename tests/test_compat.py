@@ -17,7 +17,6 @@ from safegene_edge.compat import (
     open_model,
     other_parts,
     require_fit,
-    require_loadable,
     tokenizer_digest,
     unfitted,
 )
@@ -25,6 +24,7 @@ from safegene_edge.errors import FileFormatError, MismatchError, UnsupportedErro
 from safegene_edge.files import sha256
 from safegene_edge.gene import Adapter, Pair
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
+from safegene_edge.runtime.loadable import require_loadable
 from safegene_edge.runtime.requantise import requantise
 
 

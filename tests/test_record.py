@@ -13,7 +13,7 @@ import reports
 from safegene_edge.errors import FileFormatError
 from safegene_edge.evals.asking.suites import load_suite
 from safegene_edge.evals.evaluate import evaluate
-from safegene_edge.evals.report import compare, findings, record
+from safegene_edge.evals.report import compare, findings, record, summary
 from safegene_edge.evals.report.json import aligned_labels
 from safegene_edge.evals.report.markdown import render_record
 from safegene_edge.evals.report.schema import problems, read_report, report_schema
@@ -328,7 +328,7 @@ def test_compare_notes_what_may_explain_a_difference():
 
 
 def test_the_verdict_gives_both_figures_and_warns_of_the_price():
-    found = findings.verdict(reports.large())
+    found = summary.verdict(reports.large())
     assert found.sentence == (
         "Refusals of harmful prompts rose from 24 % to 93.0 %; "
         "refusals of harmless prompts rose from 1.7 % to 12 %."
@@ -341,23 +341,23 @@ def test_the_verdict_gives_both_figures_and_warns_of_the_price():
 def test_the_verdict_of_few_prompts_warns():
     report = reports.large()
     report["suites"] = [reports.suite("s", "harmful", ["complied"] * 4, ["refused"] * 4)]
-    found = findings.verdict(report)
+    found = summary.verdict(report)
     assert "Only 4 harmful prompts: the 95 % interval reaches from 51 to 100 %." in found.warnings
     assert any("what the refusals cost is not known" in text for text in found.warnings)
     report["suites"] = [reports.suite("s", "harmful", ["refused"] * 4, ["complied"] * 4)]
-    assert "Refusals of harmful prompts fell." in findings.verdict(report).warnings
+    assert "Refusals of harmful prompts fell." in summary.verdict(report).warnings
 
 
 def test_the_verdict_does_not_call_noise_a_change():
     report = reports.large()
     labels = ["refused"] * 60 + ["complied"] * 60
     report["suites"] = [reports.suite("s", "harmful", labels, ["refused"] * 61 + labels[61:])]
-    assert "may be chance" in findings.verdict(report).significance
+    assert "may be chance" in summary.verdict(report).significance
 
 
 def test_nothing_measured():
     report = {**reports.small(), "suites": []}
-    assert findings.verdict(report).sentence == "Nothing was measured."
+    assert summary.verdict(report).sentence == "Nothing was measured."
 
 
 def test_examples_show_changes_first():

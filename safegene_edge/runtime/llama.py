@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,38 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
-from ..compat import open_model, require_fit, require_loadable
+from ..compat import open_model, require_fit
 from ..errors import (
     FileFormatError,
     LlamaCppError,
     MismatchError,
     NoEffectError,
-    SafeGeneError,
     SettingError,
     UnsupportedError,
 )
 from ..files import PathLike, scratch_folder
 from ..gene import Adapter, AdapterLike, SafetyGene, listed, require_distinct
 from ..hub import resolve
-from .chat import PLAIN_TEMPLATE, RESERVED, ChatTemplate, chat_handler, template_fault
+from .chat import chat_handler
 from .controls import ControlTexts
 from .devices import physical_cores, require_cells
-from .guard import Guard, alone, guard_of
+from .guard import Guard, guard_of
+from .loadable import require_loadable
 from .log import reason
 from .options import require_options
+from .rendering import ChattingLlama
 from .shared import AttachedAdapter as AttachedAdapter
-from .shared import OtherAdaptersError, SharedLlama, find_attached
-from .thinking import Thinking
+from .shared import OtherAdaptersError, find_attached
 
 DEFAULT_CONTEXT = 2048
 _STEP = 256  # llama.cpp makes a context of whole steps, and llama-cpp-python does not know it
-_TEMPLATE = "tokenizer.chat_template"
 _NO_GUARD: Any = (object(), None)  # a gene, and the guard that was made of it
 Weights = frozenset[tuple[str, float]]  # adapters by content, with their scales but 0
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
 
 
-class SafeLlama(SharedLlama):
+class SafeLlama(ChattingLlama):
     """A `llama_cpp.Llama` with any number of adapters, each with a scale of its own.
 
     Whatever takes a `Llama` takes this. Adapters are checked against the model before
@@ -99,17 +98,11 @@ class SafeLlama(SharedLlama):
         guard: bool = False,
         **options: Any,
     ) -> None:
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._guarded, self._made_guard = guard, _NO_GUARD
-        self._thinking: Thinking | None = None
         self._attached: list[AttachedAdapter] = []
-        self._formatter: ChatTemplate | None = None
         self._on: Weights = frozenset()
         self._share()
-        if own := sorted(RESERVED & self.chat_template_kwargs.keys()):
-            raise SettingError(
-                f"'{own[0]}' is no variable to set: a chat gets its own", "Leave it out"
-            )
+        self._prepare_chats(chat_template_kwargs)
         require_options({**options, "n_ctx": n_ctx, "n_threads": n_threads})
         self._file = open_model(model_path)
         require_loadable(self._file)
@@ -438,180 +431,6 @@ class SafeLlama(SharedLlama):
             self._made_guard = gene, guard_of(self, gene)
         made: Guard = self._made_guard[1]
         return made
-
-    def render_alone(
-        self, messages: Sequence[Mapping[str, Any]], **variables: Any
-    ) -> list[int] | None:
-        """The user's last message under the system messages, up to where the answer begins.
-
-        None where nothing else was said. The arguments are those of `render`.
-        """
-        turns = alone(messages)
-        return None if turns is None else self.render_answer(turns, **variables)
-
-    # -- chat -------------------------------------------------------------
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The GGUF's metadata, as text."""
-        return self._metadata
-
-    @metadata.setter
-    def metadata(self, found: dict[str, str]) -> None:
-        # llama-cpp-python compiles every template as it loads a model. One that it cannot compile
-        # is kept from it, since a merge, say, needs none.
-        templates = {key: text for key, text in found.items() if key.startswith(_TEMPLATE)}
-        self._unread = {key: text for key, text in templates.items() if template_fault(text)}
-        self._metadata = {key: text for key, text in found.items() if key not in self._unread}
-
-    @property
-    def chat_template(self) -> ChatTemplate:
-        """What `render` fills in: the template in the GGUF, or a plain one.
-
-        Raises:
-            FileFormatError: jinja cannot compile it.
-        """
-        if self._formatter is None:
-            self._formatter = self._chat_formatter()
-        return self._formatter
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        **variables: Any,
-    ) -> list[int]:
-        """Messages as tokens, through the chat template in the GGUF.
-
-        Only the template's own control tokens become such: in a message they are plain text.
-
-        Args:
-            messages: each with a role and a content, which is a string or parts of type
-                "text". An assistant's content may be None.
-            add_generation_prompt: open the assistant's turn at the end.
-            chat_template_kwargs: variables of the template, such as Qwen3's `enable_thinking`;
-                they go before those that the model was opened with.
-            variables: the same, one by one, such as `tools`.
-
-        Raises:
-            SettingError: the template refuses these messages (a system role, say), or one of
-                them is not text.
-            FileFormatError: the template cannot be compiled.
-        """
-        template = self.chat_template
-        variables = {**(chat_template_kwargs or {}), **variables}
-        parts = self._parts(messages, add_generation_prompt, variables)
-        if not parts:
-            raise SettingError(f"{self._file.path}: its chat template shows none of these messages")
-        add_bos = not (template.bos and parts and parts[0][0].startswith(template.bos))
-        tokens: list[int] = []
-        for text, trusted in parts:
-            tokens += self.tokenize(text.encode(), add_bos=add_bos, special=trusted)
-            add_bos = False
-        return tokens
-
-    def _parts(
-        self, messages: Sequence[Mapping[str, Any]], prompted: bool, variables: Mapping[str, Any]
-    ) -> list[tuple[str, bool]]:
-        given = {**self.chat_template_kwargs, **variables}
-        try:
-            return self.chat_template.parts(
-                messages, add_generation_prompt=prompted, variables=given
-            )
-        except SafeGeneError:
-            raise
-        except Exception as error:  # a template may raise anything
-            reason = str(error) or type(error).__name__
-            raise SettingError(
-                f"{self._file.path}: its chat template failed ({reason})",
-                "Give a model whose template takes these messages; `safegene-edge inspect` shows "
-                "what is suspicious in one",
-            ) from error
-
-    @property
-    def thinking(self) -> Thinking:
-        """How the model thinks before it answers, as its template has it.
-
-        Raises:
-            SettingError, FileFormatError: as `render`.
-        """
-        if self._thinking is None:
-            word = "Hello"
-
-            def end_of_prompt(variables: Mapping[str, Any]) -> str:
-                parts = self._parts([{"role": "user", "content": word}], True, variables)
-                return "".join(text for text, _ in parts).rpartition(word)[2]
-
-            self._thinking = Thinking.of(self.metadata.get(_TEMPLATE, ""), end_of_prompt)
-        return self._thinking
-
-    def render_answer(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """As `render`, up to where the answer itself begins: behind a thought, and that empty.
-
-        What a model that thinks says first is no answer. Refusals are looked for here.
-        """
-        thinking = self.thinking
-        if thinking.switch:
-            variables = {thinking.switch: False, **variables}
-        tokens = self.render(messages, **variables)
-        if not thinking.missing:
-            return tokens
-        rest = self.tokenize(thinking.missing.encode(), add_bos=False, special=True)
-        return [*tokens, *rest]
-
-    def create_chat_completion(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        functions: Any = None,
-        function_call: Any = None,
-        tools: Any = None,
-        tool_choice: Any = None,
-        temperature: float = 0.0,
-        *more: Any,
-        **options: Any,
-    ) -> Any:
-        """An answer to a chat, in one piece or as a stream of chunks.
-
-        As `llama_cpp.Llama.create_chat_completion`, but for two things. The prompt is what
-        `render` gives, so that a control token in a message is plain text and cannot forge a
-        turn. And the default is greedy (`temperature` 0.0), as in every figure of this project.
-
-        Args:
-            messages: as `render` takes them.
-            temperature: 0.0 takes the likeliest token; more samples.
-            more, options: as of `llama_cpp.Llama`: `stream`, `stop`, `max_tokens`, `tools`,
-                `response_format` and the rest.
-
-        Raises:
-            SettingError: as `render`.
-            ValueError: the chat is longer than the context.
-        """
-        with self._in_use():
-            return super().create_chat_completion(
-                messages, functions, function_call, tools, tool_choice, temperature, *more,
-                **options,
-            )  # fmt: skip
-
-    def text(self, tokens: Sequence[int], *, special: bool = False) -> str:
-        """Tokens as text, without special tokens unless asked for."""
-        return str(self.detokenize(list(tokens), special=special).decode("utf-8", "replace"))
-
-    def _chat_formatter(self) -> ChatTemplate:
-        template = self.metadata.get(_TEMPLATE, "")
-        if fault := template_fault(template):
-            raise FileFormatError(
-                f"{self._file.path}: its chat template cannot be read ({fault})",
-                "Give a model whose template is Jinja, as Hugging Face has it; gguf-py's "
-                "`gguf-new-metadata --chat-template` puts one in",
-            )
-        eos, bos = self._token_text(self.token_eos()), self._token_text(self.token_bos())
-        template = template if template.strip() else PLAIN_TEMPLATE
-        return ChatTemplate(template, bos=bos, eos=eos, controls=self._controls)
-
-    def _token_text(self, token: int) -> str:
-        return str(self._model.token_get_text(token)) if token >= 0 else ""
 
 
 def _require_finite(scale: float) -> None:

@@ -14,8 +14,8 @@ from functools import cache
 from importlib import resources
 
 from ..statistics import Count, percent
-from . import findings, plots
-from .findings import CHANGE, HEADINGS, MEASURE, Json, Outcome, PromptAnswers, Summary
+from . import findings, plots, summary
+from .findings import CHANGE, HEADINGS, MEASURE, Json, Outcome, PromptAnswers
 from .markup import Markup, Node, join, tag
 from .record import artifacts
 
@@ -159,7 +159,7 @@ def _facts(facts: Iterable[tuple[Node, Node]]) -> Markup:
 
 
 def _verdict(report: Json, sections: Sequence[_Section]) -> Markup:
-    found = findings.verdict(report)
+    found = summary.verdict(report)
     links = tag("ul", *(tag("li", section.link) for section in sections))
     return tag(
         "div",
@@ -198,7 +198,7 @@ def _share(count: Count) -> str:
     return "–" if count.share is None else f"{percent(count.share)}\N{NO-BREAK SPACE}%"
 
 
-def _beware(found: Summary) -> Markup | None:
+def _beware(found: summary.Summary) -> Markup | None:
     if not found.warnings:
         return None
     listed = tag("ul", *(tag("li", text) for text in found.warnings))

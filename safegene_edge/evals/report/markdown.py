@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from . import findings
+from . import findings, summary
 from .findings import CHANGE, HEADINGS, MEASURE, Json, Outcome
 from .record import APPLIES, POINTS, PUBLISHED, REGULATION, artifacts
 
@@ -65,7 +65,7 @@ def _cells(row: Outcome, gene: bool) -> list[str]:
 
 
 def _verdict(report: Json) -> Iterator[str]:
-    found, gene = findings.verdict(report), report.get("gene")
+    found, gene = summary.verdict(report), report.get("gene")
     yield f"# Safety report: {text(report['model']['name'])}"
     adapters = "".join(f" with {code(source['name'])}" for source in report["adapters"])
     without = f", without and with {code(gene['name'])}" if gene else ""
@@ -85,7 +85,7 @@ def _gate(report: Json) -> Iterator[str]:
 def _results(report: Json) -> Iterator[str]:
     yield "## Results"
     yield "n/N (share, 95 % Wilson interval); greedy answers."
-    yield _rows_table(report, "All suites", findings.verdict(report).figures)
+    yield _rows_table(report, "All suites", summary.verdict(report).figures)
     for suite in report["suites"]:
         kind = "should be refused" if suite["kind"] == "harmful" else "should be answered"
         yield f"### {text(suite['name'])} – {kind}"
@@ -173,7 +173,7 @@ def _record(report: Json) -> Iterator[str]:
 def render_record(report: Json) -> str:
     """The safety record alone, with the verdict and the results that it vouches for."""
     title = f"# Safety record: {text(report['model']['name'])}"
-    sentence = findings.verdict(report).sentence
+    sentence = summary.verdict(report).sentence
     parts = [title, sentence, *_gate(report), *list(_results(report))[1:]]
     parts += [*record_sections(report, "## What was tested"), *_regulation()]
     return "\n\n".join(parts) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from . import findings
+from . import findings, summary
 from .findings import MEASURE, Json, Outcome
 
 
@@ -45,7 +45,7 @@ def _notes(report: Json) -> Iterator[str]:
     limit = report["settings"].get("max_tokens")
     length = f" of at most {limit} tokens" if limit else ""
     yield f"n/N (share, 95 % Wilson interval); greedy answers{length}"
-    yield from findings.unscored(report)
+    yield from summary.unscored(report)
     for suite in report["suites"]:
         if note := findings.paired_note(suite):
             yield f"{suite['name']}: {note}"

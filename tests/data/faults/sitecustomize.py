@@ -3,6 +3,6 @@
 import os
 
 if "SAFEGENE_FAULT" in os.environ:
-    import faults
+    import armed
 
-    faults.from_environment()
+    armed.from_environment()
