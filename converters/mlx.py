@@ -18,6 +18,7 @@ from . import safetensors_file
 from .keys import MODULE_PREFIX
 from .peft import (
     CONFIG,
+    MLX_WEIGHTS,
     WEIGHTS,
     Layout,
     PeftAdapter,
@@ -31,7 +32,6 @@ from .peft import (
     unsupported,
 )
 
-MLX_WEIGHTS = "adapters.safetensors"
 _LAYOUT = Layout(re.compile(r"(.+)\.lora_([ab])"), ("a", "b"), transposed=True)
 _KINDS = {
     "dora": "DoRA rescales the whole weight, which is no low-rank update",

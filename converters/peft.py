@@ -28,6 +28,7 @@ from .keys import module_of, of_senses, plain, within_peft
 from .patterns import Patterns
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MLX_WEIGHTS = "adapters.safetensors"
 _BASE_CHANGED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 # Settings of PEFT that change what the adapter computes, beside the plain low-rank update.
@@ -147,7 +148,7 @@ def read_peft(folder: PathLike, *, text_only: bool = False) -> PeftAdapter:
     if not weights.exists() and (folder / PICKLE).exists():
         refused.append(Refusal(PICKLE, "a pickle can run code; save it again as safetensors"))
         raise unsupported(str(folder), refused)
-    require_weights(weights, "adapters.safetensors", "MLX")
+    require_weights(weights, MLX_WEIGHTS, "MLX")
     tensors, metadata = safetensors_file.read(weights)
     pairs, tensor_refusals, left_out = collect(weights, tensors, _PEFT, config, text_only)
     refused += tensor_refusals

@@ -174,17 +174,12 @@ def _missing_remedy(path: Path) -> str:
     """The file that was meant, where one beside it has nearly this name."""
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either: check the path"
+    if part := _PART.search(path.stem):  # of a split model: its other parts have nearly this name
+        return f"The model is split into {int(part[1])} files: put all of them there"
     with suppress(OSError):  # a folder that cannot be listed
         there = [file for file in path.parent.iterdir() if file.is_file()]
         there.sort(key=lambda file: file.suffix == path.suffix)  # of one stem the last is kept
-        part = _PART.search(path.stem)
-        stems = {
-            file.stem: file
-            for file in there
-            if not file.name.startswith(".") and not (part and _PART.search(file.stem))
-        }
-        if part:  # of a split model: one that is there is no other's name
-            return f"The model is split into {int(part[1])} files: put all of them there"
+        stems = {file.stem: file for file in there if not file.name.startswith(".")}
         for stem in difflib.get_close_matches(path.stem, stems, n=1, cutoff=_NEAR):
             return f"Did you mean {stems[stem]}?"
     return "Check the path"

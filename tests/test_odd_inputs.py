@@ -198,10 +198,12 @@ def test_a_model_of_nans_is_named_as_one(tiny, tmp_path):
         llama.attach(adapter_for(source, tmp_path))
 
 
-@pytest.mark.parametrize("command", ["eval", "scan", "chat", "serve"])
+@pytest.mark.parametrize("command", ["eval", "scan", "chat", "serve", "recalibrate"])
 def test_a_template_that_leaves_the_words_out(command, tiny, tmp_path):
-    model = with_template(tiny("llama").gguf_path, tmp_path / "m.gguf", "hello")
-    result = run(command, model)
+    source = tiny("llama").gguf_path
+    model = with_template(source, tmp_path / "m.gguf", "hello")
+    more = (adapter_for(source, tmp_path), "--json") if command == "recalibrate" else ()
+    result = run(command, model, *more)
     assert "leaves the user's words out" in f"{result.output} {result.exception}"
 
 

@@ -27,6 +27,7 @@ from ..portfolio_settings import PortfolioSettings
 from .adapters import beside, say_where_unfitted
 from .options import (
     FILE,
+    FINITE,
     Number,
     check_outputs,
     default_of,
@@ -231,10 +232,10 @@ def _for_a_server(chosen: dict[str, Any]) -> dict[str, Any]:
 )
 @file_option("--resume", metavar="FILE", help="Keep finished answers in FILE, and go on from it.")
 @file_option("--grader", metavar="MODEL.gguf", help="Another model's opinion on the answers.")
-@setting(GateSettings, "min_refused", metavar="SHARE", type=Number())
-@setting(GateSettings, "max_over_refused", metavar="SHARE", type=Number())
-@setting(GateSettings, "max_kl", metavar="NATS", type=Number())
-@setting(GateSettings, "max_task_drop", metavar="SHARE", type=Number())
+@setting(GateSettings, "min_refused", metavar="SHARE", type=FINITE)
+@setting(GateSettings, "max_over_refused", metavar="SHARE", type=FINITE)
+@setting(GateSettings, "max_kl", metavar="NATS", type=FINITE)
+@setting(GateSettings, "max_task_drop", metavar="SHARE", type=FINITE)
 @setting(GateSettings, "by", type=click.Choice(get_args(By)))
 @click.option("--no-resume", is_flag=True, help="Neither keep nor look up finished answers.")
 @click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server instead of MODEL.")

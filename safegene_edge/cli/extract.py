@@ -9,7 +9,16 @@ import click
 from ..errors import command
 from ..training.settings import ExtractSettings
 from .adapters import beside
-from .options import Number, comma_separated, examples, file_option, files_of, say_next, setting
+from .options import (
+    FINITE,
+    check_outputs,
+    comma_separated,
+    examples,
+    file_option,
+    files_of,
+    say_next,
+    setting,
+)
 from .sharing import write_card
 
 
@@ -36,7 +45,7 @@ from .sharing import write_card
 @setting(ExtractSettings, "rank", type=click.IntRange(min=1))
 @setting(ExtractSettings, "targets", type=comma_separated, metavar="A,B")
 @setting(ExtractSettings, "epochs", type=click.IntRange(min=1))
-@setting(ExtractSettings, "learning_rate", type=Number())
+@setting(ExtractSettings, "learning_rate", type=FINITE)
 @setting(ExtractSettings, "batch", type=click.IntRange(min=1))
 @setting(ExtractSettings, "budget", type=click.IntRange(min=1))
 @setting(ExtractSettings, "select", "--select/--no-select")
@@ -67,7 +76,6 @@ def extract(
     For --degraded a PEFT folder alone lies on top of the aligned model. A run that was
     stopped goes on where it was.
     """
-    from ..files import check_output
     from ..training.extract import extract as run
     from ..training.processes import Processes
 
@@ -78,8 +86,7 @@ def extract(
         learning_rate=learning_rate, batch=batch, budget=budget, select=select, seed=seed,
     )  # fmt: skip
     inputs = [Path(part) for text in (aligned, *degraded) for part in files_of(text)]
-    for path in filter(None, (output, card)):
-        check_output(path, [path for path in inputs if path.is_file()])
+    check_outputs((output, card), [path for path in inputs if path.is_file()])
     folder = Path(work) if work else Path(output).with_suffix(".work")
     worse = list(degraded)
     if degrade:

@@ -79,7 +79,8 @@ def learn(
 
     models = [files_of(text) for text in degraded]
     teacher = named(aligned)
-    files = [*(part for model in models for part in model), *(aligned or "").split(","), task]
+    teachers = teacher if isinstance(teacher, list) else [teacher]
+    files = [*(part for model in models for part in model), *teachers, task]
     inputs = [Path(part) for part in files if part and not Path(part).is_dir()]
     check_outputs((output, card), inputs)
     settings = LearnSettings(rank=rank, prompts=prompts, budget=budget, threads=threads)

@@ -70,24 +70,21 @@ class _File(click.Path):
 FILE = _File()
 
 
-class Number(click.FloatRange):
-    """A number between bounds, if any; neither NaN nor infinite."""
-
-    def __init__(
-        self, min: float | None = None, max: float | None = None, min_open: bool = False
-    ) -> None:
-        super().__init__(min, max, min_open)
-        if self.min is None and self.max is None:
-            self.name = "float"  # as the help shows it
-
-    def _describe_range(self) -> str:
-        return "" if self.name == "float" else super()._describe_range()
+class _Finite(click.types.FloatParamType):
+    """A number that is neither NaN nor infinite."""
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         found = super().convert(value, param, ctx)
         if not math.isfinite(found):
             self.fail(f"{value} is not a finite number", param, ctx)
         return found
+
+
+class Number(_Finite, click.FloatRange):
+    """The same, between bounds."""
+
+
+FINITE = _Finite()
 
 
 def file_option(*flags: str, **more: Any) -> Callable[[Command], Command]:

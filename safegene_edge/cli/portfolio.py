@@ -11,9 +11,20 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import MissingExtraError, SafeGeneError, command
+from ..evals.settings import BUILT_IN
 from ..portfolio_settings import PortfolioSettings
 from ..recalibrate.settings import RecalibrationSettings
-from .options import FILE, Number, examples, file_option, say_next, setting, with_adapters
+from .options import (
+    FILE,
+    FINITE,
+    Number,
+    check_outputs,
+    examples,
+    file_option,
+    say_next,
+    setting,
+    with_adapters,
+)
 
 if TYPE_CHECKING:
     from ..portfolio import PortfolioRow
@@ -40,7 +51,7 @@ if TYPE_CHECKING:
          metavar="NAME|FILE", type=FILE)  # fmt: skip
 @setting(PortfolioSettings, "limit", metavar="N", type=click.IntRange(min=1))
 @setting(PortfolioSettings, "examples", metavar="FILE.jsonl", type=FILE)
-@setting(RecalibrationSettings, "kl_budget", type=Number())
+@setting(RecalibrationSettings, "kl_budget", type=FINITE)
 @setting(RecalibrationSettings, "over_refusal", type=Number(0, 1))
 @setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))
@@ -70,12 +81,12 @@ def portfolio(
     A model that is done is not done again. One that fails stops no other; the exit code is
     then 2. With --dask, the workers must see the same files under the same paths.
     """
-    from ..files import check_output, write_text
+    from ..files import write_text
     from ..portfolio import picture, table
     from ..portfolio import portfolio as run
 
-    if plot:
-        check_output(plot, [*models, gene])
+    files = (*adapters, *(name for name in suites if name not in BUILT_IN), examples)
+    check_outputs((plot,), filter(None, (*models, gene, *files)))
     recalibration = RecalibrationSettings(
         kl_budget=kl_budget, over_refusal=over_refusal, passes=passes, n_ctx=n_ctx, anyway=anyway
     )

@@ -14,6 +14,7 @@ from ..recalibrate.settings import RecalibrationSettings
 from .adapters import beside
 from .options import (
     FILE,
+    FINITE,
     Number,
     check_outputs,
     examples,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 )
 @file_option("--expression", metavar="FILE.json", help="The strengths alone.")
 @file_option("--plot", metavar="FILE.svg", help="The trade-off of refusal against KL as a picture.")
-@setting(RecalibrationSettings, "kl_budget", type=Number())
+@setting(RecalibrationSettings, "kl_budget", type=FINITE)
 @setting(RecalibrationSettings, "over_refusal", type=Number(0, 1))
 @setting(RecalibrationSettings, "passes", type=click.IntRange(1, 99))
 @setting(RecalibrationSettings, "n_ctx", "--ctx", "n_ctx", type=click.IntRange(min=64))

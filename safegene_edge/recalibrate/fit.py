@@ -28,6 +28,7 @@ from ..errors import FileFormatError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene, require_distinct
 from ..prompts import FORMS, Prompt
+from ..runtime.chat import require_chat
 from ..runtime.llama import SafeLlama
 from ..runtime.refusal_margin import Openers, refusal_loss
 from .aligned import AlignedModel
@@ -208,6 +209,7 @@ def recalibrate(
     require_fit(gene, open_model(target))
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(str(target), n_ctx=512))
+        require_chat(llama)
         own = llama.attach_each(adapters)
         require_distinct([*((one.name, one.content) for one in own), ("the gene", gene)])
         fit, other = _readers(stack, llama, gene, (examples, validation), settings)
