@@ -28,7 +28,7 @@ from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER, Lane, States, run
 from ..runtime.schedule import Scales
 from .settings import LearnSettings
-from .solve import reduced_rank
+from .solve import Rows, explained, reduced_rank
 from .states import THIN, Captured, Ints, Sample, rms, spread
 
 _PREFIX = 10  # what all prompts of a lane open with counts as so many tokens of the text
@@ -53,7 +53,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _Chosen:
     """The rows of a lane that count: where their goals are, of which model, and weights."""
 
     rows: Ints
@@ -93,7 +93,7 @@ class Fit:
     ) -> None:
         self.settings, self.rank, self.tick = settings, rank, tick
         self.lanes: list[Lane] = []
-        self._of: list[tuple[Target, _Rows]] = []  # each lane's
+        self._of: list[tuple[Target, _Chosen]] = []  # each lane's
         for target in targets:
             texts = [sample.tokens for sample in target.samples]
             for numbers in spread([len(text) for text in texts], lanes):
@@ -113,16 +113,12 @@ class Fit:
 
     def _layer(self, layer: int, lanes: list[States]) -> list[Floats]:
         gain = self._norms.get(layer) if lanes[0].output is not None else None
-        inputs, wanted = [], []
-        for states, (target, rows) in zip(lanes, self._of, strict=True):
-            goal = _goal(layer, target, rows, self.settings)
-            x, y = _regression(states, rows.rows, goal, gain)
-            inputs.append(x)
-            wanted.append(y)
-        x, y = np.concatenate(inputs), np.concatenate(wanted)
-        weights = np.concatenate([rows.weights for _, rows in self._of])
-        pair = reduced_rank(x, y, weights, self.rank, self.settings.ridge)
-        self.scores[layer] = _explained(x, y, weights, pair)
+        found = [
+            _regression(states, rows, _goal(layer, target, rows, self.settings), gain)
+            for states, (target, rows) in zip(lanes, self._of, strict=True)
+        ]
+        pair = reduced_rank(found, self.rank, self.settings.ridge)
+        self.scores[layer] = explained(found, pair)
         if gain is not None:
             safe = np.where(np.abs(gain) > 1e-6, gain, np.inf)
             pair = Pair(pair.a, (pair.b / safe[:, None]).astype(np.float32))
@@ -131,7 +127,7 @@ class Fit:
         return [_changed(states, pair, gain) for states in lanes]
 
 
-def _goal(layer: int, target: Target, rows: _Rows, settings: LearnSettings) -> Floats:
+def _goal(layer: int, target: Target, rows: _Chosen, settings: LearnSettings) -> Floats:
     """The wanted rows of a lane, as `Goals` keeps them."""
     assert settings.contrast is not None
     width = int(target.llama.n_embd()) + 1
@@ -148,7 +144,7 @@ def _goal(layer: int, target: Target, rows: _Rows, settings: LearnSettings) -> F
     return goal
 
 
-def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnSettings) -> _Rows:
+def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnSettings) -> _Chosen:
     assert settings.harmless_weight is not None
     shared = min(lane.prefix, own.prefix)
     rows, goals = [np.arange(shared)], [own.prefix_goals[:shared]]
@@ -164,7 +160,7 @@ def _rows(lane: Lane, own: Captured, samples: Sequence[Sample], settings: LearnS
         weight[: sample.text] = settings.text_weight * THIN
         weights.append(weight)
         kept.append(_kept(sample))
-    return _Rows(
+    return _Chosen(
         np.concatenate(rows), np.concatenate(goals), np.concatenate(taught),
         np.concatenate(weights, dtype=np.float32), np.concatenate(kept),
     )  # fmt: skip
@@ -177,16 +173,15 @@ def _kept(sample: Sample) -> Ints:
     return np.where(header, sample.other + place - sample.text, -1)
 
 
-def _regression(
-    states: States, rows: Ints, goal: Floats, gain: Floats | None
-) -> tuple[Floats, Floats]:
+def _regression(states: States, chosen: _Chosen, goal: Floats, gain: Floats | None) -> Rows:
     """Features and wanted changes of rows; see the top."""
+    rows = chosen.rows
     x, h, wanted = states.inputs[rows], states.stream[rows], goal[:, :-1]
     if gain is None or states.output is None:
-        return x, wanted - h
+        return Rows(x, wanted - h, chosen.weights)
     output, size = states.output[rows], goal[:, -1:]
     below = h - gain * output / rms(output)[:, None]
-    return x / size, (wanted - below) - gain * output / size
+    return Rows(x / size, (wanted - below) - gain * output / size, chosen.weights)
 
 
 def _changed(states: States, pair: Pair, gain: Floats | None) -> Floats:
@@ -198,13 +193,6 @@ def _changed(states: States, pair: Pair, gain: Floats | None) -> Floats:
     before, after = states.output, states.output + update
     states.stream[:] += gain * (after / rms(after)[:, None] - before / rms(before)[:, None])
     return states.stream
-
-
-def _explained(x: Floats, y: Floats, weights: Floats, pair: Pair) -> float:
-    """The share of the wanted change that the update makes."""
-    left = y - (x @ pair.a.T) @ pair.b.T
-    whole = float((weights[:, None] * y * y).sum())
-    return 1 - float((weights[:, None] * left * left).sum()) / whole if whole else 0.0
 
 
 def _norm_weights(llama: SafeLlama) -> dict[int, Floats]:
