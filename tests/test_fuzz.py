@@ -16,12 +16,13 @@ from mutations import mutations
 from test_imatrix import imatrix_for
 
 from safegene_edge.cli.adapters import _adapter_facts, _as_lines, _model_facts
-from safegene_edge.compat import check, open_model, require_loadable
+from safegene_edge.compat import check, open_model
 from safegene_edge.converters.names import BaseNames
 from safegene_edge.errors import SafeGeneError
 from safegene_edge.gene import SHIPPED, Adapter, SafetyGene
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.merge.imatrix import read_imatrix
+from safegene_edge.runtime.loadable import require_loadable
 
 COUNT = int(os.environ.get("SAFEGENE_FUZZ", "150"))  # mutations of each file
 SEED = int(os.environ.get("SAFEGENE_FUZZ_SEED", "0"))

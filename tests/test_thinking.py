@@ -13,8 +13,8 @@ from safegene_edge import SafeLlama
 from safegene_edge.errors import SettingError
 from safegene_edge.evals.asking.suites import Suite
 from safegene_edge.evals.evaluate import evaluate, evaluate_endpoint
-from safegene_edge.evals.report.findings import verdict
 from safegene_edge.evals.report.schema import problems
+from safegene_edge.evals.report.summary import verdict
 from safegene_edge.evals.settings import EndpointModel, EvalSettings
 from safegene_edge.prompts import Prompt
 from safegene_edge.recalibrate.examples import Examples

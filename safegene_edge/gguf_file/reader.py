@@ -226,8 +226,10 @@ class GGUFFile:
         if self.types.get(ALIGNMENT, UINT32) != UINT32:  # llama.cpp's gguf.cpp aborts on another
             raise self._broken(f"{ALIGNMENT} is not stored as uint32")
         start = -(-cursor.position // alignment) * alignment
+        offset = 0  # llama.cpp takes tensors that follow each other alone
         for info in pending:
-            self._place(info, start, alignment)
+            self._place(info, start, offset)
+            offset += -(-self.tensors[info.name].n_bytes // alignment) * alignment
 
     def _other(self, begin: bytes) -> tuple[str, str]:
         """What a file is that is no GGUF, by its first four bytes, and what to do with it."""
@@ -304,7 +306,7 @@ class GGUFFile:
         kind, offset = cursor.unpack("<I"), cursor.unpack("<Q")
         return TensorInfo(name, tuple(reversed(extents)), kind, offset, 0, self.path)
 
-    def _place(self, info: TensorInfo, start: int, alignment: int) -> None:
+    def _place(self, info: TensorInfo, start: int, expected: int) -> None:
         """Check a tensor's size and place against the file, and enter it in the table."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -320,7 +322,13 @@ class GGUFFile:
             raise self._broken(f"tensor '{name}' has the impossible shape {list(info.shape)}")
         n_bytes = n_elements // block * block_bytes
         offset = start + info.offset
-        if info.offset % alignment or offset + n_bytes > self.n_bytes:
+        if info.offset != expected:
+            raise self._broken(
+                f"tensor '{name}' is at {info.offset} of the data, and those before it end at "
+                f"{expected}: its place, or a shape or type before it, is wrong",
+                "Download or convert the file again",
+            )
+        if offset + n_bytes > self.n_bytes:
             raise self._broken(
                 f"tensor '{name}' lies outside of the file, which is truncated or corrupt",
                 "Download or convert the file again",
