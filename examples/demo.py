@@ -17,14 +17,12 @@ from real_model import cache_folder, smollm2
 
 from safegene_edge import convert, evaluate, merge, restore
 from safegene_edge.evals.settings import EvalSettings
-from safegene_edge.learn import LearnSettings
 from safegene_edge.merge import MergeSettings
 from safegene_edge.portfolio import PortfolioRow, counts, table
 
 HERE = Path(__file__).parent
 TASKS = ("news", "reviews", "maths")
 PROMPTS_PER_SUITE = 30  # of each of the three
-LEARNING = LearnSettings(prompts=64)  # half as many as by default, to be shown quickly
 
 
 def say(text: str) -> None:
@@ -48,7 +46,7 @@ def main() -> None:
     for task, target in tuned.items():
         done = restore(
             target, aligned, output=cache / f"demo-{task}.gguf", limit=PROMPTS_PER_SUITE,
-            learning=LEARNING, progress=Steps(task),
+            progress=Steps(task),
         )  # fmt: skip
         if done.report is None:
             say(f"{task}: no refusals were lost")

@@ -72,7 +72,7 @@ def restore(
     task: str | None,
     merged: bool,
     limit: int,
-    prompts: int,
+    prompts: int | None,
     over_refusal: float,
     anyway: bool,
     card: str | None,

@@ -148,7 +148,7 @@ class _Learning:
         self.stack, self.files, self.teacher_files = stack, models, teacher
         self.settings = settings.for_teacher(itself=teacher is None)
         self.progress = progress
-        self.chosen = choose(settings.prompts, self.settings.borderline or 0.0, task)
+        self.chosen = choose(self.settings.prompts or 0, self.settings.borderline or 0.0, task)
         self.lanes = settings.threads or physical_cores()
         self._ticks = ("", 0, 0)
         self._read = 0  # tokens

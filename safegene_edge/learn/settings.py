@@ -27,7 +27,8 @@ class LearnSettings:
         contrast: How far those of harmless prompts shall go the other way, away from the teacher's;
             0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
             prompt it refuses much that is harmless.
-        prompts: Harmful prompts that the teacher is asked, and as many harmless ones.
+        prompts: Harmful prompts that the teacher is asked, and as many harmless ones; by default
+            64, or 128 where a model teaches itself.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most; never more than 1 % of the model's.
         threads: Contexts that run side by side; by default the machine's physical cores.
@@ -41,7 +42,7 @@ class LearnSettings:
     text_weight: float = 1.0
     overshoot: float = 2.0
     contrast: float | None = None
-    prompts: int = 128
+    prompts: int | None = None
     tokens: int = 8
     budget: int = 600_000
     threads: int | None = None
@@ -62,10 +63,11 @@ class LearnSettings:
 
     def for_teacher(self, *, itself: bool) -> LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
-        share, weight, contrast = (2 / 3, 2.0, 1.0) if itself else (0.2, 1.5, 0.0)
+        share, weight, contrast, count = (2 / 3, 2.0, 1.0, 128) if itself else (0.2, 1.5, 0.0, 64)
         return replace(
             self,
             borderline=share if self.borderline is None else self.borderline,
             harmless_weight=weight if self.harmless_weight is None else self.harmless_weight,
             contrast=contrast if self.contrast is None else self.contrast,
+            prompts=count if self.prompts is None else self.prompts,
         )
