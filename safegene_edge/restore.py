@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from .compat import open_model, require_fit
-from .errors import FileFormatError, MismatchError, OutputError, SettingError, command
+from .errors import (
+    FileFormatError,
+    MismatchError,
+    OutputError,
+    SafeGeneError,
+    SettingError,
+    command,
+)
 from .evals.asking.journal import Journal, fingerprint
 from .evals.evaluate import evaluate
 from .evals.report.html import render_html
@@ -40,6 +47,7 @@ from .learn.settings import LearnSettings
 from .merge.plan import merge
 from .prompts import Prompt
 from .recalibrate import Examples, Recalibration, RecalibrationSettings, recalibrate
+from .recalibrate.examples import compared
 from .sharing import PACKAGE, base_of, find, is_place, licence_of
 from .sharing import card as card_of
 
@@ -112,35 +120,47 @@ def restore(
         output: the fitted adapter, a GGUF LoRA, or with `merged` the whole model.
         adapters: GGUF LoRAs that the target is run with, such as its task's.
         task: prompts as the target's own job has them, unlabelled; what it answers there is kept.
+            One that comes again counts once.
         limit: prompts of each suite that is measured; None: all.
         card: where to write the gene's card, a README.md for a hub; None: nowhere.
         progress: called with what is being done, how much of it is done, and of how much.
 
     Raises:
-        SafeGeneError: as `learn`, `recalibrate` and `merge`; or an output cannot be written.
+        SafeGeneError: as `learn`, `recalibrate` and `merge`; or an output cannot be written. A gene
+            that was learnt by then is kept.
     """
     work = _Work(
-        Path(target), list(map(str, adapters)), Path(output), tuple(task)[:_MOST], merged, limit,
+        Path(target), list(map(str, adapters)), Path(output), _once(task)[:_MOST], merged, limit,
         settings or RecalibrationSettings(), progress or (lambda *_: None),
         None if card is None else Path(card),
     )  # fmt: skip
     model, teacher = open_model(target), files_of(aligned, target)
-    outputs = [path.resolve() for path in work.outputs.values()]
-    if len(set(outputs)) < len(outputs):
-        raise OutputError(f"{card}: is another output of this run, too", "Give the card a name")
     given = [] if gene is None or isinstance(gene, SafetyGene) or is_place(gene) else [gene]
-    for path in work.outputs.values():
+    outputs = [path for name, path in work.outputs.items() if name != "gene" or not given]
+    if len({path.resolve() for path in outputs}) < len(outputs):
+        raise OutputError(f"{card}: is another output of this run, too", "Give the card a name")
+    for path in outputs:
         check_output(path, [*work.inputs, *teacher, *given])
+    work.gene_name = Path(given[0]).name if given else work.outputs["gene"].name
     place = PACKAGE if gene is None and aligned is None else gene
     if is_place(place):
         with suppress(MismatchError) if gene is None else nullcontext():
             name, gene = find(str(place), target)
+            work.gene_name = Path(name.removesuffix(" of the package")).name
             work.progress(f"taking the gene {name}", 1, 1)
     elif isinstance(gene, SafetyGene):
         require_fit(gene, model, "the gene")
     elif gene is not None:
         require_fit(SafetyGene.load(gene), model, gene)
     return work.run(teacher, gene, learning or LearnSettings())
+
+
+def _once(task: Iterable[Prompt | str]) -> tuple[Prompt | str, ...]:
+    """Each prompt once, as recalibration compares them: logs repeat themselves."""
+    seen: dict[str, Prompt | str] = {}
+    for one in task:
+        seen.setdefault(compared(one if isinstance(one, Prompt) else Prompt("", one)), one)
+    return tuple(seen.values())
 
 
 @dataclass
@@ -154,6 +174,7 @@ class _Work:
     settings: RecalibrationSettings
     progress: Progress
     card: Path | None = None
+    gene_name: str = ""  # the file's, for the card
     _held: IO[bytes] | None = None  # the note
 
     @property
@@ -195,12 +216,18 @@ class _Work:
     def _steps(
         self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
     ) -> Restored:
+        examples = Examples.shipped("fit", self._task_parts()[1])  # refused before it is learnt
         found = self._gene(teacher, gene, learning)
-        fitted = self._recalibrated(found)
         files = {}
         if gene is None:
             found.save(self.outputs["gene"])
             files["gene"] = str(self.outputs["gene"])
+        try:
+            fitted = self._recalibrated(found, examples)
+        except SafeGeneError as error:
+            kept = f"what was learnt is kept: --gene {files['gene']}" if files else ""
+            error.remedy = "; ".join(filter(None, (error.remedy, kept)))
+            raise
         if fitted.nothing_lost:
             self._leave()
             return Restored(found, fitted, None, files)
@@ -297,14 +324,12 @@ class _Work:
         cut = round(_LEARNT * len(self.task))
         return self.task[:cut], self.task[cut:]
 
-    def _recalibrated(self, gene: SafetyGene) -> Recalibration:
+    def _recalibrated(self, gene: SafetyGene, examples: Examples) -> Recalibration:
         kept = self.folder / "recalibration.json"
         if kept.exists():
             return Recalibration.from_json(_json_of(kept))
-        _, held = self._task_parts()
         found = recalibrate(
-            self.target, gene, Examples.shipped("fit", held), adapters=self.adapters,
-            settings=self.settings,
+            self.target, gene, examples, adapters=self.adapters, settings=self.settings,
             progress=lambda done, total: self.progress("finding the strength", done, total),
         )  # fmt: skip
         write_text(kept, json.dumps(found.to_json()) + "\n")
@@ -334,7 +359,7 @@ class _Work:
     def _card(self, gene: SafetyGene, fitted: Recalibration, report: dict[str, Any]) -> str:
         model, counted = open_model(self.target), fitted.validation
         return card_of(
-            gene, self.outputs["gene"].name, licence=licence_of(model), base=base_of(model),
+            gene, self.gene_name, licence=licence_of(model), base=base_of(model),
             report=report, by_form=counted.by_form if counted else {},
         )  # fmt: skip
 

@@ -130,6 +130,20 @@ def test_the_last_message_alone():
     assert alone([{"role": "assistant", "content": "Hello"}]) is None
 
 
+def test_what_a_tool_has_said_is_looked_at_with_the_message():
+    def said(*turns):
+        return alone([{"role": role, "content": content} for role, content in turns])
+
+    both = [{"role": "user", "content": ["Hi", "Rain."]}]
+    assert said(("user", "Hi"), ("assistant", None), ("tool", "Rain.")) == both
+    assert said(("user", "Hi"), ("ipython", "Rain.")) == both
+    assert said(("user", "No"), ("tool", "Sun."), ("user", "Hi"), ("tool", "Rain.")) == both
+    assert said(("tool", "Rain."), ("assistant", "Yes"))[0]["content"] == ["Rain."]
+    parts = [{"type": "text", "text": "Hi"}]
+    assert said(("user", parts), ("tool", None))[0]["content"] == [*parts, ""]
+    assert said(("user", "Hi"), ("tool", "Rain."), ("user", "Go on"))[0]["content"] == "Go on"
+
+
 # -- a look sees what a fresh reading sees, and changes nothing ----------------
 
 

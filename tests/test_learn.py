@@ -31,6 +31,7 @@ from safegene_edge.learn import LearnSettings, states, teachers
 from safegene_edge.learn.base import find_base
 from safegene_edge.learn.fit import Fit, Target
 from safegene_edge.learn.run import _Learning, plan
+from safegene_edge.learn.samples import choose
 from safegene_edge.learn.solve import Rows, explained, reduced_rank
 from safegene_edge.learn.states import Captured, Sample, capture, header_goals
 from safegene_edge.prompts import load_prompts
@@ -280,6 +281,27 @@ def test_a_layer_without_the_node_is_named(
         model.captured(sequences(3))
 
 
+def test_a_scaled_residual_is_refused(
+    tiny: Callable[..., Any], stack: ExitStack, tmp_path: Path
+) -> None:
+    """Granite scales what a layer adds: an update would be worth less than the fit takes it for."""
+    file = GGUFFile(tiny("llama", num_hidden_layers=5).gguf_path)
+    facts = {key.replace("llama.", "granite."): value.values() if isinstance(value, ArrayValue)
+             else value for key, value in file.metadata.items()}  # fmt: skip
+    facts |= {"granite.logit_scale": 1.0}
+    del facts["general.architecture"]
+    tensors = [(name, np.array(file.floats(name))) for name in file.tensors]
+    for scale in (0.0, 0.5):  # 0: none
+        path = tmp_path / f"{scale}.gguf"
+        write_gguf(path, "granite", {**facts, "granite.residual_scale": scale}, tensors)
+        lanes = [Lane(Model(stack, path).llama, sequences(3), {})]
+        if not scale:
+            run(lanes, LAYERS, lambda *_: None)
+            continue
+        with pytest.raises(LlamaCppError, match=r"in layer 1 .* goes through SCALE before it is"):
+            run(lanes, LAYERS, lambda *_: None)
+
+
 def test_ctrl_c_waits_for_the_lanes(tiny: Callable[..., Any], stack: ExitStack) -> None:
     """CPython 3.11 takes a thread for ended where its join was interrupted."""
     model = Model(stack, tiny("llama", num_hidden_layers=5).gguf_path)
@@ -321,6 +343,19 @@ def facts_of(gene: SafetyGene) -> dict[str, Any]:
     return {key.removeprefix("safegene.learn."): value for key, value in gene.extra.items()}
 
 
+def test_more_prompts_than_there_are_are_refused(tiny: Callable[..., Any]) -> None:
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    with pytest.raises(
+        SettingError, match=r"1000 prompts of a kind .* Give at most (\d+)"
+    ) as found:
+        learn(path, path, settings=LearnSettings(prompts=1000))
+    most = int(found.value.remedy.split()[-1])
+    chosen = choose(most, 0.2)
+    assert len(chosen.harmful) == len(chosen.harmless) == most > 300
+    with pytest.raises(SettingError):
+        choose(most + 1, 0.2)
+
+
 @pytest.mark.usefixtures("everything_refuses")
 def test_learn_gives_a_gene_that_a_stock_loader_takes(
     tiny: Callable[..., Any], tmp_path: Path
@@ -357,6 +392,7 @@ def changed(model: Path, folder: Path, **metadata: Any) -> Path:
     file, output = GGUFFile(model), folder / "changed.gguf"
     facts = {**{key: value.values() if isinstance(value, ArrayValue) else value
                 for key, value in file.metadata.items()}, **metadata}  # fmt: skip
+    facts |= {"granite.logit_scale": 1.0}
     del facts["general.architecture"]
     kept = {key: value for key, value in facts.items() if value is not None}
     tensors = ((name, file.floats(name)) for name in file.tensors)

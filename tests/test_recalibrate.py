@@ -70,6 +70,16 @@ def test_task_prompts_that_make_no_sense_are_refused(task):
         Examples(("a",), ("b",), task)
 
 
+def test_the_group_that_is_refused_too_often_is_named():
+    own, margins = np.array([1.0, -1, -1, -1]), np.array([1.0, 1, 1, -1])
+    for of, said in (
+        (np.ones(4, bool), "4 harmless examples: 1 without the gene, 3 at 0.50, and 2 are"),
+        (np.arange(4) > 0, "3 borderline examples: 0 without the gene, 2 at 0.50, and 1 are"),
+    ):
+        most = 2.5 if of.all() else 1.0
+        assert said in str(fit._too_many((of, most), own, margins, 0.5))
+
+
 def test_task_prompts_alone_are_added_to_the_shipped_examples(tmp_path):
     file, shipped = tmp_path / "examples.jsonl", Examples.shipped()
     lines = [json.dumps({"prompt": text, "kind": "task"}) for text in ("Label: a", "Label: b")]
@@ -662,7 +672,7 @@ def test_a_gene_that_over_refuses_at_any_strength_is_refused(tiny, monkeypatch):
     model = tiny("llama").gguf_path
     gene, examples = a_pair(model)
     monkeypatch.setattr(Reader, "over_refusals", lambda self, at: np.array([9.0 if at else -1e-3]))
-    with pytest.raises(NoEffectError, match="0 of 1 without the gene, and 0 are allowed"):
+    with pytest.raises(NoEffectError, match="0 without the gene, 1 at 1"):
         recalibrate(model, gene, examples, validation=OTHERS,
                     settings=replace(WIDE, over_refusal=0.7))  # fmt: skip
 

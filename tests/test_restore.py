@@ -20,6 +20,7 @@ from safegene_edge.files import sha256
 from safegene_edge.gene import Expression
 from safegene_edge.learn import LearnSettings, teachers
 from safegene_edge.learn.run import _Learning
+from safegene_edge.prompts import Prompt
 from safegene_edge.recalibrate import Bounds, Recalibration
 from safegene_edge.recalibrate.fit import Point, Shares, Validation
 
@@ -209,6 +210,52 @@ def test_where_nothing_was_lost_it_stops(
     found = run(model, tmp_path)
     assert found.nothing_lost and found.report is None
     assert "evaluate" not in calls and not (tmp_path / "safe.gguf").exists()
+
+
+def test_a_learnt_gene_is_kept_where_no_strength_is_found(
+    model: Path, tmp_path: Path, calls: list[str], module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working, kept = module.recalibrate, tmp_path / "safe.gene.gguf"
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise NoEffectError("any strength refuses too many", "--over-refusal allows more")
+
+    monkeypatch.setattr(module, "recalibrate", failing)
+    with pytest.raises(NoEffectError, match=f"allows more; what was learnt is kept: --gene {kept}"):
+        run(model, tmp_path)
+    monkeypatch.setattr(module, "recalibrate", working)
+    calls.clear()
+    found = run_with(kept, model, tmp_path, card=tmp_path / "README.md")
+    assert calls == ["recalibrate", "evaluate"]
+    assert found.gene.sha256 == SafetyGene.load(kept).sha256 and "gene" not in found.files
+    assert "recalibrate MODEL.gguf safe.gene.gguf" in (tmp_path / "README.md").read_text("utf-8")
+
+
+def run_with(gene: Path, model: Path, folder: Path, **more: Any) -> Any:
+    return restore(model, gene=gene, output=folder / "safe.gguf", limit=2, **more)
+
+
+def test_a_prompt_that_comes_again_counts_once(
+    model: Path, tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def learning(*_: Any, task: Any, **__: Any) -> SafetyGene:
+        seen.extend(task)
+        return random_adapter(model)
+
+    def fitting(target: Any, gene: SafetyGene, examples: Any, **_: Any) -> Recalibration:
+        seen.extend(prompt.text for prompt in examples.task)
+        return found_for(gene, nothing_lost=True)
+
+    monkeypatch.setattr(module, "learn", learning)
+    monkeypatch.setattr(module, "recalibrate", fitting)
+    task = [Prompt("", "One"), "Two", "one ", "Three", "two", "THREE"]
+    restore(model, model, output=tmp_path / "safe.gguf", task=task)
+    assert seen == [task[0], "Two", "Three"]
+    with pytest.raises(SettingError, match="task examples are empty"):
+        restore(model, model, output=tmp_path / "safe.gguf", task=[" ", "", "Four", "Five"][::-1])
+    assert len(seen) == 3
 
 
 def test_the_output_is_no_input(model: Path, tmp_path: Path, calls: list[str]) -> None:

@@ -83,13 +83,17 @@ def test_a_genes_own_openers_are_looked_for(models):
     assert found.name == "yes.gguf + gene.gguf"
 
 
-def test_folders_and_splits(tmp_path):
-    for name in ("b.gguf", "a.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf", "x.txt"):
+def test_folders_adapters_and_splits(models, tmp_path):
+    split = ["s-00001-of-00002.gguf", "s-00002-of-00002.gguf"]
+    for name in ("b.gguf", "a.gguf", "best-of-breed.gguf", *split, "x.txt"):
         (tmp_path / name).write_bytes(b"")
+    opening_gene(models / "yes.gguf", [FEW.harmful[0].text]).save(tmp_path / "fitted.gguf")
     names = [path.name for path in models_in([tmp_path, tmp_path / "a.gguf"])]
-    assert names == ["a.gguf", "b.gguf", "s-00001-of-00002.gguf"]
+    assert names == ["a.gguf", "b.gguf", "best-of-breed.gguf", split[0]]
+    given = [tmp_path / name for name in ("fitted.gguf", split[1])]  # to be told what they are
+    assert models_in(given) == given
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileFormatError, match="holds no GGUF"):
+    with pytest.raises(FileFormatError, match="holds no model"):
         models_in([tmp_path / "empty"])
 
 

@@ -295,6 +295,12 @@ def test_cors_opens_to_those_named(model):
         assert flight.status == 200
         assert flight.headers["access-control-allow-origin"] == friend
         assert "authorization" in flight.headers["access-control-allow-headers"]
+        asked = "authorization,content-type,x-stainless-os"  # as the openai package sends them
+        for names, answer in ((asked, asked), ("x\ty", "authorization, content-type")):
+            flight = opened.ask(
+                "OPTIONS", CHAT, Origin=friend, Access_Control_Request_Headers=names
+            )
+            assert flight.headers["access-control-allow-headers"] == answer
         asked = opened.post(CHAT, {"messages": HELLO, "max_tokens": 1}, Origin=friend)
         assert asked.status == 401
         assert opened.ask("OPTIONS", CHAT, Origin="http://localhost:3001").status == 403

@@ -104,6 +104,7 @@ def test_no_limit_is_the_servers_own(server, value):
         raw["usage"]["completion_tokens"] > 16
     )  # what completions gave by default in OpenAI's API
     reply = server.post("/v1/responses", {"input": "Hello", "max_output_tokens": value}).json
+    assert reply["top_p"] == 0.95  # what it is sampled with
     assert reply["usage"]["output_tokens"] == MOST
 
 

@@ -37,6 +37,10 @@ ENDLESS = {
     "a wide format": "{{ '%999999999d' | format(1) }}",
     "a wide format by %": "{{ '%999999999d' % 1 }}",
     "a wide format by format": "{{ '{:>9999999999}'.format('a') }}",
+    "a wide field of a name": "{{ '%(a(b%))99999d' % {'a(b%)': 1} }}",
+    "a wide field behind a sign": "{{ '%l%%99999d' % 1 }}",
+    "a wide field of an item": "{{ '{0[}]:99999}'.format({'}': 1}) }}",
+    "a precision": "{{ '{:.99999f}'.format(1.5) }}",
     "a width that is given": "{{ '{0:{1}}'.format('a', 999999999) }}",
     "a filter's width": "{{ 'a' | center(9999999999) }}",
     "a method's width": "{{ 'a'.ljust(9999999999) }}",
@@ -90,6 +94,7 @@ PLAIN = {
     "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
     "{{ messages[0] | tojson }}{{ messages | tojson(indent=2) }}{{ none | default('x', true) }}",
     "texts": "{{ 'a' ~ 1 ~ none ~ 'b' }}{{ '%s-%03d' | format('x', 7) }}{{ '-' * 5 }}{{ 7 % 3 }}"
+    "{{ '**%s** 12345%%' % 'x' }}{{ '{{\"a\": {}}} 12345'.format(1) }}"
     "{{ '{}: {:>8}'.format('a', 'b') }}{{ 'x'.center(9) }}{{ 2 ** 10 }}{{ 1.5 * 2 }}",
     "values": "{{ none }}{{ true }}{{ [1, 'a'] }}{{ {'a': 1} }}{{ missing }}{{ 1 + 2 }}",
     "slices and sets": "{% set ns = namespace(n=0) %}{% for m in messages[1:] %}"

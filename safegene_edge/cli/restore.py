@@ -104,8 +104,9 @@ def restore(
 def _said(target: str, found: Restored) -> list[str]:
     """One screen: what was lost, what came back, what it cost, which files, what next."""
     if found.nothing_lost:
+        written = "".join(f" but the {name} {path}" for name, path in found.files.items())
         return [f"{target}: nothing was lost: it refuses as much as the aligned model, but for "
-                "chance; nothing was written but the gene (--anyway goes on)"]  # fmt: skip
+                f"chance; nothing was written{written} (--anyway goes on)"]  # fmt: skip
     point, counted = found.recalibration.point, found.recalibration.validation
     assert counted is not None and found.report is not None
     task = "" if point.task_kl is None else f", {point.task_kl:.4f} on the task's prompts"

@@ -32,7 +32,7 @@ def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> No
     answer would open with a refusal. Give a fine-tune beside its base, or an F16 beside its
     quantisations. `eval` counts what is really answered.
     """
-    from ..evals.scan import Scan, scan_all
+    from ..evals.scan import Scan, models_in, scan_all
 
     found, failed = [], False
     for one in scan_all(models, adapter):
@@ -50,7 +50,8 @@ def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> No
         click.echo(json.dumps([one.to_json() for one in found], indent=2))
     if failed:
         raise click.exceptions.Exit(2)
-    say_next(command("eval", models[0], "--quick"))
+    on = [part for path in adapter for part in ("--adapter", path)]
+    say_next(command("eval", models_in(models)[0], *on, "--quick"))
 
 
 _ROW = "{:<18} {:<25} {:<25} {:<17} {:>5}  {}"  # a name may be long, and stands last

@@ -18,9 +18,11 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from ..compat import SHARD
 from ..errors import FileFormatError, SafeGeneError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
+from ..gguf_file import GGUFFile
 from ..hub import resolve
 from ..recalibrate.examples import Examples
 from ..recalibrate.fit import share_in_order
@@ -105,20 +107,33 @@ class Scan:
 
 
 def models_in(paths: Iterable[PathLike]) -> list[Path]:
-    """The GGUF files given, and those in the folders given, in order; no split's later parts.
+    """The GGUF files given, and the models in the folders given, in order.
+
+    Of a folder neither adapters, which may lie beside their model, nor a split's later parts.
 
     Raises:
-        FileFormatError: a path is empty or does not exist, or a folder holds no GGUF.
+        FileFormatError: a path is empty or does not exist, or a folder holds no model.
     """
     found: list[Path] = []
     for given in paths:
         path = Path(given) if os.fspath(given) else resolve(given)  # which raises
-        inside = sorted(path.glob("*.gguf")) if path.is_dir() else [path]
-        whole = [file for file in inside if "-of-" not in file.name or "-00001-of-" in file.name]
-        if not whole:
-            raise FileFormatError(f"{path}: holds no GGUF file", "Give models, or their folder")
-        found += whole
+        inside = filter(_is_model, sorted(path.glob("*.gguf"))) if path.is_dir() else [path]
+        models = list(inside)
+        if not models:
+            raise FileFormatError(f"{path}: holds no model's GGUF", "Give models, or their folder")
+        found += models
     return list(dict.fromkeys(found))
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a file of a folder is one to scan; what cannot be read is, to be named as such."""
+    part = SHARD.fullmatch(path.name)
+    if part and int(part[2]) != 1:
+        return False
+    try:
+        return GGUFFile(path).metadata.get("general.type", "model") == "model"
+    except FileFormatError:
+        return True
 
 
 def scan(

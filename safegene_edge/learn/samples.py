@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from ..errors import SettingError
 from ..evals.judge import judge
 from ..prompts import Prompt, rows, training_prompts
 from ..runtime.llama import SafeLlama
@@ -38,8 +39,22 @@ def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chose
 
     Args:
         share: of the harmless prompts that are borderline, most of them twins of harmful ones.
+
+    Raises:
+        SettingError: there are not so many.
     """
     known = {kind: _shuffled(_shorter(prompts)) for kind, prompts in training_prompts().items()}
+
+    def enough(count: int) -> bool:
+        most, twins = {kind: len(prompts) for kind, prompts in known.items()}, round(count * share)
+        plain = count - twins
+        return count <= most["harmful"] and twins <= most["borderline"] and plain <= most["plain"]
+
+    if not enough(count):
+        most = max(filter(enough, range(count)))
+        raise SettingError(
+            f"{count} prompts of a kind are more than there are", f"Give at most {most}"
+        )
     borderline = known["borderline"][: round(count * share)]
     plain = known["plain"][: count - len(borderline)]
     given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]

@@ -119,9 +119,14 @@ class Examples:
         return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
+def compared(prompt: Prompt) -> str:
+    """A prompt's text, whatever its case and spaces."""
+    return " ".join(" ".join(text for _, text in prompt.messages).lower().split())
+
+
 def _checked(kind: str, prompts: tuple[Prompt, ...]) -> set[str]:
-    """The prompts' texts, whatever their case and spaces."""
-    plain = [" ".join(" ".join(text for _, text in p.messages).lower().split()) for p in prompts]
+    """The prompts as they are compared."""
+    plain = [compared(prompt) for prompt in prompts]
     if not (plain or kind == "task") or not all(p.text.strip() for p in prompts):
         raise SettingError(
             f"the {kind} examples are empty", "Give harmful and harmless ones, none blank"

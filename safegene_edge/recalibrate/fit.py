@@ -363,25 +363,21 @@ class _Work:
         own = self.other.over_refusals(0.0)
         limits = self._limits(own, room, aligned)
 
-        def within(margins: Values) -> bool:
-            return all((margins[of] > 0).sum() <= most for of, most in limits)
+        def beyond(margins: Values) -> list[tuple[npt.NDArray[np.bool_], float]]:
+            return [(of, most) for of, most in limits if (margins[of] > 0).sum() > most]
 
         margins = self.other.over_refusals(strength)
         for _ in range(_LOWERED):
-            if within(margins):
+            if not (broken := beyond(margins)):
                 break
             # Linear, as in the search.
             shares = np.linspace(0, 0.95, 20)
-            strength *= max(share for share in shares if within(own + share * (margins - own)))
+            share = max(share for share in shares if not beyond(own + share * (margins - own)))
+            if not share:
+                raise _too_many(broken[0], own, margins, strength)
+            strength *= share
             margins = self.other.over_refusals(strength)
         self._tick()
-        if not strength:
-            raise NoEffectError(
-                "any strength refuses too many of the validation's harmless examples: "
-                f"{int((own > 0).sum())} of {len(own)} without the gene, and "
-                f"{int(limits[0][1])} are allowed",
-                "--over-refusal (over_refusal) allows more",
-            )
         return strength, own, margins
 
     def _limits(
@@ -415,6 +411,19 @@ class _Work:
         none = Shares(0, 0, 0)
         by_form = {form: (harmful.get(form, none), harmless.get(form, none)) for form in forms}
         return Validation(harmful[""], harmless[""], by_form)
+
+
+def _too_many(
+    group: tuple[npt.NDArray[np.bool_], float], own: Values, margins: Values, strength: float
+) -> NoEffectError:
+    of, most = group
+    kind = "harmless" if of.all() else "borderline"
+    return NoEffectError(
+        f"any strength refuses too many of the validation's {of.sum()} {kind} examples: "
+        f"{(own[of] > 0).sum()} without the gene, {(margins[of] > 0).sum()} at {strength:.2f}, and "
+        f"{int(most)} are allowed",
+        "--over-refusal (over_refusal) allows more",
+    )
 
 
 def _counted(

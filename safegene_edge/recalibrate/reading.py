@@ -85,7 +85,8 @@ def context_for(needed: int, n_ctx: int | None, trained: int) -> int:
     if 0 < trained < needed and n_ctx is None:
         raise SettingError(
             f"an example needs {needed} tokens, the model's context has {trained}",
-            f"Shorten it, or give n_ctx (--ctx) {needed} if the model can go beyond",
+            "Give shorter examples, or a model with a longer context; `recalibrate` goes beyond it "
+            f"with n_ctx (--ctx) {needed}",
         )
     return n_ctx or max(_CELLS, needed)
 

@@ -29,6 +29,7 @@ from .refusal_margin import Openers, Tokens
 
 EVERY = 64  # tokens of an answer between two looks at it
 DEFAULT_THRESHOLD = 4.0  # nats, of genes that were not calibrated for the model; see docs/guard.md
+_SYSTEM = ("system", "developer")
 REFUSAL = "I can't help with that."
 _SWITCH_OFF = "Switch it off (guard=False, --no-guard)"
 
@@ -153,13 +154,25 @@ def _turn_tokens(llama: Any) -> tuple[Tokens, frozenset[Tokens]]:
 
 
 def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
-    """The user's last message under the system messages; None where nothing else was said."""
+    """The user's last message under the system messages; None where nothing else was said.
+
+    What tools have said since then goes with it: some templates show that as the user's words.
+    """
     turns = list(messages)
-    system = [turn for turn in turns if turn["role"] in ("system", "developer")]
-    asked = [turn for turn in turns if turn["role"] == "user"]
-    if not asked or len(system) + 1 == len(turns):
+    system = [turn for turn in turns if turn["role"] in _SYSTEM]
+    others = [turn for turn in turns if turn["role"] not in (*_SYSTEM, "assistant")]
+    users = [place for place, turn in enumerate(others) if turn["role"] == "user"]
+    asked = others[users[-1] if users else 0 :]
+    if not asked:
         return None
-    return [*system, asked[-1]]
+    if len(asked) == 1 and asked[0]["role"] == "user":
+        return None if len(system) + 1 == len(turns) else [*system, asked[0]]
+    parts = [part for turn in asked for part in _parts(turn.get("content"))]
+    return [*system, {"role": "user", "content": parts}]
+
+
+def _parts(content: Any) -> list[Any]:
+    return list(content) if isinstance(content, (list, tuple)) else [content or ""]
 
 
 class Forks:

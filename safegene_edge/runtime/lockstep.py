@@ -411,6 +411,7 @@ class _Stops:
         kind = self._ggml.ggml_op_name(node.op)
         self._normed |= kind == b"RMS_NORM"
         if kind != b"ADD":
+            self._require_plain(node, name, kind)
             return not ask
         below = _BELOW.format(self._layer - 1)
         is_sum = below in (name, name_of(node.src[1].contents))
@@ -419,6 +420,16 @@ class _Stops:
         if not ask:
             self._sum(node) if is_sum else self._take(node)  # what an adapter has added
         return True
+
+    def _require_plain(self, node: Any, name: str, kind: bytes) -> None:
+        """What is added is what `attn_output` gives, or a norm of it. Granite scales it first."""
+        if kind == b"RMS_NORM" or ctypes.addressof(node.src[0].contents) != self._writer:
+            return
+        raise LlamaCppError(
+            f"{self.lane.llama.model_path}: in layer {self._layer} the node '{name}' goes through "
+            f"{kind.decode()} before it is added to the residual stream",
+            "A gene for this architecture cannot be learnt by forward passes",
+        )
 
     def _take(self, node: Any) -> None:
         """Copied at once: a norm may be computed in its place."""

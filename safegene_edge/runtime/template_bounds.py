@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import string
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -23,7 +24,11 @@ LONGEST = 10_000_000  # characters or items of one value
 _NUMBER = 100_000  # that is handed to a filter or a method: a width, a count
 _EXPONENT = 1_000
 _INDENT = 16  # of JSON
-_WIDTH = re.compile(r"\d{5}|\*|\{[^}]*\{")  # in a format: a field of 10,000 and more, or any at all
+# A field of 10,000 and more, or of any width at all: of `%`, and in a field's own format.
+_PERCENT = re.compile(r"%[-#0 +.\d]*(\*|\d{5})")
+_NAMED_PERCENT = re.compile(r"\)[-#0 +.\d]*(\*|\d{5})")
+_FIELD = re.compile(r"\d{5}|\{")
+_WIDE = "it formats with a width that nobody needs"
 _STEPS, _SIZE = "_counted", "_bounded"  # filters; no template can name one so
 _GROWS = ("replace", "join", "wordwrap", "indent", "translate", "batch", "slice")
 
@@ -184,11 +189,23 @@ def _require_small(name: str, subject: Any, arguments: Iterable[Any]) -> None:
             _require((length + 1) * len(argument), LONGEST)
     if name in ("format", "format_map") and isinstance(subject, str):
         _require_narrow(subject)
+        _require_narrow_fields(subject)
 
 
 def _require_narrow(form: str) -> None:
-    if _WIDTH.search(form):
-        raise TemplateTooLargeError("it formats with a width that nobody needs")
+    """Of `%`, and of the filter `format`."""
+    if _PERCENT.search(form) or ("%(" in form and _NAMED_PERCENT.search(form)):
+        raise TemplateTooLargeError(_WIDE)
+
+
+def _require_narrow_fields(form: str) -> None:
+    """Of a text's method `format`."""
+    try:
+        wide = any(spec and _FIELD.search(spec) for _, _, spec, _ in string.Formatter().parse(form))
+    except ValueError:  # the method itself will say so
+        return
+    if wide:
+        raise TemplateTooLargeError(_WIDE)
 
 
 def _require(number: Any, most: int) -> None:

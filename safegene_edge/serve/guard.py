@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hmac
 import re
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
@@ -38,6 +37,7 @@ HEADERS = (
 
 # Clients end in a slash, double one, leave /v1 out, or add it twice.
 _BEFORE = re.compile(r"(?:/v1)*(?=/(?:chat/completions|completions|responses|models)(?:/|$))")
+_HEADER_NAMES = re.compile(rb"[A-Za-z0-9-]+(, ?[A-Za-z0-9-]+)*")
 
 
 def canonical(path: str) -> str:
@@ -74,7 +74,11 @@ class Guard:
             if message["type"] == "http.response.start":
                 path = scope["path"] if scope["path"] in self.paths else "other"
                 self.metrics.requests[path, message["status"]] += 1
-                message["headers"] = [*message["headers"], *HEADERS, *_cors(origin, allowed)]
+                message["headers"] = [
+                    *message["headers"],
+                    *HEADERS,
+                    *_cors(origin, allowed, headers),
+                ]
             await send(message)
 
         try:
@@ -119,13 +123,15 @@ def _name(host: str) -> str:
         return ""
 
 
-def _cors(origin: str, allowed: bool) -> list[tuple[bytes, bytes]]:
+def _cors(origin: str, allowed: bool, asked: dict[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """What lets an allowed page in, with its client's own headers (OpenAI's sends some)."""
     if not allowed:
         return []
-    headers: dict[bytes, Any] = {
-        b"access-control-allow-origin": origin.encode("latin-1"),
-        b"access-control-allow-methods": b"GET, POST",
-        b"access-control-allow-headers": b"authorization, content-type",
-        b"vary": b"origin",
-    }
-    return list(headers.items())
+    wanted = asked.get(b"access-control-request-headers", b"")
+    names = wanted if _HEADER_NAMES.fullmatch(wanted) else b"authorization, content-type"
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-allow-methods", b"GET, POST"),
+        (b"access-control-allow-headers", names),
+        (b"vary", b"origin"),
+    ]

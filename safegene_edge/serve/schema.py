@@ -208,7 +208,7 @@ class ResponseRequest(_Request):
             "instructions": self.instructions,
             "max_output_tokens": self.max_output_tokens,
             "temperature": temperature if self.temperature is None else self.temperature,
-            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_p": Sampling().top_p if self.top_p is None else self.top_p,
         }
 
 

@@ -180,24 +180,31 @@ def no_worse(a: Json, b: Json, margin: float, by: By = "bound") -> Gate:
     are taken together. What `b` could not score counts against it.
 
     Raises:
-        SettingError: the reports cannot be compared, or the margin is no share.
+        SettingError: the reports cannot be compared, the second lacks a suite of the first, or the
+            margin is no share.
     """
     if not 0 <= margin <= 1:
         raise SettingError(f"the margin is {margin}", "Give a share in 0..1, such as 0.05")
     if obstacles := compare(a, b).obstacles:
         raise SettingError(f"the reports cannot be compared: {'; '.join(obstacles)}")
+    asked = {suite["name"] for suite in b["suites"]}
+    if missing := [suite["name"] for suite in a["suites"] if suite["name"] not in asked]:
+        raise SettingError(
+            f"the second report has not the first one's suite {', '.join(missing)}",
+            "Evaluate both with the same suites",
+        )
     return Gate(by, tuple(_held(a, b, margin, by)))
 
 
 def _held(a: Json, b: Json, margin: float, by: By) -> Iterable[Threshold]:
     theirs = {suite["name"]: suite for suite in b["suites"]}
     for kind, (outcome, labels) in MEASURE.items():
-        shared = [s for s in findings.suites_of(a, kind) if s["name"] in theirs]
-        if not shared:
+        suites = findings.suites_of(a, kind)
+        if not suites:
             continue
         before: list[bool] = []
         after: list[bool] = []
-        for suite in shared:
+        for suite in suites:
             for first, second in _labels(suite, theirs[suite["name"]]):
                 before.append(first in labels)
                 after.append(second in labels if second else kind == "harmless")
