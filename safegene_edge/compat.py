@@ -46,13 +46,19 @@ def open_model(path: PathLike) -> GGUFFile:
             f"{file.path}: is of the type '{kind}', not a model",
             "Give a model there; this file goes behind it, or after --gene or --adapter",
         )
-    if not file.tensors:
-        raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
     for part in other_parts(file, Path(path)):
         if twice := sorted(file.tensors.keys() & part.tensors.keys()):
             raise FileFormatError(f"{part.path}: tensor '{twice[0]}' is in another part, too")
         file.tensors.update(part.tensors)
+    if not file.tensors:  # of a split model the first part may hold none
+        raise FileFormatError(f"{file.path}: has no tensors", "Give a whole model")
     return file
+
+
+def model_hashes(path: PathLike) -> list[str]:
+    """SHA-256 of each file of a model: the first part of a split one may hold no tensors."""
+    file = open_model(path)
+    return [sha256(part.path) for part in (file, *other_parts(file, Path(path)))]
 
 
 def other_parts(file: GGUFFile, given: Path | None = None) -> list[GGUFFile]:

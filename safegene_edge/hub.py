@@ -65,7 +65,8 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             f"{text}: is an address ({address[1]}), not a file", f"Download it, or write {FORM}"
         )
     if not text.startswith(PREFIX):
-        return Path(path)
+        local = Path(path)
+        return local.absolute() if str(local).startswith(PREFIX) else local
     match = _SPEC.fullmatch(text.replace("\\", "/"))  # a Path on Windows turned the slashes
     if match is None or not {"", ".", ".."}.isdisjoint(match[3].split("/")):
         raise FileFormatError(f"{text}: is no file on the Hugging Face Hub", f"Write {FORM}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .child import Child, can_start
+from .compat import model_hashes
 from .errors import OutputError, ProcessLostError, SafeGeneError, SettingError
 from .evals.asking.suites import load_suite
 from .evals.report import findings
@@ -213,7 +214,7 @@ def _key(model: Path, gene: Path, settings: PortfolioSettings) -> dict[str, Any]
     file = settings.examples
     plain = replace(settings, suites=(), examples=None, adapters=())
     return {
-        "model": sha256(model),
+        "model": model_hashes(model),
         "gene": sha256(gene),
         "adapters": [sha256(path) for path in settings.adapters],
         "suites": [fingerprint(asdict(suite)) for suite in suites],

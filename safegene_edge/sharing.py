@@ -14,11 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from .compat import check, open_model, tokenizer_digest
-from .errors import FileFormatError, MismatchError, SafeGeneError, SettingError, command
+from .errors import (
+    FileFormatError,
+    MismatchError,
+    OutputError,
+    SafeGeneError,
+    SettingError,
+    command,
+)
 from .files import PathLike, atomic_output, cache_folder, writing
 from .gene import SHIPPED, SafetyGene, is_lora
 from .gguf_file import GGUFFile
-from .hub import Repository, download, sizes, upload
+from .hub import Repository, download, resolve, sizes, upload
 
 ANYWHERE, PACKAGE = "auto", "package"
 CARD = "README.md"
@@ -207,8 +214,8 @@ def _genes(place: str) -> Iterator[tuple[str, SafetyGene]]:
     if place == PACKAGE:
         return
     folder = _kept() if place == ANYWHERE else Path(place)
-    if (repository := Repository.parse(place)) is not None:
-        folder = pull(place, _kept() / f"{repository.name.replace('/', '--')}")
+    if Repository.parse(place) is not None:
+        folder = pull(place)
     for path in sorted(folder.rglob("*.gguf")) if folder.is_dir() else ():
         try:
             if is_lora(GGUFFile(path)):
@@ -241,10 +248,11 @@ def push(gene: PathLike, repository: str, *, text: str | None = None, private: b
         FileFormatError: the file is no gene, or the Hub refuses or cannot be reached.
     """
     to = _repository(repository)
-    found, name = SafetyGene.load(gene), Path(gene).name
+    found, file = SafetyGene.load(gene), resolve(gene)
+    name = file.name
     if not found.family:
         raise FileFormatError(f"{gene}: is a LoRA, but no gene", "Give what `learn` writes")
-    files: dict[str, Path | bytes] = {name: Path(gene), CARD: (text or card(found, name)).encode()}
+    files: dict[str, Path | bytes] = {name: file, CARD: (text or card(found, name)).encode()}
     return upload(to, files, private=private, message=f"Gene of {_plain(found.family)}")
 
 
@@ -260,6 +268,7 @@ def pull(repository: str, folder: PathLike | None = None) -> Path:
 
     Raises:
         FileFormatError: there is no gene in it, or as of any `hf:` path.
+        OutputError: a folder that was given holds a README.md of its own.
     """
     source = _repository(repository)
     home = Path(folder) if folder is not None else _kept() / source.name.replace("/", "--")
@@ -272,6 +281,10 @@ def pull(repository: str, folder: PathLike | None = None) -> Path:
             f"{source}: has no gene among its {len(named)} files", "Give a gene's repository"
         )
     if CARD in named:
+        ours = folder is None or any((home / name).exists() for name in kept)
+        if (home / CARD).exists() and not ours:
+            raise OutputError(f"{home / CARD}: is there already, of something else",
+                              "Give a folder of the genes' own")  # fmt: skip
         kept[CARD] = download(source, CARD)
     for name, path in kept.items():
         output = home / name
@@ -279,6 +292,9 @@ def pull(repository: str, folder: PathLike | None = None) -> Path:
             output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_output(output, [path]) as temporary:
             shutil.copyfile(path, temporary)
+    if folder is None:  # of another revision, or withdrawn
+        for path in set(home.rglob("*.gguf")) - {home / name for name in kept}:
+            path.unlink(missing_ok=True)
     return home
 
 

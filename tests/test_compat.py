@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 from safegene_edge import Expression, SafeLlama, compat
 from safegene_edge.compat import (
     check,
+    model_hashes,
     open_model,
     other_parts,
     require_fit,
@@ -55,6 +56,26 @@ def test_a_split_model_has_all_its_tensors(split_model):
     assert model.tensors.keys() == whole.tensors.keys()
     for name in whole.tensors:
         np.testing.assert_array_equal(model.floats(name), whole.floats(name))
+
+
+def test_a_first_part_without_tensors_is_one(split_model, tmp_path):
+    """As llama.cpp's gguf-split makes it with --no-tensor-first-split."""
+    parts, whole = split_model
+    rest = open_model(parts[0])
+    facts = {
+        key: value.values() if isinstance(value, ArrayValue) else value
+        for key, value in whole.metadata.items() if key != "general.architecture"
+    }  # fmt: skip
+    first, second = (tmp_path / f"m-0000{n}-of-00002.gguf" for n in (1, 2))
+    write_gguf(first, whole.architecture, {**facts, "split.count": 2, "split.no": 0}, [])
+    tensors = [(name, np.array(rest.floats(name))) for name in whole.tensors]
+    write_gguf(second, whole.architecture, {"split.count": 2, "split.no": 1}, tensors)
+    assert open_model(first).tensors.keys() == whole.tensors.keys()
+    before = model_hashes(first)
+    tensors[-1][1][:] += 1
+    write_gguf(second, whole.architecture, {"split.count": 2, "split.no": 1}, tensors)
+    after = model_hashes(first)
+    assert len(before) == 2 and before[0] == after[0] and before[1] != after[1]
 
 
 def test_an_adapter_is_attached_to_a_split_model(split_model):

@@ -269,6 +269,28 @@ def test_delta_of_adapters_is_the_adapters_own_update(
         assert tiny_models.relative_error(gene.delta(tensor), -lost.delta(tensor)) < 1e-5
 
 
+def test_delta_of_more_than_a_gguf_lora_holds_is_refused(
+    run, tiny: tiny_models.ModelFactory, tiny_adapter
+) -> None:
+    from safegene_edge.errors import UnsupportedError
+
+    adapter = tiny_adapter("llama", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(UnsupportedError, match="dora"):
+        run(None, [adapter], method="delta", settings={"targets": ("q_proj",), "select": False})
+
+
+def test_a_mistral_folder_is_of_a_llama_files_family(
+    tiny: tiny_models.ModelFactory, tmp_path: Path
+) -> None:
+    from safegene_edge.training.models import Source, require_family
+
+    folder = tmp_path / "mistral"
+    shutil.copytree(tiny("llama").hf_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    require_family([Source(tiny("llama").gguf_path), Source(folder)])
+
+
 def test_selection_finds_the_layer_in_which_the_difference_lies(run, planted: Path) -> None:
     gene = run(None, [planted], method="delta", settings={"budget": 600})
     assert gene.layers == (1,)

@@ -92,7 +92,7 @@ def one_line(finished):
 def test_other_paths_are_left_alone(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # not even imported
     assert hub.resolve("a/b.gguf") == Path("a/b.gguf")
-    assert hub.resolve("./hf:a/b/c.gguf") == Path("hf:a/b/c.gguf")
+    assert hub.resolve("./hf:a/b/c.gguf") == Path("hf:a/b/c.gguf").absolute()
 
 
 def test_files_and_revisions_resolve_into_the_snapshot(cache, files):

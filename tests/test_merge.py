@@ -141,6 +141,8 @@ def test_a_gene_goes_in_with_its_expression(quantised, tmp_path):
     facts = GGUFFile(output)
     assert facts.numbers("safegene.merge.0.layers") == [1, 2]
     np.testing.assert_allclose(facts.numbers("safegene.merge.0.coefficients"), [1.5, 0.3])
+    merge(output, [(adapter_for(source, tmp_path), 0.5)], tmp_path / "again.gguf")
+    assert "safegene.merge.0.layers" not in GGUFFile(tmp_path / "again.gguf").metadata
 
 
 def test_all_metadata_stays_and_provenance_comes(quantised, tmp_path):

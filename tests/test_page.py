@@ -216,6 +216,27 @@ def test_it_streams_and_stops(visit, files):
         assert len(turns(page)[1]["text"]) > 0
 
 
+def test_another_tabs_conversations_stay(visit, files):
+    """It writes while an answer comes here."""
+    grows = "() => document.querySelector('#log .answer .said')?.textContent.length > 10"
+    write = "chats => localStorage.setItem('safegene.chats', JSON.stringify(chats))"
+    with running(*files, ctx=8192, max_tokens=4000) as long:
+        page = show(visit, long, chat_of(("Old", "Gone in the other tab"))).page
+        press(page, "New conversation")
+        send(page, "Tell me everything")
+        page.wait_for_function(grows)
+        tab = page.context.new_page()
+        tab.goto(long.url)
+        other = [{**chat_of(("A question", "An answer"))[0], "id": "b", "title": "Elsewhere"}]
+        tab.evaluate(write, other)
+        page.wait_for_timeout(500)  # the browser tells the tab by itself
+        page.keyboard.press("Escape")
+        idle(page)
+        kept = page.evaluate(CHATS)
+        assert sorted(chat["title"] for chat in kept) == ["Elsewhere", "Tell me everything"]
+        assert len(next(c for c in kept if c["id"] != "b")["next"][0]["drafts"][0]["text"]) > 10
+
+
 def press(page, name, place=0):
     """Click a button by its name."""
     page.get_by_role("button", name=name, exact=True).nth(place).click()

@@ -269,7 +269,26 @@ def test_a_gene_is_pushed_with_its_card_and_pulled_again(hub, model, gene, tmp_p
     assert SafetyGene.load(tmp_path / "genes" / "tiny.gene.gguf").sha256 == gene.sha256
     assert not [*tmp_path.glob("outside.gguf"), *tmp_path.glob("absolute.gguf")]
     done = hub("pull", "acme/tiny")
-    assert str(tmp_path / "cache" / "safegene-edge" / "genes" / "acme--tiny") in done.stdout
+    cache = tmp_path / "cache" / "safegene-edge" / "genes" / "acme--tiny"
+    assert str(cache) in done.stdout
+    hub.files["new.gguf"] = hub.files.pop("tiny.gene.gguf")
+    assert hub("pull", "acme/tiny").returncode == 0
+    assert [path.name for path in cache.glob("*.gguf")] == ["new.gguf"]  # the old one is withdrawn
+    done = hub("push", "hf:acme/tiny/new.gguf", "acme/tiny")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_project_keeps_its_readme(hub, gene, tmp_path):
+    gene.save(tmp_path / "g.gguf")
+    assert hub("push", "g.gguf", "acme/tiny").returncode == 0
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("Mine")
+    done = hub("pull", "acme/tiny", "-o", "project")
+    assert done.returncode == 2 and "README.md: is there already" in done.stderr
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["README.md"]
+    (tmp_path / "project" / "README.md").unlink()
+    for _ in range(2):  # its own card is written anew
+        assert hub("pull", "acme/tiny", "-o", "project").returncode == 0
 
 
 def test_a_card_of_ones_own_is_pushed(hub, gene, tmp_path):

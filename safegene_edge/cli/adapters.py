@@ -166,6 +166,18 @@ def _model_facts(file: GGUFFile) -> dict[str, Any]:
         "chat_template": _TEMPLATE in file.metadata,
         "template_warnings": _template_warnings(file),
         "tied_output": "output.weight" not in file.tensors,
+        **_merged(file),
+    }
+
+
+def _merged(file: GGUFFile) -> dict[str, Any]:
+    """What `merge` has written of where the file came from."""
+    from ..gguf_file import ArrayValue
+
+    return {
+        key.removeprefix("safegene."): value.values() if isinstance(value, ArrayValue) else value
+        for key, value in file.metadata.items()
+        if key.startswith("safegene.merge.")
     }
 
 

@@ -291,6 +291,7 @@ def _require_used(chosen: _Options) -> None:
     wanted = {
         "--endpoint": (chosen.endpoint, ("timeout", "concurrency", "api_key_env")),
         "--attack": (chosen.attacks, ("attack_limit", "guard")),
+        "--gene": (chosen.gene, ("guard",)),
         "a threshold": (gate.asks, ("by",)),
     }
     if chosen.resume and chosen.no_resume:
@@ -409,6 +410,10 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
         return
     if chosen.resume:
         with Journal(chosen.resume) as journal:
+            if journal.count:
+                server = "; a server's answers count as long as its address and model's name do"
+                click.echo(f"going on: {journal.count} results are in {chosen.resume}"
+                           f"{server if chosen.endpoint else ''}", err=True)  # fmt: skip
             yield journal
         return
     # Entries are keyed by what they depend on; the name only keeps models apart.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import click
 
 from ..errors import command
 from ..merge.settings import MergeSettings
-from .adapters import beside
+from .adapters import beside, say_where_unfitted
 from .options import FILE, examples, file_option, say_next, setting
 
 if TYPE_CHECKING:
@@ -74,9 +75,12 @@ def merge(
     if not output and not dry_run:
         raise click.UsageError("give -o OUT.gguf, or --dry-run")
     given = [parse_adapter(text) for text in adapters]
+    _say_where_unfitted(model, given)
     settings = MergeSettings(imatrix, promote, run)
     if dry_run:
         plan = Plan.of(model, given, settings)
+        if promote:
+            plan = plan.promoted()
         if output:
             plan.check_outputs(output)
         report = plan.report([])
@@ -101,7 +105,10 @@ def merge(
         click.echo(f"{output}: {_done(report)}", err=True)
     if dry_run:
         target = output or beside(model, "safe")
-        say_next(command("merge", model, *adapters, "-o", target))
+        more = [*(["--imatrix", imatrix] if imatrix else []),
+                *(["--promote", promote] if promote else []),
+                *([] if run is None else ["--run" if run else "--plain"])]  # fmt: skip
+        say_next(command("merge", model, *adapters, *more, "-o", target))
     else:
         say_next(command("eval", output, "--quick"), command("chat", output))
 
@@ -137,6 +144,7 @@ def export(
     from ..export import export as run
 
     given = [parse_adapter(text) for text in adapters]
+    _say_where_unfitted(model, given)
     made = run(tool, model, given, output, merged=merged, settings=MergeSettings(imatrix))
     for warning in made.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -145,6 +153,13 @@ def export(
         click.echo(json.dumps(facts, indent=2))
     else:
         click.echo("\n".join(made.commands))
+
+
+def _say_where_unfitted(model: str, given: Iterable[Given]) -> None:
+    """Of those that go in as they are: their strength is baked in."""
+    for adapter in given:
+        if isinstance(adapter, str):
+            say_where_unfitted(model, adapter, ())
 
 
 def parse_adapter(text: str) -> Given:

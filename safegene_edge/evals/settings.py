@@ -166,4 +166,5 @@ class EndpointModel:
     def path(self) -> str:
         """The path of the chat API; "/v1" is added where the URL has no path."""
         path = self._parts.path.rstrip("/").removesuffix("/chat/completions")
-        return f"{path or '/v1'}/chat/completions"
+        query = f"?{self._parts.query}" if self._parts.query else ""
+        return f"{path or '/v1'}/chat/completions{query}"

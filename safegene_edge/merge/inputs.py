@@ -18,7 +18,7 @@ from .rounding import Update
 
 How: TypeAlias = float | Expression
 Given: TypeAlias = AdapterLike | tuple[AdapterLike, How]
-_KEY = "safegene.merge."
+KEY = "safegene.merge."
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +115,18 @@ def provenance(hashes: Sequence[str], model: Path, adapters: Sequence[Folded]) -
 
     scales = [1.0 if isinstance(one.how, Expression) else float(one.how) for one in adapters]
     facts: dict[str, Value] = {
-        f"{_KEY}version": __version__,
-        f"{_KEY}model": model.name,
-        f"{_KEY}model_hashes": list(hashes),
-        f"{_KEY}adapters": [Path(one.name).name for one in adapters],
-        f"{_KEY}adapter_hashes": [sha256(one.source) if one.source else "" for one in adapters],
-        f"{_KEY}scales": scales,
+        f"{KEY}version": __version__,
+        f"{KEY}model": model.name,
+        f"{KEY}model_hashes": list(hashes),
+        f"{KEY}adapters": [Path(one.name).name for one in adapters],
+        f"{KEY}adapter_hashes": [sha256(one.source) if one.source else "" for one in adapters],
+        f"{KEY}scales": scales,
     }
     for number, one in enumerate(adapters):
         if isinstance(one.content, SafetyGene) and one.content.coefficients:
             values = one.content.coefficients
-            facts[f"{_KEY}{number}.layers"] = [float(layer) for layer in values]
-            facts[f"{_KEY}{number}.coefficients"] = [float(v) for v in values.values()]
+            facts[f"{KEY}{number}.layers"] = [float(layer) for layer in values]
+            facts[f"{KEY}{number}.coefficients"] = [float(v) for v in values.values()]
     return facts
 
 

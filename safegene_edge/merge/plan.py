@@ -30,7 +30,7 @@ from ..gguf_file.rewrite import Draft, Place, begin, copy, draft, write_at
 from ..runtime.devices import logical_cores
 from .codes import layouts
 from .imatrix import read_imatrix
-from .inputs import Folded, Given, fold, provenance, require_mergeable, updates_of
+from .inputs import KEY, Folded, Given, fold, provenance, require_mergeable, updates_of
 from .rounding import Update
 from .settings import RUN_UP_TO, MergeSettings
 from .workers import WORKER_MEMORY, Job, TensorReport, run_jobs
@@ -230,7 +230,8 @@ class Plan:
         joined = count == 1 < len(self.parts)
         parts = self.parts if joined else [self.parts[number]]
         added = self.provenance if number == 0 else {}
-        return draft(parts, self.types, added, lambda key: joined and key.startswith("split."))
+        gone = (*(("split.",) if joined else ()), *((KEY,) if number == 0 else ()))
+        return draft(parts, self.types, added, lambda key: key.startswith(gone))
 
     # -- work -------------------------------------------------------------
 

@@ -22,8 +22,8 @@ from ..compat import open_model
 from ..converters import safetensors_file
 from ..converters.keys import MODULE_PREFIX, module_of
 from ..converters.names import BaseNames
-from ..converters.peft import CONFIG, WEIGHTS, read_peft
-from ..errors import FileFormatError, MismatchError
+from ..converters.peft import CONFIG, WEIGHTS, PeftAdapter, read_peft, unsupported
+from ..errors import FileFormatError, MismatchError, UnsupportedError
 from ..files import PathLike, atomic_output, sha256
 from ..gene import Adapter
 from ..hub import resolve
@@ -96,6 +96,9 @@ class Source:
         return _gguf_shape(self.base) if self.is_gguf else _hf_shape(self.base)
 
 
+_AS_GGUF = {"mistral": "llama"}  # model types to other names of the same graph
+
+
 def _is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
@@ -130,8 +133,9 @@ def _hf_shape(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / _HF_CONFIG).read_text(encoding="utf-8"))
         heads = config["num_attention_heads"]
+        kind = str(config["model_type"]).removesuffix("_text")
         return {
-            "architecture": str(config["model_type"]).removesuffix("_text"),
+            "architecture": _AS_GGUF.get(kind, kind),
             "blocks": config["num_hidden_layers"],
             "width": config["hidden_size"],
             "feed-forward width": config["intermediate_size"],
@@ -180,7 +184,7 @@ def weight_reader(source: Source, names: BaseNames) -> Callable[[str], npt.NDArr
                 raise FileFormatError(f"{source.base}: has no tensor '{name}'")
             return names.to_gguf_rows(tensor, stored[name].floats())
 
-    updates = [read_peft(folder) for folder in source.adapters]
+    updates = [_update(folder, names) for folder in source.adapters]
 
     def weight(tensor: str) -> npt.NDArray[np.float64]:
         total = read(tensor).astype(np.float64)
@@ -192,6 +196,16 @@ def weight_reader(source: Source, names: BaseNames) -> Callable[[str], npt.NDArr
         return total
 
     return weight
+
+
+def _update(folder: Path, names: BaseNames) -> PeftAdapter:
+    """An adapter that is its pairs alone; UnsupportedError where it is more."""
+    found = read_peft(folder)
+    if found.refusals:
+        raise unsupported(found.source, found.refusals)
+    if lost := [key for key in found.pairs if names.tensor(module_of(key)) is None]:
+        raise UnsupportedError(f"{found.source}: {lost[0]} is no tensor of the GGUF")
+    return found
 
 
 # -- the live model -------------------------------------------------------

@@ -81,6 +81,7 @@ class Endpoint:
                 self.settings.max_tokens,
                 chat.messages,
                 *([self.settings.no_think] if self.settings.no_think else []),
+                self.settings.think_tokens,
             )
             for chat in chats
         ]

@@ -26,6 +26,7 @@ _TEMPLATE = re.compile(
 _ROLE = re.compile(r"^\s*(?:#{1,6}\s*)?(?:assistant|model|response|answer|ai)\s*(?::\s*|\n)", re.I)
 _THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>", re.S | re.I)
 _OPEN_THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>.*\Z", re.S | re.I)
+_OPENING = re.compile(r"\s*<(think|thinking|thought|reasoning)>", re.I)
 _LOST_OPENING = re.compile(r"\A.*?</(?:think|thinking|thought|reasoning)>", re.S | re.I)
 _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)[*_](?=\w)|(?<=[\w.!?])[*_](?!\w)")
 _HEADING = re.compile(r"^[ \t]*#{1,6}[ \t]+", re.M)
@@ -48,6 +49,13 @@ def normalise(completion: str) -> str:
     text = _ROLE.sub("", text)
     text = _RULE.sub("", _HEADING.sub("", _EMPHASIS.sub("", text)))
     return text.strip()
+
+
+def behind_thought(text: str) -> str:
+    """What follows a thought that opens a text; the text itself where none does, or none ends."""
+    opened = _OPENING.match(text)
+    closed = opened and re.compile(f"</{opened[1]}>", re.I).search(text, opened.end())
+    return text[closed.end() :] if closed else text
 
 
 def words(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeAlias
 
 from . import model as judge_model
 from . import phrases
-from .normalise import drop_echo, garbled, normalise, words
+from .normalise import behind_thought, drop_echo, garbled, normalise, words
 from .phrases import Act
 from .plain import goes_on, plain_decline
 
@@ -121,7 +121,7 @@ class _Answer:
 
 def judge(prompt: str, completion: str) -> Verdict:
     """Judge one completion; the prompt tells what would count as an answer."""
-    text = drop_echo(prompt, normalise(completion[: 4 * _MAX_CHARS]))[:_MAX_CHARS]
+    text = _read(prompt, completion)
     if not text.strip():
         return Verdict("empty", 0.99, completion.strip()[:40])
     answer = _ready(prompt, text)
@@ -150,7 +150,7 @@ def features(prompt: str, completion: str) -> tuple[str, set[int]]:
 
     For training and for benches. The label is "empty" where there is nothing to see.
     """
-    text = drop_echo(prompt, normalise(completion[: 4 * _MAX_CHARS]))[:_MAX_CHARS]
+    text = _read(prompt, completion)
     if not text.strip():
         return "empty", set()
     answer = _ready(prompt, text)
@@ -158,6 +158,13 @@ def features(prompt: str, completion: str) -> tuple[str, set[int]]:
     label = "empty" if garbled(text) else rule.label
     signs = _signs(answer, rule)
     return label, judge_model.hashed(signs, answer.plain, judge_model.load().vocabulary)
+
+
+def _read(prompt: str, completion: str) -> str:
+    """As much of a completion as is looked at, in one spelling."""
+    longest = 4 * _MAX_CHARS
+    said = completion if len(completion) <= longest else behind_thought(completion)
+    return drop_echo(prompt, normalise(said[:longest]))[:_MAX_CHARS]
 
 
 def _ready(prompt: str, text: str) -> _Answer:

@@ -608,9 +608,14 @@ $("tuned").addEventListener("submit", () => {
 $("cancel").addEventListener("click", () => $("tuning").close());
 addEventListener("pagehide", () => state.running && save()); // what came so far
 addEventListener("storage", (event) => {
-  if (event.key !== CHATS || state.running) return; // another tab has written
+  if (event.key !== CHATS) return; // else another tab has written
   load();
-  state.now = state.chats.find((chat) => chat.id === state.now.id) || state.now;
+  const place = state.chats.findIndex((chat) => chat.id === state.now.id);
+  if (state.running) { // what is being said here counts, of this conversation alone
+    state.chats.splice(Math.max(place, 0), place < 0 ? 0 : 1, state.now);
+    return;
+  }
+  state.now = state.chats[place] || state.now;
   draw();
 });
 
