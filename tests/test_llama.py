@@ -18,6 +18,7 @@ from child import in_child
 
 from safegene_edge import SafeLlama
 from safegene_edge.errors import (
+    FileFormatError,
     LlamaCppError,
     MismatchError,
     NoEffectError,
@@ -25,7 +26,7 @@ from safegene_edge.errors import (
     SettingError,
     UnsupportedError,
 )
-from safegene_edge.gene import INVOCATION, Adapter, Pair
+from safegene_edge.gene import INVOCATION, Adapter, Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.runtime.chat import ChatTemplate
 from safegene_edge.runtime.controls import ControlTexts
@@ -769,8 +770,8 @@ def alora(model):
     return replace(random_adapter(model), extra={INVOCATION: [5, 9]}, types={INVOCATION: 4})
 
 
-def test_a_refused_adapter_comes_with_llama_cpps_reason(llama, model, tmp_path):
-    """llama.cpp wants tensors without gaps, which no rule of GGUF asks for."""
+def test_a_refused_adapter_comes_with_llama_cpps_reason(llama, model, tmp_path, monkeypatch):
+    """Of a file that llama.cpp does not take, and our reader, patched, does."""
     path = tmp_path / "gap.gguf"
     random_adapter(model).save(path)
     data, file = bytearray(path.read_bytes()), GGUFFile(path)
@@ -779,7 +780,9 @@ def test_a_refused_adapter_comes_with_llama_cpps_reason(llama, model, tmp_path):
     at = data.rindex((last.offset - start).to_bytes(8, "little"), 0, start)
     data[at : at + 8] = (last.offset - start + 32).to_bytes(8, "little")
     path.write_bytes(bytes(data) + bytes(64))
-    Adapter.load(path)  # nothing is wrong with it for a reader of GGUF
+    with pytest.raises(FileFormatError, match=f"'{last.name}' is at"):
+        llama.attach(path)
+    monkeypatch.setattr(SafetyGene, "load", lambda _: random_adapter(model))
     with pytest.raises(MismatchError, match=rf"'{last.name}' has offset") as raised:
         llama.attach(path)
     assert "verbose" not in str(raised.value)

@@ -157,6 +157,9 @@ def export(
 
 def _say_where_unfitted(model: str, given: Iterable[Given]) -> None:
     """Of those that go in as they are: their strength is baked in."""
+    from ..compat import open_model
+
+    open_model(model)  # whose own fault, such as a swap of the two, is named first
     for adapter in given:
         if isinstance(adapter, str):
             say_where_unfitted(model, adapter, ())
