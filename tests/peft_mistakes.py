@@ -13,6 +13,16 @@ def dora(c):
     return c.convert(use_dora=True)
 
 
+def with_tensors(c, shapes):
+    """Converts the folder with these tensors in it, too."""
+
+    def change(tensors):
+        for name, shape in shapes.items():
+            tensors[f"base_model.model.{name}"] = np.ones(shape, np.float32)
+
+    return c.convert_tensors(change)
+
+
 @case("modules_to_save")
 def modules_to_save(c):
     return c.convert(modules_to_save=["lm_head"])
@@ -25,30 +35,19 @@ def bias(c):
 
 @case("embed")
 def embeddings(c):
-    def change(tensors):
-        prefix = "base_model.model.model.embed_tokens"
-        tensors[f"{prefix}.lora_embedding_A"] = np.ones((4, 300), np.float32)
-        tensors[f"{prefix}.lora_embedding_B"] = np.ones((64, 4), np.float32)
-
-    return c.convert_tensors(change)
+    layer = "model.embed_tokens.lora_embedding_"
+    return with_tensors(c, {f"{layer}A": (4, 300), f"{layer}B": (64, 4)})
 
 
 @case("norm")
 def norm_weights(c):
-    def change(tensors):
-        tensors["base_model.model.model.norm.weight"] = np.ones(64, np.float32)
-
-    return c.convert_tensors(change)
+    return with_tensors(c, {"model.norm.weight": (64,)})
 
 
 @case("expert")
 def moe_experts(c):
-    def change(tensors):
-        prefix = "base_model.model.model.layers.0.mlp.experts.3.gate_proj"
-        tensors[f"{prefix}.lora_A.weight"] = np.ones((4, 64), np.float32)
-        tensors[f"{prefix}.lora_B.weight"] = np.ones((96, 4), np.float32)
-
-    return c.convert_tensors(change)
+    layer = "model.layers.0.mlp.experts.3.gate_proj.lora_"
+    return with_tensors(c, {f"{layer}A.weight": (4, 64), f"{layer}B.weight": (96, 4)})
 
 
 @case("lm_head")
@@ -59,11 +58,8 @@ def tied_lm_head(c):
     shutil.copytree(peft, c.peft)
     shutil.copy(model, c.model)
 
-    def change(tensors):
-        tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((4, 64), np.float32)
-        tensors["base_model.model.lm_head.lora_B.weight"] = np.ones((300, 4), np.float32)
-
-    return c.convert_tensors(change)
+    layer = "lm_head.lora_"
+    return with_tensors(c, {f"{layer}A.weight": (4, 64), f"{layer}B.weight": (300, 4)})
 
 
 @case("adapter_model.bin")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..aliases import Progress
 from ..errors import command
 from ..merge.settings import MergeSettings
 from .adapters import beside, say_where_unfitted
@@ -80,20 +82,16 @@ def merge(
     if dry_run:
         plan = Plan.of(model, given, settings)
         if promote:
-            plan = plan.promoted()
+            with _bar("measuring") as progress:
+                plan = plan.promoted(progress)
         if output:
             plan.check_outputs(output)
         report = plan.report([])
         estimate = asdict(plan.estimate()) | {"run": plan.runs_model}
     else:
         assert output  # held above
-        with click.progressbar(
-            length=100, label="merging", file=sys.stderr, hidden=not sys.stderr.isatty()
-        ) as bar:
-            report = run_merge(
-                model, given, output, settings=settings,
-                progress=lambda done, total: bar.update(100 * done // total - bar.pos),
-            )  # fmt: skip
+        with _bar("merging") as progress:
+            report = run_merge(model, given, output, settings=settings, progress=progress)
         estimate = {}
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -153,6 +151,15 @@ def export(
         click.echo(json.dumps(facts, indent=2))
     else:
         click.echo("\n".join(made.commands))
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Progress]:
+    """A bar on a terminal's standard error."""
+    with click.progressbar(
+        length=100, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
+    ) as bar:
+        yield lambda done, total: bar.update(100 * done // total - bar.pos)
 
 
 def _say_where_unfitted(model: str, given: Iterable[Given]) -> None:
