@@ -590,5 +590,12 @@ def test_the_command_line(quantised, tmp_path):
     assert 0.5 < facts["survived"] < 1.5
     shown = run(quantised(), f"{gene}=0.5", "--dry-run")
     assert "copied as they are" in shown.stdout and "MiB of memory" in shown.stdout
+    assert "warning" not in shown.stderr  # a scale was chosen
+    planned = run(quantised(), gene, "--promote", "1", "--plain", "--dry-run", "--json")
+    assert "was never fitted" in planned.stderr and "--promote 1 --plain -o" in planned.stderr
+    larger = run(quantised(), gene, "--promote", "1", "--plain", "-o", output, "--json")
+    assert [json.loads(done.stdout)["after"] for done in (planned, larger)] == [
+        output.stat().st_size
+    ] * 2
     shutil.copy(gene, tmp_path / "a=1.gguf")
     run(quantised(), tmp_path / "a=1.gguf", "-o", output)
