@@ -283,8 +283,10 @@ def pull(repository: str, folder: PathLike | None = None) -> Path:
     if CARD in named:
         ours = folder is None or any((home / name).exists() for name in kept)
         if (home / CARD).exists() and not ours:
-            raise OutputError(f"{home / CARD}: is there already, of something else",
-                              "Give a folder of the genes' own")  # fmt: skip
+            raise OutputError(
+                f"{home / CARD}: would be overwritten, and is no card of these genes",
+                "Give another folder",
+            )
         kept[CARD] = download(source, CARD)
     for name, path in kept.items():
         output = home / name

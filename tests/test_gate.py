@@ -193,7 +193,7 @@ def test_reports_that_cannot_be_compared_are_an_input_error(tmp_path):
 def test_a_suite_that_the_second_leaves_out_is_not_no_worse():
     first, second = a_report(3, 3), a_report(3, 3)
     dropped = second["suites"].pop()
-    with pytest.raises(SettingError, match=f"not the first one's suite {dropped['name']}"):
+    with pytest.raises(SettingError, match=f"lacks what the first one asked: {dropped['name']}"):
         compare.no_worse(first, second, 0.05)
     compare.no_worse(second, first, 0.05)  # one more is no obstacle
 

@@ -284,7 +284,7 @@ def test_a_project_keeps_its_readme(hub, gene, tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "README.md").write_text("Mine")
     done = hub("pull", "acme/tiny", "-o", "project")
-    assert done.returncode == 2 and "README.md: is there already" in done.stderr
+    assert done.returncode == 2 and "README.md: would be overwritten" in done.stderr
     assert [path.name for path in (tmp_path / "project").iterdir()] == ["README.md"]
     (tmp_path / "project" / "README.md").unlink()
     for _ in range(2):  # its own card is written anew

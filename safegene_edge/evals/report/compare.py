@@ -190,7 +190,7 @@ def no_worse(a: Json, b: Json, margin: float, by: By = "bound") -> Gate:
     asked = {suite["name"] for suite in b["suites"]}
     if missing := [suite["name"] for suite in a["suites"] if suite["name"] not in asked]:
         raise SettingError(
-            f"the second report has not the first one's suite {', '.join(missing)}",
+            f"the second report lacks what the first one asked: {', '.join(missing)}",
             "Evaluate both with the same suites",
         )
     return Gate(by, tuple(_held(a, b, margin, by)))
