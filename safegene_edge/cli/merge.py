@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..aliases import Progress
 from ..errors import command
 from ..merge.settings import MergeSettings
 from .adapters import beside, say_where_unfitted
 from .options import FILE, examples, file_option, say_next, setting
 
 if TYPE_CHECKING:
+    from ..aliases import Progress
     from ..merge.inputs import Given
     from ..merge.plan import MergeReport
 
