@@ -184,6 +184,12 @@ def test_addresses(url, path):
     assert EndpointModel(url, "m").path == path
 
 
+def test_a_password_in_an_address_is_refused_and_not_shown():
+    with pytest.raises(SettingError, match="names a user before host") as caught:
+        EndpointModel("https://me:secret@host/v1", "m")
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize("url", ["localhost:8080", "ftp://h", "http://", "file:///etc/passwd"])
 def test_bad_addresses(url):
     with pytest.raises(SettingError, match="no address"):
@@ -191,7 +197,7 @@ def test_bad_addresses(url):
 
 
 def test_reports_hold_no_credentials():
-    assert EndpointModel("https://me:secret@host:99/v1?key=secret", "m").name == "m at host:99"
+    assert EndpointModel("https://host:99/v1?key=secret", "m").name == "m at host:99"
 
 
 # -- an evaluation ------------------------------------------------------------

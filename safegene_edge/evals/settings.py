@@ -143,6 +143,11 @@ class EndpointModel:
         odd = any(char.isspace() or not char.isprintable() for char in self.url)
         if parts.scheme not in ("http", "https") or not host or odd:
             raise self._no_address()
+        if parts.username is not None:  # not shown: a password may stand behind it
+            raise SettingError(
+                f"the server's address names a user before {host}, which is not sent",
+                f"Leave it out; a key goes into the environment, as {self.api_key_variable}",
+            )
         if self.concurrency < 1 or self.timeout <= 0 or self.retries < 0:
             raise SettingError("concurrency, timeout or retries make no sense")
 
