@@ -25,7 +25,7 @@ from .evals.report.findings import Json
 from .evals.report.pictures import of_models
 from .evals.settings import BUILT_IN
 from .evals.statistics import Count
-from .files import PathLike, parse_json, sha256, write_text
+from .files import PathLike, check_output, parse_json, sha256, write_text
 from .gene import SafetyGene
 from .hub import resolve
 from .portfolio_settings import PortfolioSettings as PortfolioSettings
@@ -116,6 +116,7 @@ def portfolio(
     for suite in settings.suites:
         load_suite(suite)
     home = Path(folder).absolute()
+    _keep_off(home, names, [*paths, gene], settings)
     try:
         for name in names:
             (home / name).mkdir(parents=True, exist_ok=True)
@@ -129,6 +130,19 @@ def portfolio(
         if on_row is not None:
             on_row(rows[-1])
     return rows
+
+
+def _keep_off(
+    home: Path, names: Sequence[str], files: Sequence[PathLike], settings: PortfolioSettings
+) -> None:
+    """Raise OutputError where an input lies where a model's files will be: they are removed."""
+    own = [suite for suite in settings.suites if suite not in BUILT_IN]
+    examples = [settings.examples] if settings.examples else []
+    inputs = [*files, *settings.adapters, *own, *examples]
+    for name in names:
+        for written in (_DONE, *_WRITTEN):
+            if (home / name / written).exists():
+                check_output(home / name / written, inputs)
 
 
 def _with_whole_paths(settings: PortfolioSettings) -> PortfolioSettings:

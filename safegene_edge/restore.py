@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from .compat import open_model, require_fit
+from .compat import model_hashes, open_model, require_fit
 from .errors import (
     FileFormatError,
     MismatchError,
@@ -26,7 +26,8 @@ from .errors import (
     command,
 )
 from .evals.asking.journal import Journal, fingerprint
-from .evals.evaluate import evaluate
+from .evals.evaluate import evaluate, versions
+from .evals.judge import judge_sha256
 from .evals.report.html import render_html
 from .evals.settings import DEFAULT_SUITES, EvalSettings
 from .files import (
@@ -216,7 +217,8 @@ class _Work:
     def _steps(
         self, teacher: list[PathLike], gene: PathLike | SafetyGene | None, learning: LearnSettings
     ) -> Restored:
-        examples = Examples.shipped("fit", self._task_parts()[1])  # refused before it is learnt
+        held = self.task if gene is not None else self._task_parts()[1]
+        examples = Examples.shipped("fit", held)  # refused before it is learnt
         found = self._gene(teacher, gene, learning)
         files = {}
         if gene is None:
@@ -250,9 +252,12 @@ class _Work:
         """The folder of this very run: what others left behind is not gone on with."""
         known = gene.sha256 if isinstance(gene, SafetyGene) else str(gene and sha256(gene))
         asked = [p if isinstance(p, str) else list(p.messages) for p in self.task]
+        models = [self.inputs[0], *teacher[:1]]  # the others are adapters, of one file each
         key = fingerprint(
-            [sha256(path) for path in (*self.inputs, *teacher)], len(teacher), known, asked,
+            [sha256(path) for path in (*self.inputs, *teacher)],
+            [model_hashes(model) for model in models], len(teacher), known, asked,
             self.merged, self.limit, asdict(self.settings), asdict(learning),
+            versions(), judge_sha256(),
         )  # fmt: skip
         while not self._entered(key):
             pass  # what another run left was removed, or this one's was made

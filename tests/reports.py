@@ -33,7 +33,7 @@ def suite(
     wanted = ("refused",) if kind == "harmful" else ("refused", "partly_refused")
     judged = [(b, a) for b, a in zip(before, after, strict=True) if b and a]
     pairs = Paired.of([b in wanted for b, _ in judged], [a in wanted for _, a in judged])
-    low, high = pairs.interval(resamples=200)
+    low, high = pairs.interval()
     return {
         "name": name,
         "kind": kind,

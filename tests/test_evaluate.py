@@ -20,6 +20,7 @@ from safegene_edge.evals.asking.journal import Journal, fingerprint, journal_fol
 from safegene_edge.evals.asking.suites import Suite
 from safegene_edge.evals.evaluate import evaluate
 from safegene_edge.evals.judge import LABELS, judge
+from safegene_edge.evals.report.findings import paired_note
 from safegene_edge.evals.report.json import aligned_labels, paired_json
 from safegene_edge.evals.report.record import LIMITS
 from safegene_edge.evals.report.report import Report
@@ -160,6 +161,7 @@ def test_what_came_back_of_what_the_aligned_model_refused() -> None:
     assert harmful["paired"]["recovered"]["aligned"] == 3  # of those scored in every column
     assert harmful["paired"]["recovered"]["share"] == pytest.approx(2 / 3)
     assert "recovered" not in harmless["paired"]
+    assert "67% of what was lost against the aligned model came back" in paired_note(harmful)
     other = {("bad", "another version"): next(iter(aligned.values()))}
     assert "recovered" not in replace(report(), aligned=other).to_json()["suites"][0]["paired"]
 
@@ -328,6 +330,26 @@ def test_quick_and_full_choose_what_the_user_did_not(
     assert costs <= {cost["name"] for cost in facts["costs"]}
     names = [suite["name"] for suite in facts["suites"]]
     assert ("languages" in names) == ("before" in facts["times"]["speed"]) == (flag == "--full")
+
+
+@pytest.mark.parametrize("suite", ["harmless", "languages"])
+def test_quick_attacks_nothing_where_there_is_nothing_to_attack(
+    tiny: Any, tmp_path: Path, suite: str
+) -> None:
+    out = tmp_path / "r.json"
+    command = ["eval", tiny("llama").gguf_path, "--quick", "--suite", suite, "--limit", 2]
+    command += ["--max-tokens", 2, "--json", out, "--no-resume"]
+    cli(list(map(str, command)), standalone_mode=False)
+    assert json.loads(out.read_text())["attacks"] == []
+    with pytest.raises(SettingError, match="no harmful suite to attack"):
+        cli([*map(str, command), "--attack", "prefill"], standalone_mode=False)
+
+
+def test_an_aligned_models_labels_belong_to_the_very_suite() -> None:
+    """A user's own suite has no version: another file of its name is another suite."""
+    facts = report().to_json()
+    mine = {**facts["suites"][0], "version": ""}
+    assert list(aligned_labels({"suites": [mine]})) == [(mine["name"], mine["sha256"])]
 
 
 def test_another_gene_scale_or_setting_finds_nothing_old(tiny: Any) -> None:

@@ -76,8 +76,12 @@ STATES = [
     (with_costs(0.8, 0.7, [-0.15, -0.05], 400), {"max_task_drop": 0.02}, "missed", None),
     (with_costs(0.8, 0.8, [-0.03, 0.03], 100), {"max_task_drop": 0.01}, "undecided", 900),
     (with_costs(0.8, 0.8, [-wilson(0, 100)[1], wilson(0, 100)[1]], 100), {"max_task_drop": 0.01},
-     "undecided", 370),  # no pair differs: the bound falls with n itself
-    (with_costs(1.0, 1.0, [0.0, 0.0], 9), {"max_task_drop": 0.01}, "undecided", 10),  # too few
+     "undecided", 381),  # no pair differs: the bound falls with n itself
+    (with_costs(1.0, 1.0, [-wilson(0, 5)[1], wilson(0, 5)[1]], 5), {"max_task_drop": 0.01},
+     "undecided", 381),
+    (with_costs(0, 0, None, 9), {"max_kl": 0.01}, "undecided", 10),  # too few to resample
+    (reports.small(), {"max_kl": 0.5}, "undecided", None),  # nothing was measured
+    (reports.small(), {"max_task_drop": 0.5}, "undecided", None),
     (with_costs(0, 0, None, 64), {"max_kl": 0.05}, "met", None),
     (with_costs(0, 0, None, 64), {"max_kl": 0.01}, "missed", None),
     (with_costs(0, 0, None, 64), {"max_kl": 0.04}, "undecided", 256),
@@ -183,6 +187,21 @@ def test_what_the_second_cannot_score_counts_against_it():
     assert found.thresholds[0].state == "missed"
 
 
+def test_what_the_first_did_not_score_is_out_and_said():
+    none, second = a_report(0, 0, unscored=40), a_report(0, 40)
+    (refused, _) = compare.no_worse(none, second, 0.05, "estimate").thresholds
+    assert (refused.state, refused.n) == ("undecided", 0)
+    (refused, _) = compare.no_worse(a_report(12, 0, unscored=28), a_report(12, 28), 0.5).thresholds
+    assert refused.n == 12 and "28 that the first left unscored are out" in refused.text
+
+
+def test_one_refusal_lost_is_no_better_than_none():
+    margin = 0.035
+    first, same, worse = a_report(100, 0), a_report(100, 0), a_report(99, 1)
+    assert compare.no_worse(first, same, margin).thresholds[0].state == "undecided"
+    assert compare.no_worse(first, worse, margin).thresholds[0].state == "undecided"
+
+
 def test_reports_that_cannot_be_compared_are_an_input_error(tmp_path):
     other = a_report(3, 3)
     other["suites"][0]["sha256"] = "f" * 64
@@ -216,7 +235,10 @@ def test_exit_codes_of_compare(tmp_path, second, code, failed):
     done = program("report", "compare", tmp_path / "a.json", tmp_path / "b.json", "--no-worse")
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == failed
-    assert program("report", "compare", tmp_path / "a.json", tmp_path / "b.json").returncode == 0
+    bare = program("report", "compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert bare.returncode == 0
+    lone = program("report", "compare", tmp_path / "a.json", tmp_path / "b.json", "--margin", "0.1")
+    assert lone.returncode == 2 and "--margin goes with --no-worse" in lone.stderr
 
 
 @pytest.fixture(scope="module")

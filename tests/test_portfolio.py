@@ -17,7 +17,7 @@ from adapters import opening_gene
 from click.testing import CliRunner
 
 from safegene_edge.cli import cli
-from safegene_edge.errors import FileFormatError, SettingError
+from safegene_edge.errors import FileFormatError, OutputError, SettingError
 from safegene_edge.evals.settings import DEFAULT_SUITES
 from safegene_edge.evals.statistics import Count
 from safegene_edge.gene import SafetyGene
@@ -314,3 +314,13 @@ def test_a_row_survives_json():
     counts = Count(1, 3), Count(2, 3)
     row = PortfolioRow("m.gguf", counts, counts, {3: 0.5}, 0.1, 7, 2.0)
     assert PortfolioRow.from_json(json.loads(json.dumps(row.to_json()))) == row
+
+
+def test_an_input_that_a_run_would_remove_is_refused_and_kept(shelf, tmp_path):
+    models, gene, settings = shelf
+    fitted = tmp_path / "out" / "one" / "fitted.gguf"
+    fitted.parent.mkdir(parents=True)
+    shutil.copy(gene, fitted)
+    with pytest.raises(OutputError, match="also an input"):
+        portfolio(models, fitted, tmp_path / "out", settings=settings)
+    assert fitted.read_bytes() == gene.read_bytes()

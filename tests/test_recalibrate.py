@@ -324,6 +324,13 @@ def test_the_shipped_examples_are_forty_eight_of_each_kind(part):
     assert (len(both.harmful), len(both.harmless)) == (96, 96)  # so no prompt is in both
 
 
+def test_an_example_in_both_parts_is_refused_whatever_its_label(tiny):
+    gene = opening_gene(tiny("llama").gguf_path, ["one"])
+    fitting, counting = Examples(("One",), ("two",)), Examples(("three",), ("one ",))
+    with pytest.raises(SettingError, match="1 examples are in the fit and in the validation"):
+        recalibrate(tiny("llama").gguf_path, gene, fitting, validation=counting)
+
+
 def test_rows_of_a_file_may_be_kept_for_the_validation(tmp_path):
     file = tmp_path / "rows.jsonl"
     rows = [{"kind": "harmful", "prompt": "a"}, {"kind": "harmless", "prompt": "b", "part": "fit"}]

@@ -251,6 +251,9 @@ def test_verify_holds_suites_against_the_built_in_ones_and_files(tmp_path):
     assert states(report, suites=[path])["suite mine"] == "ok"
     path.write_text("one\nthree\n")
     assert states(report, suites=[path])["suite mine"] == "differs"
+    other = tmp_path / "other.txt"
+    other.write_text("one\n")
+    assert states(report, suites=[other])["suite other"] == "differs"  # of no suite of the report
     first["sha256"] = "0" * 64
     assert states(report)["suite harmful"] == "differs"
 

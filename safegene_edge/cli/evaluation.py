@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -117,6 +117,7 @@ class _Options:
         chosen = _QUICK if self.quick else _FULL if self.full else {}
         if self.endpoint:
             chosen = _for_a_server(chosen)
+        self._preset_attacks = not self.attacks
         if self.max_kl is not None and self.kl is None:
             self.kl = _FULL["kl"]
         for name, value in {**_FALLBACK, **chosen}.items():
@@ -158,6 +159,14 @@ class _Options:
     @property
     def attack_names(self) -> list[str]:
         return [name for item in self.attacks for name in item.split(",") if name.strip()]
+
+    def attacks_on(self, suites: Sequence[str]) -> list[str]:
+        """Without those of --quick and --full, where there is nothing to attack."""
+        from ..evals.plan import attackable
+
+        if self._preset_attacks and self.attacks and not attackable(suites):
+            return []
+        return self.attack_names
 
     def settings(self) -> EvalSettings:
         return EvalSettings(
@@ -293,6 +302,10 @@ def _require_used(chosen: _Options) -> None:
         "--attack": (chosen.attacks, ("attack_limit", "guard")),
         "--gene": (chosen.gene, ("guard",)),
         "a threshold": (gate.asks, ("by",)),
+        "--gene or a second server": (
+            chosen.gene or chosen.endpoint_after or chosen.model_name_after,
+            ("aligned",),
+        ),
     }
     if chosen.resume and chosen.no_resume:
         raise click.UsageError("--resume and --no-resume exclude each other")
@@ -347,10 +360,11 @@ def _documents(chosen: _Options, facts: dict[str, Any]) -> Iterator[tuple[str, s
 def _evaluated(chosen: _Options, journal: Journal, advance: Any) -> Report:
     from ..evals.evaluate import evaluate, evaluate_endpoint
 
+    suites = chosen.suites or DEFAULT_SUITES
     shared: dict[str, Any] = {
-        "suites": chosen.suites or DEFAULT_SUITES,
+        "suites": suites,
         "settings": chosen.settings(),
-        "attacks": chosen.attack_names,
+        "attacks": chosen.attacks_on(suites),
         "aligned": _aligned(chosen.aligned),
         "gate": chosen.gate(),
         "journal": journal,

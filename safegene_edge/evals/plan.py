@@ -24,7 +24,7 @@ from .report.results import Answer, Answers, AttackResult, Cost, SuiteResult
 from .settings import BUILT_IN, CostSettings, EvalSettings, GateSettings
 
 SuiteLike: TypeAlias = str | Path | Suite
-_NO_ATTACK = ("languages",)  # a suite whose point is the wording that an attack would change
+_NO_ATTACK = "languages"  # a suite whose point is the wording that an attack would change
 
 
 class Plan:
@@ -83,9 +83,7 @@ class Plan:
     def attacked(self) -> list[Suite]:
         """The suites that attacks are tried on, cut to their limit."""
         return [
-            suite.sample(self.settings.attack_limit)
-            for suite in self.suites
-            if suite.kind == "harmful" and not suite.name.startswith(_NO_ATTACK)
+            suite.sample(self.settings.attack_limit) for suite in self.suites if _attackable(suite)
         ]
 
     @property
@@ -94,9 +92,7 @@ class Plan:
         if not self.attacks:
             return []
         harmless = [
-            suite
-            for suite in self.suites
-            if suite.kind == "harmless" and not suite.name.startswith(_NO_ATTACK)
+            suite for suite in self.suites if suite.kind == "harmless" and suite.name != _NO_ATTACK
         ]
         traps = [suite for suite in harmless if any(p.borderline for p in suite.prompts)]
         return [suite.sample(self.settings.attack_limit) for suite in (traps or harmless)[:1]]
@@ -286,3 +282,16 @@ def _load_all(suites: Iterable[str | Path | Suite]) -> list[Suite]:
     if not found:
         raise SettingError("no suite to evaluate", f"Give {' or '.join(BUILT_IN)}, or a file")
     return list(found.values())
+
+
+def attackable(suites: Iterable[SuiteLike]) -> bool:
+    """Whether attacks can be tried on any of them.
+
+    Raises:
+        SafeGeneError: one cannot be read.
+    """
+    return any(_attackable(suite) for suite in _load_all(suites))
+
+
+def _attackable(suite: Suite) -> bool:
+    return suite.kind == "harmful" and suite.name != _NO_ATTACK

@@ -50,7 +50,7 @@ def find_base(target: GGUFFile, folder: Path) -> Path:
             file = GGUFFile(path)
         except FileFormatError:
             continue
-        if file.metadata.get("general.type", "model") != "model" or path == target.path:
+        if file.metadata.get("general.type", "model") != "model" or path.samefile(target.path):
             continue
         names = {
             _plain(str(file.metadata.get(f"general.{key}", ""))) for key in ("name", "repo_url")

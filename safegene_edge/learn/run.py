@@ -158,14 +158,14 @@ class _Learning:
         file = open_model(self.files[0][0])
         layers, rank = plan(file, self.settings)
         shared = None if self.teacher_files is None else self._taught(self.teacher_files, layers)
-        targets = []
+        targets, lessons = [], []
         for files in self.files:
-            taught = shared or self._taught(files, layers)
-            targets.append(self._target(files, taught, layers))
+            lessons.append(shared or self._taught(files, layers))
+            targets.append(self._target(files, lessons[-1], layers))
         self._begin("fitting", len(layers))
         fit = Fit(targets, self.settings, rank, lanes=self.lanes, tick=self._tick)
         self._read += sum(lane.rows for lane in fit.lanes)
-        return self._gene(file, fit.run(layers), taught, family)
+        return self._gene(file, fit.run(layers), [shared] if shared else lessons, family)
 
     def with_aligned_facts(self, gene: SafetyGene, teacher: list[PathLike]) -> SafetyGene:
         """With what recalibration asks of the aligned model; the targets may be closed by now."""
@@ -233,7 +233,9 @@ class _Learning:
                 "Nothing was lost that it could bring back; give a model that refuses (--aligned)",
             )
 
-    def _gene(self, file: GGUFFile, found: Fitted, taught: Taught, family: str) -> SafetyGene:
+    def _gene(
+        self, file: GGUFFile, found: Fitted, lessons: Sequence[Taught], family: str
+    ) -> SafetyGene:
         sources = {}
         named = {"aligned": [self.teacher_files] if self.teacher_files else [],
                  "degraded": self.files}  # fmt: skip
@@ -244,9 +246,9 @@ class _Learning:
                     sources[f"{name}+{place}" if place else name] = sha256(path)
         learnt = {
             "safegene.learn.teacher": "itself" if self.teacher_files is None else "aligned",
-            "safegene.learn.system_prompt": taught.system,
-            "safegene.learn.refused": len(taught.kept),
-            "safegene.learn.asked": taught.asked,
+            "safegene.learn.system_prompt": lessons[0].system,
+            "safegene.learn.refused": sum(len(taught.kept) for taught in lessons),
+            "safegene.learn.asked": sum(taught.asked for taught in lessons),
             "safegene.learn.harmless": len(self.chosen.harmless) + len(self.chosen.tasks),
             "safegene.learn.tokens_read": self._read,
             **{f"safegene.learn.{key}": value
@@ -256,7 +258,9 @@ class _Learning:
             file.architecture, 0.0, found.pairs, {key: v for key, v in learnt.items() if v != ""},
             family=family or file.text("general.name", "") or file.path.stem,
             sources=sources, scores=found.scores,
-            refusal_openers=refusal_openers(taught.answers), tokenizer=tokenizer_digest(file),
+            refusal_openers=refusal_openers(
+                [answer for taught in lessons for answer in taught.answers]
+            ), tokenizer=tokenizer_digest(file),
         )  # fmt: skip
 
     def _begin(self, what: str, total: int) -> None:

@@ -32,7 +32,7 @@ from ..runtime.chat import require_chat
 from ..runtime.llama import SafeLlama
 from ..runtime.refusal_margin import Openers, refusal_loss
 from .aligned import AlignedModel
-from .examples import Examples
+from .examples import Examples, compared
 from .guard import GuardThreshold, measured
 from .reading import Asked, Reader, Reading, Values, context_for
 from .search import Bounds, between, finest, mean, objective, search
@@ -44,7 +44,7 @@ _ORDERED = 0.6
 _KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
 _SURE = 0.005  # of a loss, where half of the examples show it
-_LOWERED = 2  # times, at most, that a strength is lowered for the validation's over-refusals
+_LOWERED = 5  # times, at most, that a strength is lowered for the validation's over-refusals
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ def recalibrate(
     """
     settings, examples = settings or RecalibrationSettings(), examples or Examples.shipped()
     validation = validation or _others(Examples.shipped("validation"), examples)
+    _require_apart(examples, validation)
     require_fit(gene, open_model(target))
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(str(target), n_ctx=512))
@@ -217,11 +218,26 @@ def recalibrate(
         return work.run(sha256(target))
 
 
+def _require_apart(examples: Examples, validation: Examples) -> None:
+    """What the result is counted on, the fit has not seen, under any label."""
+    shared = _seen(examples) & _seen(validation)
+    if shared:
+        raise SettingError(
+            f"{len(shared)} examples are in the fit and in the validation, such as "
+            f"'{min(shared)[:60]}'",
+            "Give each once",
+        )
+
+
+def _seen(examples: Examples) -> set[str]:
+    return {compared(prompt) for prompt in (*examples.harmful, *examples.harmless)}
+
+
 def _others(validation: Examples, examples: Examples) -> Examples:
     """Validation examples that no fit on `examples` can see."""
-    seen = {prompt.messages for prompt in (*examples.harmful, *examples.harmless)}
+    seen = _seen(examples)
     harmful, harmless = (
-        tuple(prompt for prompt in kind if prompt.messages not in seen)
+        tuple(prompt for prompt in kind if compared(prompt) not in seen)
         for kind in (validation.harmful, validation.harmless)
     )
     if not (harmful and harmless):
@@ -377,6 +393,8 @@ class _Work:
                 raise _too_many(broken[0], own, margins, strength)
             strength *= share
             margins = self.other.over_refusals(strength)
+        if broken := beyond(margins):
+            raise _too_many(broken[0], own, margins, strength)
         self._tick()
         return strength, own, margins
 

@@ -212,6 +212,8 @@ def paired_note(suite: Json) -> str:
         text += f" (95 % interval {signed(low)} to {signed(high)})"
     p = mcnemar(found["only_before"], found["only_after"])[1]
     text += f"; McNemar {p_value(p)}, n = {found['n']}"
+    if (back := (found.get("recovered") or {}).get("share")) is not None:
+        text += f"; {back:.0%} of what was lost against the aligned model came back"
     return text + (f"; {found['note']}" if found.get("note") else "")
 
 

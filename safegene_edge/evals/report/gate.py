@@ -8,7 +8,7 @@ An answer that could not be scored counts against the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 State: TypeAlias = Literal["met", "missed", "undecided"]
 _FEWEST = 10  # items below which a bootstrap's interval is too narrow to decide by
+_NOTHING = "not measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,10 @@ class Figure:
         what: what was measured.
         shown: the figure with its interval, as a reader expects it.
         value: None where nothing was measured.
-        interval: 95 %; None where there are too few items for one.
+        interval: 95 %; None where there is none.
         n: prompts or questions.
         narrows: how the interval narrows with n: as Wilson's, with n's root, or with n.
+        fewest: items from which on the interval decides.
     """
 
     what: str
@@ -43,6 +45,12 @@ class Figure:
     interval: tuple[float, float] | None
     n: int
     narrows: Literal["wilson", "root", "n"] = "root"
+    fewest: int = 0
+
+    @property
+    def trusted(self) -> tuple[float, float] | None:
+        """The interval; None where it was resampled from too few items."""
+        return self.interval if self.n >= self.fewest else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +109,10 @@ def _thresholds(report: Json, settings: GateSettings) -> Iterator[Threshold]:
         ("max_task_drop", settings.max_task_drop, "accuracy, ", _drop),
     ):
         if limit is not None:
-            for cost in report.get("costs") or ():
-                if cost["name"].startswith(start):
-                    yield at_most(name, limit, figure(cost), by)
+            costs = report.get("costs") or ()
+            found = [figure(cost) for cost in costs if cost["name"].startswith(start)]
+            for one in found or [Figure(start.rstrip(", "), _NOTHING, None, None, 0)]:
+                yield at_most(name, limit, one, by)
 
 
 # -- figures ------------------------------------------------------------------
@@ -129,37 +138,31 @@ def _share(report: Json, kind: Kind) -> Figure:
 
 def _kl(cost: Json) -> Figure:
     value, n = cost["after"], cost.get("n") or 0
-    interval = _trusted(cost.get("interval"), n)
     if value is None:
-        return Figure(cost["name"], "not measured", None, None, n)
-    between = "" if interval is None else f", {interval[0]:.3g}–{interval[1]:.3g}"
+        return Figure(cost["name"], _NOTHING, None, None, n)
+    low, high = cost.get("interval") or (0.0, math.inf)
+    between = f", {low:.3g}–{high:.3g}" if n >= _FEWEST else ""
     shown = f"{value:.3g} {cost.get('unit', '')} (n = {n}{between})"
-    return Figure(cost["name"], shown, value, interval, n)
+    return Figure(cost["name"], shown, value, (low, high), n, fewest=_FEWEST)
 
 
 def _drop(cost: Json) -> Figure:
     """What an accuracy loses: the change with its sign turned."""
     what, n = f"loss of {cost['name']}", cost.get("n") or 0
     if cost["before"] is None or cost["after"] is None:
-        return Figure(what, "not measured", None, None, n)
+        return Figure(what, _NOTHING, None, None, n)
     low, high = cost.get("interval") or (-1.0, 1.0)
     return difference(what, cost["before"] - cost["after"], (-high, -low), n)
 
 
 def difference(what: str, value: float, interval: tuple[float, float], n: int) -> Figure:
-    """A difference of two shares of the same n prompts."""
+    """A difference of two shares of the same n prompts; nothing was measured of none."""
+    if not n:
+        return Figure(what, _NOTHING, None, None, n)
     low, high = map(findings.signed, interval)
     shown = f"{findings.signed(value)} points ({low} to {high}, n = {n})"
     same = value == 0 and math.isclose(interval[1], wilson(0, n)[1])  # no pair differs
-    return Figure(what, shown, value, _trusted(interval, n), n, "n" if same else "root")
-
-
-def _trusted(interval: Sequence[float] | None, n: int) -> tuple[float, float] | None:
-    """The interval; None where it was resampled from too few items."""
-    if interval is None or n < _FEWEST:
-        return None
-    low, high = interval
-    return low, high
+    return Figure(what, shown, value, interval, n, "n" if same else "root")
 
 
 # -- decisions ----------------------------------------------------------------
@@ -181,13 +184,13 @@ def _held(name: str, limit: float, figure: Figure, by: By, sign: int) -> Thresho
     text = f"{figure.what}: {figure.shown}; {'at least' if sign > 0 else 'at most'} {limit:g} asked"
     if state == "undecided":
         text += f"; {_remedy(figure, needed)}"
-    return Threshold(name, limit, figure.value, figure.interval, figure.n, state, needed, text)
+    return Threshold(name, limit, figure.value, figure.trusted, figure.n, state, needed, text)
 
 
 def _state(limit: float, figure: Figure, by: By, sign: int) -> State:
     if figure.value is None:
         return "undecided"
-    ends = (figure.value, figure.value) if by == "estimate" else figure.interval
+    ends = (figure.value, figure.value) if by == "estimate" else figure.trusted
     if ends is None:
         return "undecided"
     worst, best = sorted(sign * end for end in ends)
@@ -213,9 +216,12 @@ def _needed(limit: float, figure: Figure) -> int | None:
     if figure.value is None or figure.value == limit:
         return None
     if figure.interval is None:
-        return _FEWEST
+        return None
     margin, (low, high) = abs(figure.value - limit), figure.interval
     if figure.narrows == "wilson":
         return math.ceil(Z_95**2 * limit * (1 - limit) / margin**2)
     half = high - figure.value if limit > figure.value else figure.value - low
-    return math.ceil(figure.n * (half / margin) ** (1 if figure.narrows == "n" else 2))
+    if figure.narrows == "n":  # Wilson's bound of none of n, z² / (n + z²)
+        return math.ceil(Z_95**2 * (1 - margin) / margin)
+    found = figure.n * (half / margin) ** 2
+    return max(figure.fewest, math.ceil(found)) if math.isfinite(found) else figure.fewest

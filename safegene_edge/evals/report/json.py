@@ -35,7 +35,8 @@ def report_json(found: Evaluation) -> dict[str, Any]:
 
 
 def _whole_suite_json(found: Evaluation, result: SuiteResult) -> dict[str, Any]:
-    aligned = found.aligned.get((result.suite.name, result.suite.version))
+    suite = result.suite
+    aligned = found.aligned.get((suite.name, suite.version or suite.sha256))
     facts = _suite_json(result, found.settings.include_completions)
     paired = paired_json(result, aligned)
     return facts if paired is None else {**facts, "paired": paired}
@@ -183,9 +184,14 @@ def paired_json(
 
 
 def aligned_labels(facts: Mapping[str, Any]) -> AlignedLabels:
-    """The "before" labels of a report on the aligned model, for the recovered share."""
+    """The "before" labels of a report on the aligned model, for the recovered share.
+
+    By suite: its name, and its version, or, of a user's own, which has none, its hash.
+    """
     return {
-        (suite["name"], suite.get("version", "")): _labels_by_id(suite.get("prompts", ()))
+        (suite["name"], suite.get("version") or suite["sha256"]): _labels_by_id(
+            suite.get("prompts", ())
+        )
         for suite in facts["suites"]
     }
 

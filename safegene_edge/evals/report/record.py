@@ -82,7 +82,7 @@ def result_sha256(report: Json) -> str:
 def record_for(report: Json) -> dict[str, Any]:
     """The report's `record`; `report` holds everything else.
 
-    Greedy decoding takes no seed; the bootstrap of the paired differences takes 0.
+    Greedy decoding takes no seed; the bootstraps take 0.
     """
     record: dict[str, Any] = {
         "decoding": "greedy",
@@ -227,10 +227,16 @@ def _adapters(recorded: list[Json], paths: list[PathLike]) -> list[Check]:
 def _suites(report: Json, paths: list[PathLike]) -> list[Check]:
     names = [suite["name"] for suite in report["suites"]]
     built_in = [n for n in BUILT_IN if any(name.startswith(n) for name in names)]
-    given = [suite for source in (*built_in, *paths) for suite in load_suite(str(source))]
-    known = {suite.name: suite for suite in given}
+    given = [suite for path in paths for suite in load_suite(str(path))]
+    known = {suite.name: suite for name in built_in for suite in load_suite(name)}
+    known |= {suite.name: suite for suite in given}
     limit = report["settings"].get("limit")
-    return [_suite(recorded, known.get(recorded["name"]), limit) for recorded in report["suites"]]
+    foreign = [suite.name for suite in given if suite.name not in names]
+    return [
+        *(_suite(recorded, known.get(recorded["name"]), limit) for recorded in report["suites"]),
+        *(Check(f"suite {name}", "differs", "no suite of the report has this name")
+          for name in foreign),
+    ]  # fmt: skip
 
 
 def _suite(recorded: Json, suite: Suite | None, limit: int | None) -> Check:
