@@ -30,8 +30,8 @@ class LearnSettings:
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones; by default
             64, or 128 where a model teaches itself.
         tokens: Tokens of each answer that are learnt from.
-        budget: Parameters at most where no rank is given, and never more than 1 % of the model's; a
-            rank of 1 is the least.
+        budget: Parameters at most, or 1 % of the model's if that is less, where no rank is given;
+            rank 1 is the least.
         threads: Contexts that run side by side; by default the machine's physical cores.
     """
 
