@@ -140,10 +140,11 @@ def _kl(cost: Json) -> Figure:
     value, n = cost["after"], cost.get("n") or 0
     if value is None:
         return Figure(cost["name"], _NOTHING, None, None, n)
-    low, high = cost.get("interval") or (0.0, math.inf)
-    between = f", {low:.3g}–{high:.3g}" if n >= _FEWEST else ""
+    given = cost.get("interval")
+    interval = None if given is None else (given[0], given[1])
+    between = f", {interval[0]:.3g}–{interval[1]:.3g}" if interval and n >= _FEWEST else ""
     shown = f"{value:.3g} {cost.get('unit', '')} (n = {n}{between})"
-    return Figure(cost["name"], shown, value, (low, high), n, fewest=_FEWEST)
+    return Figure(cost["name"], shown, value, interval, n, fewest=_FEWEST)
 
 
 def _drop(cost: Json) -> Figure:
@@ -216,12 +217,11 @@ def _needed(limit: float, figure: Figure) -> int | None:
     if figure.value is None or figure.value == limit:
         return None
     if figure.interval is None:
-        return None
+        return figure.fewest or None
     margin, (low, high) = abs(figure.value - limit), figure.interval
     if figure.narrows == "wilson":
         return math.ceil(Z_95**2 * limit * (1 - limit) / margin**2)
     half = high - figure.value if limit > figure.value else figure.value - low
     if figure.narrows == "n":  # Wilson's bound of none of n, z² / (n + z²)
         return math.ceil(Z_95**2 * (1 - margin) / margin)
-    found = figure.n * (half / margin) ** 2
-    return max(figure.fewest, math.ceil(found)) if math.isfinite(found) else figure.fewest
+    return max(figure.fewest, math.ceil(figure.n * (half / margin) ** 2))
