@@ -272,7 +272,8 @@ def text_of(cells: dict[str, Any]) -> str:
         f"{long['looked_at']} were long enough to be looked at, and the guard ended "
         f"{Count(long['ended'], long['prompts'])}.\n\n"
         f"{table(speeds, costs)}\n"
-        f"Medians of {ROUNDS} rounds in turn, answers of at most {SPEED_TOKENS} tokens.\n"
+        f"Medians of {ROUNDS} rounds in turn, answers of at most {SPEED_TOKENS} tokens"
+        f"{cells.get('speeds_of', '')}.\n"
     )
 
 
