@@ -24,7 +24,7 @@ from .report.results import Answer, Answers, AttackResult, Cost, SuiteResult
 from .settings import BUILT_IN, CostSettings, EvalSettings, GateSettings
 
 SuiteLike: TypeAlias = str | Path | Suite
-_NO_ATTACK = "languages"  # a suite whose point is the wording that an attack would change
+_NO_ATTACK = ("languages",)  # a suite whose point is the wording that an attack would change
 
 
 class Plan:
@@ -92,7 +92,9 @@ class Plan:
         if not self.attacks:
             return []
         harmless = [
-            suite for suite in self.suites if suite.kind == "harmless" and suite.name != _NO_ATTACK
+            suite
+            for suite in self.suites
+            if suite.kind == "harmless" and not suite.name.startswith(_NO_ATTACK)
         ]
         traps = [suite for suite in harmless if any(p.borderline for p in suite.prompts)]
         return [suite.sample(self.settings.attack_limit) for suite in (traps or harmless)[:1]]
@@ -294,4 +296,4 @@ def attackable(suites: Iterable[SuiteLike]) -> bool:
 
 
 def _attackable(suite: Suite) -> bool:
-    return suite.kind == "harmful" and suite.name != _NO_ATTACK
+    return suite.kind == "harmful" and not suite.name.startswith(_NO_ATTACK)
