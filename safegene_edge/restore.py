@@ -252,10 +252,8 @@ class _Work:
         """The folder of this very run: what others left behind is not gone on with."""
         known = gene.sha256 if isinstance(gene, SafetyGene) else str(gene and sha256(gene))
         asked = [p if isinstance(p, str) else list(p.messages) for p in self.task]
-        models = [self.inputs[0], *teacher[:1]]  # the others are adapters, of one file each
         key = fingerprint(
-            [sha256(path) for path in (*self.inputs, *teacher)],
-            [model_hashes(model) for model in models], len(teacher), known, asked,
+            _hashes(self.inputs), _hashes(teacher), known, asked,
             self.merged, self.limit, asdict(self.settings), asdict(learning),
             versions(), judge_sha256(),
         )  # fmt: skip
@@ -390,6 +388,11 @@ def _json_of(kept: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FileFormatError(f"{kept}: is not JSON ({error})", "Delete its folder") from error
     return facts
+
+
+def _hashes(files: Sequence[PathLike]) -> list[str]:
+    """Of a model and its adapters; a model may be split, an adapter is one file."""
+    return [*(model_hashes(files[0]) if files else ()), *map(sha256, files[1:])]
 
 
 def _is(note: Path, key: str) -> bool:

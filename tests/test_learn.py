@@ -479,6 +479,10 @@ def test_the_base_that_a_fine_tune_names_is_found(tiny: Callable[..., Any], tmp_
     assert find_base(target, folder).name in ("a.gguf", "b.gguf")
     own = changed(path, tmp_path, **named, **{"general.file_type": 0})
     assert find_base(GGUFFile(own), folder) == folder / "b.gguf"
+    (folder / "link.gguf").symlink_to(own)  # the target itself, under another name
+    itself = GGUFFile(changed(path, tmp_path, **named, **{"general.name": "Tiny Chat 1B"}))
+    assert find_base(itself, folder) != folder / "link.gguf"
+    (folder / "link.gguf").unlink()
     with pytest.raises(MismatchError, match="does not say what it was made from"):
         find_base(GGUFFile(path), folder)
     with pytest.raises(NoEffectError, match=r"b\.gguf: refuses only 0 of 16"):

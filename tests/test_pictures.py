@@ -16,7 +16,7 @@ from safegene_edge.evals.report import findings, pictures
 from safegene_edge.evals.statistics import Count
 from safegene_edge.gene import SHIPPED, SafetyGene
 from safegene_edge.portfolio import PortfolioRow, picture
-from safegene_edge.recalibrate.fit import Point
+from safegene_edge.recalibrate.results import Point
 
 SVG = "{http://www.w3.org/2000/svg}"
 POINTS = [Point((0.0,), 4.0, 0.0), Point((1.0,), 2.0, 0.05), Point((2.0,), 1.0, 0.5)]

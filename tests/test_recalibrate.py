@@ -684,6 +684,24 @@ def test_a_gene_that_over_refuses_at_any_strength_is_refused(tiny, monkeypatch):
                     settings=replace(WIDE, over_refusal=0.7))  # fmt: skip
 
 
+def test_a_strength_that_over_refuses_however_often_it_is_lowered_is_refused(tiny, monkeypatch):
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    read: list[float] = []
+
+    def over_refusals(self, at):
+        read.append(at)
+        return np.array([1.0 if at else -1.0])  # as if the next half would do
+
+    monkeypatch.setattr(Reader, "over_refusals", over_refusals)
+    monkeypatch.setattr(fit._Work, "_bounds", lambda *_: FREE)
+    monkeypatch.setattr(Bounds, "broken", lambda *_: [])
+    with pytest.raises(NoEffectError, match="any strength refuses too many"):
+        recalibrate(model, gene, examples, validation=OTHERS,
+                    settings=replace(WIDE, over_refusal=0.03))  # fmt: skip
+    assert len(set(read)) == 2 + fit._LOWERED  # 0, the strength, and each one lowered
+
+
 @pytest.mark.parametrize("anyway", [False, True])
 def test_where_nothing_was_lost_every_strength_is_zero(tiny, tmp_path, anyway):
     model = tiny("llama").gguf_path

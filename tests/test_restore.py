@@ -22,7 +22,7 @@ from safegene_edge.learn import LearnSettings, teachers
 from safegene_edge.learn.run import _Learning
 from safegene_edge.prompts import Prompt
 from safegene_edge.recalibrate import Bounds, Recalibration
-from safegene_edge.recalibrate.fit import Point, Shares, Validation
+from safegene_edge.recalibrate.results import Point, Shares, Validation
 
 LEARNING = LearnSettings(prompts=20, rank=2)
 OUTPUTS = ("safe.gguf", "safe.gene.gguf", "safe.report.json", "safe.report.html")

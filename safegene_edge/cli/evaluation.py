@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from click.core import ParameterSource
 
 from ..errors import SettingError, command
 from ..evals.settings import (
@@ -33,6 +32,7 @@ from .options import (
     default_of,
     examples,
     file_option,
+    require_used,
     say_next,
     setting,
     with_adapters,
@@ -295,24 +295,19 @@ def evaluate_model(**options: Any) -> None:
 
 def _require_used(chosen: _Options) -> None:
     """UsageError for an option that was given, and that nothing would look at."""
-    source = click.get_current_context().get_parameter_source
-    gate = chosen.gate()
-    wanted = {
+    if chosen.resume and chosen.no_resume:
+        raise click.UsageError("--resume and --no-resume exclude each other")
+    wanted: dict[str, tuple[object, tuple[str, ...]]] = {
         "--endpoint": (chosen.endpoint, ("timeout", "concurrency", "api_key_env")),
         "--attack": (chosen.attacks, ("attack_limit", "guard")),
         "--gene": (chosen.gene, ("guard",)),
-        "a threshold": (gate.asks, ("by",)),
+        "a threshold": (chosen.gate().asks, ("by",)),
         "--gene or a second server": (
             chosen.gene or chosen.endpoint_after or chosen.model_name_after,
             ("aligned",),
         ),
     }
-    if chosen.resume and chosen.no_resume:
-        raise click.UsageError("--resume and --no-resume exclude each other")
-    for needed, (there, names) in wanted.items():
-        for name in () if there else names:
-            if source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name.replace('_', '-')} goes with {needed}")
+    require_used(wanted)
 
 
 def _after(chosen: _Options) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from ..files import PathLike
@@ -112,6 +113,19 @@ def examples(*lines: str) -> str:
     """A command's `epilog`: how it is typed. Each line follows "safegene-edge"."""
     typed = (f"  safegene-edge {line}" for line in lines)
     return "\n".join(("\b", "Examples:", *typed))
+
+
+def require_used(wanted: Mapping[str, tuple[object, Iterable[str]]]) -> None:
+    """UsageError for an option that was given, and that nothing would look at.
+
+    Args:
+        wanted: by what options go with: whether it is there, and their names as parameters.
+    """
+    source = click.get_current_context().get_parameter_source
+    for needed, (there, names) in wanted.items():
+        for name in () if there else names:
+            if source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name.replace('_', '-')} goes with {needed}")
 
 
 def say_next(*steps: str) -> None:

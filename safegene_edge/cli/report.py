@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import click
-from click.core import ParameterSource
 
 from ..errors import command
 from ..evals.settings import By, GateSettings
-from .options import FILE, HelpGroup, Number, examples, file_option, say_next, setting
+from .options import FILE, HelpGroup, Number, examples, file_option, require_used, say_next, setting
 
 if TYPE_CHECKING:
     from ..evals.report.compare import Comparison
@@ -145,11 +144,7 @@ def compare(first: str, second: str, no_worse: bool, margin: float, by: By, as_j
     from ..evals.report.schema import read_report
     from .evaluation import end_by
 
-    if not no_worse:
-        source = click.get_current_context().get_parameter_source
-        for name in ("margin", "by"):
-            if source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name} goes with --no-worse")
+    require_used({"--no-worse": (no_worse, ("margin", "by"))})
     a, b = read_report(first), read_report(second)
     found = comparing.compare(a, b)
     gate = comparing.no_worse(a, b, margin, by) if no_worse else None

@@ -1,6 +1,7 @@
 """A gene's strength in each layer, found for one model from a few examples.
 
 fit             `recalibrate`: is anything lost, the bounds, the choice, the validation
+results         what it found
 search          the strengths that are read
 reading         what the target says at one strength
 aligned         what is known of the aligned model
@@ -18,12 +19,12 @@ from .._lazy import LazyPackage
 if TYPE_CHECKING:
     from .examples import PARTS as PARTS
     from .examples import Examples as Examples
-    from .fit import Point as Point
-    from .fit import Recalibration as Recalibration
-    from .fit import Shares as Shares
-    from .fit import Validation as Validation
     from .fit import recalibrate as recalibrate
     from .guard import GuardThreshold as GuardThreshold
+    from .results import Point as Point
+    from .results import Recalibration as Recalibration
+    from .results import Shares as Shares
+    from .results import Validation as Validation
     from .search import Bounds as Bounds
     from .settings import RecalibrationSettings as RecalibrationSettings
 
@@ -32,11 +33,11 @@ _HOMES = {
     "Examples": "examples",
     "GuardThreshold": "guard",
     "PARTS": "examples",
-    "Point": "fit",
-    "Recalibration": "fit",
+    "Point": "results",
+    "Recalibration": "results",
     "RecalibrationSettings": "settings",
-    "Shares": "fit",
-    "Validation": "fit",
+    "Shares": "results",
+    "Validation": "results",
     "recalibrate": "fit",
 }
 __all__ = sorted(_HOMES)

@@ -112,6 +112,29 @@ class Examples:
             tuple(prompt for part in parts for prompt in part.harmless),
         )
 
+    def without(self, others: Examples) -> Examples:
+        """Those that are not among others, under either label.
+
+        Raises:
+            SettingError: of a kind none is left.
+        """
+        seen = others.seen
+        harmful, harmless = (
+            tuple(prompt for prompt in kind if compared(prompt) not in seen)
+            for kind in (self.harmful, self.harmless)
+        )
+        if not (harmful and harmless):
+            raise SettingError(
+                "the examples hold all shipped ones that the result is counted on",
+                "Give others for the validation",
+            )
+        return Examples(harmful, harmless)
+
+    @property
+    def seen(self) -> set[str]:
+        """The harmful and harmless prompts as they are compared."""
+        return {compared(prompt) for prompt in (*self.harmful, *self.harmless)}
+
     @property
     def digest(self) -> str:
         """SHA-256 of the harmful and harmless prompts, in hexadecimal."""
@@ -122,6 +145,20 @@ class Examples:
 def compared(prompt: Prompt) -> str:
     """A prompt's text, whatever its case and spaces."""
     return " ".join(" ".join(text for _, text in prompt.messages).lower().split())
+
+
+def require_apart(fit: Examples, validation: Examples) -> None:
+    """What the result is counted on, the fit has not seen, under either label.
+
+    Raises:
+        SettingError: a prompt is in both.
+    """
+    if shared := fit.seen & validation.seen:
+        raise SettingError(
+            f"{len(shared)} examples are in the fit and in the validation, such as "
+            f"'{min(shared)[:60]}'",
+            "Give each once",
+        )
 
 
 def _checked(kind: str, prompts: tuple[Prompt, ...]) -> set[str]:

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from ..compat import open_model, require_fit
-from ..errors import FileFormatError, NoEffectError, SettingError
+from ..errors import NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import Expression, SafetyGene, require_distinct
 from ..prompts import FORMS, Prompt
@@ -32,10 +31,11 @@ from ..runtime.chat import require_chat
 from ..runtime.llama import SafeLlama
 from ..runtime.refusal_margin import Openers, refusal_loss
 from .aligned import AlignedModel
-from .examples import Examples, compared
-from .guard import GuardThreshold, measured
+from .examples import Examples, require_apart
+from .guard import measured
 from .reading import Asked, Reader, Reading, Values, context_for
-from .search import Bounds, between, finest, mean, objective, search
+from .results import Point, Recalibration, Shares, Validation
+from .search import Bounds, between, finest, objective, search
 from .settings import RecalibrationSettings
 
 # Of the pairs of a harmful and a harmless example; see design/recalibration.md.
@@ -45,137 +45,6 @@ _KL, _UNKNOWN, _PER_REFUSAL = 0.2, 0.02, 0.25
 _LEAST = 0.01  # of the refusal loss: less is no gain
 _SURE = 0.005  # of a loss, where half of the examples show it
 _LOWERED = 5  # times, at most, that a strength is lowered for the validation's over-refusals
-
-
-@dataclass(frozen=True)
-class Point:
-    """What one strength gives on the examples of the fit.
-
-    Attributes:
-        coefficients: a layer's each, in the layers' order.
-        refusal_loss: smoothed share of harmful examples that are not refused, 0 to 1.
-        kl: KL divergence on the harmless ones, in nats a token.
-        over_refusal: smoothed share of the harmless ones that are refused, 0 to 1.
-        task_kl: KL divergence on the task's prompts, in nats a token; None without any.
-    """
-
-    coefficients: tuple[float, ...]
-    refusal_loss: float
-    kl: float
-    over_refusal: float = 0.0
-    task_kl: float | None = None
-
-    @classmethod
-    def of(cls, reading: Reading, coefficients: tuple[float, ...]) -> Point:
-        """The means of a reading."""
-        task = mean(reading.task_kl) if reading.task_kl.size else None
-        over = 1 - refusal_loss(reading.harmless)
-        return cls(coefficients, refusal_loss(reading.harmful), mean(reading.kl), over, task)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How many examples open with a refusal, of `total`.
-
-    Attributes:
-        before, after: without the gene and with it.
-        aligned: by the aligned model; None where that is unknown.
-    """
-
-    total: int
-    before: int
-    after: int
-    aligned: int | None = None
-
-    def __str__(self) -> str:
-        aligned = "" if self.aligned is None else f", aligned model {self.aligned}"
-        return f"{self.before} → {self.after} of {self.total}{aligned}"
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What the gene does to examples that the fit never saw.
-
-    Attributes:
-        refused, over_refused: of the harmful and of the harmless ones.
-        by_form: the same counts of each form that the prompts name.
-    """
-
-    refused: Shares
-    over_refused: Shares
-    by_form: Mapping[str, tuple[Shares, Shares]]
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """What a recalibration found.
-
-    Attributes:
-        expression: the coefficients, for `SafetyGene.express`; zeros where nothing was lost.
-        point: what they give on the examples of the fit, linear between two points of `curve`.
-        curve: every point that was read on all of them; the first is the target without the gene.
-        bounds: what the points were held to; None where nothing was lost.
-        validation: counts on other examples; None where nothing was lost.
-        nothing_lost: whether the target refuses as much as the aligned model does, but for chance,
-            so that no strength was looked for.
-        guard: from which margin on a guard ends an answer; None where no guard can look.
-    """
-
-    expression: Expression
-    point: Point
-    curve: tuple[Point, ...]
-    bounds: Bounds | None = None
-    validation: Validation | None = None
-    nothing_lost: bool = False
-    guard: GuardThreshold | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "coefficients": dict(self.expression.coefficients),
-            "gene": self.expression.gene,
-            "target": self.expression.target,
-            "nothing_lost": self.nothing_lost,
-            "bounds": asdict(self.bounds) if self.bounds else None,
-            "point": asdict(self.point),
-            "curve": [asdict(point) for point in self.curve],
-            "validation": asdict(self.validation) if self.validation else None,
-            "guard": asdict(self.guard) if self.guard else None,
-        }
-
-    @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> Recalibration:
-        """What `to_json` gave.
-
-        Raises:
-            FileFormatError: it is something else.
-        """
-        try:
-            layers = {int(layer): float(value) for layer, value in facts["coefficients"].items()}
-            bounds, counted = facts["bounds"], facts["validation"]
-            guard = GuardThreshold(**facts["guard"]) if facts.get("guard") else None
-            threshold = guard.threshold if guard else None
-            return cls(
-                Expression(layers, facts["gene"], facts["target"], threshold),
-                _point(facts["point"]),
-                tuple(_point(point) for point in facts["curve"]),
-                Bounds(**bounds) if bounds else None,
-                _validation(counted) if counted else None,
-                bool(facts["nothing_lost"]),
-                guard,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileFormatError(f"not a recalibration ({error!r})") from error
-
-
-def _point(facts: Mapping[str, Any]) -> Point:
-    return Point(**{**facts, "coefficients": tuple(facts["coefficients"])})
-
-
-def _validation(facts: Mapping[str, Any]) -> Validation:
-    by_form = {form: (Shares(**one), Shares(**other))
-               for form, (one, other) in facts["by_form"].items()}  # fmt: skip
-    return Validation(Shares(**facts["refused"]), Shares(**facts["over_refused"]), by_form)
 
 
 def recalibrate(
@@ -205,8 +74,8 @@ def recalibrate(
         NoEffectError: no strength within the bounds lowers the refusal loss.
     """
     settings, examples = settings or RecalibrationSettings(), examples or Examples.shipped()
-    validation = validation or _others(Examples.shipped("validation"), examples)
-    _require_apart(examples, validation)
+    validation = validation or Examples.shipped("validation").without(examples)
+    require_apart(examples, validation)
     require_fit(gene, open_model(target))
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(str(target), n_ctx=512))
@@ -216,36 +85,6 @@ def recalibrate(
         fit, other = _readers(stack, llama, gene, (examples, validation), settings)
         work = _Work(gene, examples, validation, fit, other, settings, progress)
         return work.run(sha256(target))
-
-
-def _require_apart(examples: Examples, validation: Examples) -> None:
-    """What the result is counted on, the fit has not seen, under any label."""
-    shared = _seen(examples) & _seen(validation)
-    if shared:
-        raise SettingError(
-            f"{len(shared)} examples are in the fit and in the validation, such as "
-            f"'{min(shared)[:60]}'",
-            "Give each once",
-        )
-
-
-def _seen(examples: Examples) -> set[str]:
-    return {compared(prompt) for prompt in (*examples.harmful, *examples.harmless)}
-
-
-def _others(validation: Examples, examples: Examples) -> Examples:
-    """Validation examples that no fit on `examples` can see."""
-    seen = _seen(examples)
-    harmful, harmless = (
-        tuple(prompt for prompt in kind if compared(prompt) not in seen)
-        for kind in (validation.harmful, validation.harmless)
-    )
-    if not (harmful and harmless):
-        raise SettingError(
-            "the examples hold all shipped ones that the result is counted on",
-            "Give others for the validation",
-        )
-    return Examples(harmful, harmless)
 
 
 def _readers(
@@ -382,19 +221,16 @@ class _Work:
         def beyond(margins: Values) -> list[tuple[npt.NDArray[np.bool_], float]]:
             return [(of, most) for of, most in limits if (margins[of] > 0).sum() > most]
 
-        margins = self.other.over_refusals(strength)
-        for _ in range(_LOWERED):
+        margins, shares = self.other.over_refusals(strength), np.linspace(0, 0.95, 20)
+        for left in reversed(range(_LOWERED + 1)):
             if not (broken := beyond(margins)):
                 break
             # Linear, as in the search.
-            shares = np.linspace(0, 0.95, 20)
             share = max(share for share in shares if not beyond(own + share * (margins - own)))
-            if not share:
+            if not (share and left):
                 raise _too_many(broken[0], own, margins, strength)
             strength *= share
             margins = self.other.over_refusals(strength)
-        if broken := beyond(margins):
-            raise _too_many(broken[0], own, margins, strength)
         self._tick()
         return strength, own, margins
 

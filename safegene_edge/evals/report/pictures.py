@@ -18,7 +18,7 @@ from .findings import MEASURE, Json, Outcome
 from .markup import Markup, join, tag
 
 if TYPE_CHECKING:
-    from ...recalibrate.fit import Point
+    from ...recalibrate.results import Point
 
 _WIDTH, _EDGE, _TITLE, _HEADING = 720, 24, 48, 34  # pixels
 _COLOUR = re.compile(r"--([\w-]+): light-dark\((#\w+), (#\w+)\)")

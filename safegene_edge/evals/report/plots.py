@@ -17,7 +17,7 @@ from .findings import Outcome, shortened
 from .markup import Markup, escape, join, tag
 
 if TYPE_CHECKING:
-    from ...recalibrate.fit import Point
+    from ...recalibrate.results import Point
 
 _TICKS = (0, 25, 50, 75, 100)
 _RADIUS = 5
