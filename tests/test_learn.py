@@ -374,6 +374,23 @@ def test_a_teacher_must_refuse_more_than_the_target(
         learn([path], path, settings=FEW)
 
 
+def test_where_a_few_prompts_show_no_loss_all_are_asked(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def share(engine: Engine, tried: Sequence[Any], scales: Any) -> float:
+        asked.append(len(tried))
+        return 1.0 if len(tried) == teachers.TRIED else 0.9
+
+    monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
+    monkeypatch.setattr(sys.modules["safegene_edge.learn.run"], "share_refused", share)
+    monkeypatch.setattr(_Learning, "with_aligned_facts", lambda self, gene, teacher: gene)
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    assert learn([path], path, settings=LearnSettings(prompts=32, rank=2)).layers
+    assert asked == [teachers.TRIED, 32]
+
+
 def test_a_base_model_and_a_template_without_system_prompts_are_named(
     tiny: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -345,6 +345,9 @@ def test_rows_of_a_file_may_be_kept_for_the_validation(tmp_path):
     file.write_text(json.dumps({"kind": "harmful", "prompt": "a", "part": "other"}))
     with pytest.raises(FileFormatError, match="line 1"):
         Examples.load(file)
+    file.write_text(json.dumps({"kind": "task", "prompt": "a", "part": "validation"}))
+    with pytest.raises(SettingError, match="1 task prompts are in the validation"):
+        Examples.load(file)
 
 
 @pytest.mark.parametrize(
@@ -700,6 +703,25 @@ def test_a_strength_that_over_refuses_however_often_it_is_lowered_is_refused(tin
         recalibrate(model, gene, examples, validation=OTHERS,
                     settings=replace(WIDE, over_refusal=0.03))  # fmt: skip
     assert len(set(read)) == 2 + fit._LOWERED  # 0, the strength, and each one lowered
+
+
+def test_a_strength_that_is_lowered_to_no_gain_is_refused(tiny, monkeypatch):
+    """Each lowering leaves a twentieth, as if the next one were enough."""
+    model = tiny("llama").gguf_path
+    gene, examples = a_pair(model)
+    read: list[float] = []
+
+    def over_refusals(self, at):
+        read.append(at)
+        return np.array([-0.06 if at == 0 else 1.0 if at > 0.01 else -0.01])
+
+    monkeypatch.setattr(Reader, "over_refusals", over_refusals)
+    monkeypatch.setattr(fit._Work, "_bounds", lambda *_: FREE)
+    monkeypatch.setattr(Bounds, "broken", lambda *_: [])
+    with pytest.raises(NoEffectError, match=r"leave a strength of 0\.00, which does not raise"):
+        recalibrate(model, gene, examples, validation=OTHERS,
+                    settings=replace(WIDE, over_refusal=0.03))  # fmt: skip
+    assert 0 < min(set(read) - {0.0}) < 0.01
 
 
 @pytest.mark.parametrize("anyway", [False, True])

@@ -34,6 +34,7 @@ RUNS = {
         "restore MODEL.gguf",
         "restore none.gguf -o safe.gguf",
         "restore MODEL.gguf --aligned A.gguf --gene GENE.gguf -o safe.gguf",
+        "restore MODEL.gguf --prompts 9 --gene GENE.gguf -o safe.gguf",
     ],
     "convert": [
         "convert PEFT_DIR --base MODEL.gguf -o out.gguf",

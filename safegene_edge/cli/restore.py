@@ -87,6 +87,8 @@ def restore(
 
     if aligned and gene:
         raise click.UsageError("give --aligned or --gene, not both")
+    if prompts and gene:
+        raise click.UsageError("--prompts is of learning, and with --gene nothing is learnt")
     check_outputs((output, card), filter(None, (target, *adapter, task)))
     found = run(
         target, named(aligned), gene, output=output, adapters=adapter,

@@ -222,16 +222,18 @@ class _Learning:
         return captured
 
     def _require_lost(self, model: _Model, taught: Taught) -> None:
-        tried = self.chosen.harmful[-TRIED:]
+        """Of a few prompts, and of all where these do not show it."""
         with model.engine() as engine:
-            own = share_refused(engine, tried, model.scales)
-        aligned = sum(prompt in taught.prompts for prompt in tried) / len(tried)
-        if aligned <= own:
-            raise NoEffectError(
-                f"the aligned model refuses no more than {model.llama.model_path}: {aligned:.0%} "
-                f"and {own:.0%} of {len(tried)} harmful prompts",
-                "Nothing was lost that it could bring back; give a model that refuses (--aligned)",
-            )
+            for tried in (self.chosen.harmful[-TRIED:], self.chosen.harmful):
+                own = share_refused(engine, tried, model.scales)
+                aligned = sum(prompt in taught.prompts for prompt in tried) / len(tried)
+                if aligned > own:
+                    return
+        raise NoEffectError(
+            f"the aligned model refuses no more than {model.llama.model_path}: {aligned:.0%} "
+            f"and {own:.0%} of {len(tried)} harmful prompts",
+            "Nothing was lost that it could bring back; give a model that refuses (--aligned)",
+        )
 
     def _gene(
         self, file: GGUFFile, found: Fitted, lessons: Sequence[Taught], family: str

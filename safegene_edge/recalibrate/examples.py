@@ -78,6 +78,12 @@ class Examples:
                     f"{path}: line {number} is no example",
                     'A line is {"prompt": "…", "kind": "harmful"}, or "harmless", or "task"',
                 ) from error
+        if found["validation"]["task"]:
+            raise SettingError(
+                f"{path}: {len(found['validation']['task'])} task prompts are in the validation, "
+                "where none are counted",
+                'Leave out their "part"',
+            )
         chosen = found[part]
         if part != "fit" and not any(chosen.values()):
             return None

@@ -141,7 +141,9 @@ class _Work:
         most = bounds.most_over(between(found, strength))
         room = most - bounds.over_refusal + self.settings.over_refusal
         strength, own, margins = self._lowered(strength, room, aligned)
-        point = Point.of(between(found, strength), self._coefficients(strength))
+        chosen = between(found, strength)
+        _require_gain(without, chosen, strength)
+        point = Point.of(chosen, self._coefficients(strength))
         guard = measured(self.other, strength)
         self._tick()
         return Recalibration(
@@ -265,6 +267,17 @@ class _Work:
         none = Shares(0, 0, 0)
         by_form = {form: (harmful.get(form, none), harmless.get(form, none)) for form in forms}
         return Validation(harmful[""], harmless[""], by_form)
+
+
+def _require_gain(without: Reading, chosen: Reading, strength: float) -> None:
+    """What is left of a strength that the validation lowered still raises refusals."""
+    own, now = refusal_loss(without.harmful), refusal_loss(chosen.harmful)
+    if now > own - _LEAST:
+        raise NoEffectError(
+            f"the validation's over-refusals leave a strength of {strength:.2f}, which does not "
+            f"raise refusals: the refusal loss is {now:.3f} instead of {own:.3f}",
+            "--over-refusal (over_refusal) allows more",
+        )
 
 
 def _too_many(
