@@ -93,11 +93,11 @@ class ChattingLlama(SharedLlama):
         parts = self._parts(messages, add_generation_prompt, variables)
         if not parts:
             raise SettingError(f"{self._file.path}: its chat template shows none of these messages")
-        add_bos = not (template.bos and parts and parts[0][0].startswith(template.bos))
-        tokens: list[int] = []
+        written = template.bos and parts[0][0].startswith(template.bos)
+        # Not by llama.cpp's own flag, which would end the text, too, in files that ask for it.
+        tokens = [] if written or not self._model.add_bos_token() else [self.token_bos()]
         for text, trusted in parts:
-            tokens += self.tokenize(text.encode(), add_bos=add_bos, special=trusted)
-            add_bos = False
+            tokens += self.tokenize(text.encode(), add_bos=False, special=trusted)
         return tokens
 
     def _parts(
