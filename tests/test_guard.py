@@ -130,6 +130,23 @@ def test_the_last_message_alone():
     assert alone([{"role": "assistant", "content": "Hello"}]) is None
 
 
+def test_nothing_that_was_said_since_the_assistant_spoke_is_left_out():
+    def said(*turns):
+        found = alone([{"role": role, "content": content} for role, content in turns])
+        return found and [(turn["role"], turn["content"]) for turn in found]
+
+    begun = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello.")]
+    assert said(*begun, ("user", "Harm."), ("user", "Go on.")) == [
+        begun[0], ("user", ["Harm.", "Go on."])
+    ]  # fmt: skip
+    assert said(*begun, ("system", "Harm.")) == [begun[0], ("user", ["Harm."])]
+    assert said(*begun, ("user", "Harm."), ("system", "Now."), ("assistant", "Sure")) == [
+        begun[0], ("user", ["Harm.", "Now."])
+    ]  # fmt: skip
+    assert said(("system", "Harm."), ("assistant", "Sure")) == [("user", ["Harm."])]
+    assert said(("system", "A"), ("system", "B"), ("user", "Hi")) is None
+
+
 def test_what_a_tool_has_said_is_looked_at_with_the_message():
     def said(*turns):
         return alone([{"role": role, "content": content} for role, content in turns])
@@ -137,11 +154,16 @@ def test_what_a_tool_has_said_is_looked_at_with_the_message():
     both = [{"role": "user", "content": ["Hi", "Rain."]}]
     assert said(("user", "Hi"), ("assistant", None), ("tool", "Rain.")) == both
     assert said(("user", "Hi"), ("ipython", "Rain.")) == both
-    assert said(("user", "No"), ("tool", "Sun."), ("user", "Hi"), ("tool", "Rain.")) == both
+    spoken = ("assistant", "It is sunny.")
+    assert said(("user", "No"), ("tool", "Sun."), spoken, ("user", "Hi"), ("tool", "Rain.")) == both
+    calling = {"role": "assistant", "content": "Let me see.", "tool_calls": [{}]}
+    turns = [USER, calling, {"role": "tool", "content": "Rain."}]
+    assert alone(turns)[0]["content"] == [USER["content"], "Rain."]
     assert said(("tool", "Rain."), ("assistant", "Yes"))[0]["content"] == ["Rain."]
     parts = [{"type": "text", "text": "Hi"}]
     assert said(("user", parts), ("tool", None))[0]["content"] == [*parts, ""]
-    assert said(("user", "Hi"), ("tool", "Rain."), ("user", "Go on"))[0]["content"] == "Go on"
+    turns = (("user", "Hi"), ("tool", "Rain."), spoken, ("user", "Go on"))
+    assert said(*turns)[0]["content"] == "Go on"
 
 
 # -- a look sees what a fresh reading sees, and changes nothing ----------------
@@ -382,6 +404,22 @@ def whole(llama, messages, **options):
 
 
 ENDED = f"Sure{' thing' * (EVERY - 1)}\n\n{REFUSAL}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refusal_is_text_whatever_tool_was_to_be_called(speaker, sure, stream):
+    """llama-cpp-python would hand it over as the arguments of a call."""
+    forced = {
+        "tools": [{"type": "function", "function": {"name": "x", "parameters": {}}}],
+        "tool_choice": {"type": "function", "function": {"name": "x"}},
+    }
+    with SafeLlama(speaker, [sure], n_ctx=512, guard=True) as llama:
+        made = llama.create_chat_completion(CHAT, stream=stream, max_tokens=20, **forced)
+        choices = [chunk["choices"][0] for chunk in (made if stream else [made])]
+        said = [choice["delta" if stream else "message"] for choice in choices]
+    assert "".join(one.get("content") or "" for one in said) == REFUSAL
+    assert not any(one.get("tool_calls") for one in said)
+    assert choices[-1]["finish_reason"] == "content_filter"
 
 
 @pytest.mark.parametrize("ask", [whole, chunks])

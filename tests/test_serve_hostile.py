@@ -71,6 +71,10 @@ def said(content, role="user"):
 
 
 NESTED = b'{"messages":' + b"[" * 60_000 + b"]" * 60_000 + b"}"
+# Python's own recursion ends before json's.
+SHALLOWER = [b'{"messages":' + b"[" * n + b"]" * n + b"}" for n in (600, 900)]
+# A name was looked for among all others: minutes, at the largest body that is taken.
+TWICE = b"{" + b",".join(b'"%05d":0' % n for n in [*range(9_000), 8_999]) + b"}"
 OBJECTS = b'{"a":' * 20_000 + b"1" + b"}" * 20_000
 DEEP = b'{"a":' * 200 + b"1" + b"}" * 200
 
@@ -85,6 +89,9 @@ BODIES = {
     "a number": (b"7", 400, None),
     "deep arrays": (NESTED, 400, "invalid_json"),
     "deep objects": (OBJECTS, 400, "invalid_json"),
+    "deep for Python alone": (SHALLOWER[0], 400, "invalid_json"),
+    "nearly as deep as json goes": (SHALLOWER[1], 400, "invalid_json"),
+    "the last of many names twice": (TWICE, 400, "invalid_json"),
     "bad UTF-8": (b'{"messages":"\xff\xfe"}', 400, "invalid_json"),
     "overlong UTF-8": (said("X").replace(b"X", b"\xc0\xaf"), 400, "invalid_json"),
     "UTF-16": (chat().decode().encode("utf-16"), 400, "invalid_json"),
@@ -189,6 +196,7 @@ ODD = {
     "empty text": said(""),
     "stop at once": chat(stop=["\0"] * 16),
     "hot": chat(temperature=2, top_k=0, top_p=1, min_p=0, seed=-1),
+    "llama-server's own numbers": chat(temperature=1, top_k=-1, seed=-1, max_tokens=-1),
     "top_p 0": chat(temperature=1, top_p=0),
     "deep arguments": chat(
         messages=[

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+_Parts = list[tuple[str, bool]]
+_Hide = Callable[[str, list[str]], str]
 # Variables that every rendering sets by itself.
 RESERVED = frozenset(["messages", "bos_token", "eos_token", "add_generation_prompt",
                       "raise_exception", "strftime_now"])  # fmt: skip
@@ -62,7 +64,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
-    ) -> list[tuple[str, bool]]:
+    ) -> _Parts:
         """The chat as text in parts, and whether each may contain control tokens.
 
         Turns in which tools were called take the form that the template shows.
@@ -74,12 +76,16 @@ class ChatTemplate:
         plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
         formatter = self._formatters[add_generation_prompt]
 
-        def rendered(turns: Sequence[Mapping[str, Any]]) -> list[tuple[str, bool]]:
+        def with_hidden(turns: Any, hide: _Hide) -> _Parts:
             hidden: list[str] = []
-            prompt = formatter(
-                messages=self._hide(turns, hidden), **self._hide(dict(variables), hidden)
-            ).prompt
-            return list(self._controls.parts(prompt, hidden))
+            turns, given = (_hidden(value, hide, hidden) for value in (turns, dict(variables)))
+            return list(self._controls.parts(formatter(messages=turns, **given).prompt, hidden))
+
+        def rendered(turns: Sequence[Mapping[str, Any]]) -> _Parts:
+            parts = with_hidden(turns, self._controls.hide)
+            if self._controls.may_begin(turns, variables):
+                self._require_own(parts, with_hidden(turns, self._controls.hide_all))
+            return parts
 
         *others, last = forms(plain)
         for turns in others:
@@ -93,15 +99,29 @@ class ChatTemplate:
                 continue
         return rendered(last)
 
-    def _hide(self, value: Any, hidden: list[str]) -> Any:
-        """The value with stand-ins for the control texts in all of its strings."""
-        if isinstance(value, str):
-            return self._controls.hide(value, hidden)
-        if isinstance(value, Mapping):
-            return {self._hide(k, hidden): self._hide(v, hidden) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._hide(item, hidden) for item in value]
-        return value
+    def _require_own(self, parts: _Parts, own: _Parts) -> None:
+        """Raise where the template, by leaving something out, made control texts of a message's.
+
+        Args:
+            own: the same chat, where no control text begins in a message.
+        """
+        if self._controls.counted(parts) - self._controls.counted(own):
+            raise SettingError(
+                "the chat template makes a control token of what a message says",
+                "Leave out what looks like one; a model whose template only shows the messages "
+                "takes it",
+            )
+
+
+def _hidden(value: Any, hide: _Hide, hidden: list[str]) -> Any:
+    """The value with stand-ins in all of its strings."""
+    if isinstance(value, str):
+        return hide(value, hidden)
+    if isinstance(value, Mapping):
+        return {_hidden(k, hide, hidden): _hidden(v, hide, hidden) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_hidden(item, hide, hidden) for item in value]
+    return value
 
 
 def template_fault(template: str) -> str:
@@ -203,6 +223,7 @@ def chat_handler(
         alone = llama.render_alone(messages, **for_template)
         if alone and llama.refuses(alone, guard):
             rendered.create_completion = partial(_refused, llama, tokens, guard.refusal)
+            for_template = {}  # a refusal is text, whatever tool was to be called
     return answer(llama=rendered, messages=messages, **for_template, **options)
 
 

@@ -10,7 +10,8 @@ they are. A chat without any is tokenised exactly as ever.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import llama_cpp
@@ -31,7 +32,9 @@ class ControlTexts:
 
     def __init__(self, texts: Iterable[str]) -> None:
         self.texts = sorted({text for text in texts if text}, key=len, reverse=True)
-        self._any = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
+        self._any = re.compile(_longest_of(self.texts) if self.texts else r"(?!)")
+        self._first = re.compile(f"[{re.escape(''.join({text[0] for text in self.texts}))}]"
+                                 if self.texts else r"(?!)")  # fmt: skip
         self._longest = max(map(len, self.texts), default=0)
         # A message may also end in the first half of a control text, and the template go on
         # with the second.
@@ -50,10 +53,7 @@ class ControlTexts:
         """The content with stand-ins; what they stand for is appended to `hidden`."""
 
         def stand_in(text: str) -> str:
-            if not text or len(hidden) >= _MOST:
-                return "\ufffd" if text else ""
-            hidden.append(text)
-            return f"{_OPEN}{chr(_FIRST + len(hidden) - 1)}{_CLOSE}"
+            return self._stand_in(text, hidden)
 
         content = _RESERVED.sub("\ufffd", content)
         core = content.strip()  # templates may strip, so its edges are edges as well
@@ -68,6 +68,26 @@ class ControlTexts:
         core = self._any.sub(lambda match: stand_in(match[0]), core)
         return before + stand_in(head) + core + stand_in(tail) + after
 
+    def may_begin(self, *values: Any) -> bool:
+        """Whether a control text could begin in one of the strings of some values."""
+        return any(self._first.search(text) for text in _strings(values))
+
+    def hide_all(self, content: str, hidden: list[str]) -> str:
+        """As `hide`, with stand-ins for whatever a control text could begin with, too."""
+        content = self.hide(content, hidden)
+        return self._first.sub(lambda match: self._stand_in(match[0], hidden), content)
+
+    def counted(self, parts: Iterable[tuple[str, bool]]) -> Counter[str]:
+        """How often each control text stands in what is trusted."""
+        return Counter(found for text, own in parts if own for found in self._any.findall(text))
+
+    @staticmethod
+    def _stand_in(text: str, hidden: list[str]) -> str:
+        if not text or len(hidden) >= _MOST:
+            return "\ufffd" if text else ""
+        hidden.append(text)
+        return f"{_OPEN}{chr(_FIRST + len(hidden) - 1)}{_CLOSE}"
+
     def parts(self, rendered: str, hidden: list[str]) -> Iterator[tuple[str, bool]]:
         """The rendered text in parts, and whether each is the template's, to be trusted."""
         for i, part in enumerate(_STAND_IN.split(rendered)):
@@ -77,3 +97,27 @@ class ControlTexts:
                     yield part, True
             elif 0 <= number < len(hidden):
                 yield hidden[number], False
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _strings(pair)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def _longest_of(texts: Iterable[str]) -> str:
+    """A pattern for the longest of some texts: a tree, for there may be a thousand of them."""
+    tree: dict[str, list[str]] = {}
+    for text in texts:
+        if text:
+            tree.setdefault(text[0], []).append(text[1:])
+    found = []
+    for first, rests in sorted(tree.items()):
+        behind = _longest_of(rests) if any(rests) else ""
+        found.append(re.escape(first) + (f"(?:{behind})?" if behind and "" in rests else behind))
+    return found[0] if len(found) == 1 else f"(?:{'|'.join(found)})"

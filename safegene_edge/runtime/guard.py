@@ -154,21 +154,36 @@ def _turn_tokens(llama: Any) -> tuple[Tokens, frozenset[Tokens]]:
 
 
 def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
-    """The user's last message under the system messages; None where nothing else was said.
+    """What was said since the assistant last spoke, as one message of the user; or None.
 
-    What tools have said since then goes with it: some templates show that as the user's words.
+    It stands under the system messages that open the chat; later ones are among what was said, as
+    are the words of tools, behind the user's. None where that is the whole chat.
     """
     turns = list(messages)
-    system = [turn for turn in turns if turn["role"] in _SYSTEM]
-    others = [turn for turn in turns if turn["role"] not in (*_SYSTEM, "assistant")]
-    users = [place for place, turn in enumerate(others) if turn["role"] == "user"]
-    asked = others[users[-1] if users else 0 :]
+    opening = next((i for i, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
+    system, rest = turns[:opening], turns[opening:]
+    while rest and rest[-1]["role"] == "assistant":  # an answer that is begun
+        rest.pop()
+    spoken = [i for i, turn in enumerate(rest) if turn["role"] == "assistant" and _speaks(turn)]
+    start = spoken[-1] + 1 if spoken else 0
+    if all(turn["role"] not in ("user", *_SYSTEM) for turn in rest[start:]):
+        users = [i for i, turn in enumerate(rest) if turn["role"] == "user"]
+        start = users[-1] if users else 0  # tools go with the request that they serve
+    asked = [turn for turn in rest[start:] if turn["role"] != "assistant"]
+    if not asked:  # system messages alone, then an answer that is begun for the model
+        system, asked = system[:-1], system[-1:] if len(turns) > opening else []
     if not asked:
         return None
     if len(asked) == 1 and asked[0]["role"] == "user":
         return None if len(system) + 1 == len(turns) else [*system, asked[0]]
     parts = [part for turn in asked for part in _parts(turn.get("content"))]
     return [*system, {"role": "user", "content": parts}]
+
+
+def _speaks(turn: Mapping[str, Any]) -> bool:
+    """Whether an assistant's turn says something, and does not only call a tool."""
+    said = turn.get("content")
+    return bool(said) and not turn.get("tool_calls")
 
 
 def _parts(content: Any) -> list[Any]:

@@ -100,7 +100,7 @@ class _Request(_Strict):
     max_tokens: Limit | None = None
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=1 << 30)
+    top_k: int | None = Field(None, ge=-1, le=1 << 30)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
     stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] = []
@@ -127,6 +127,10 @@ class _Request(_Strict):
         names = ("temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
                  "frequency_penalty")  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if given.get("seed") == -1:  # llama-server's name for a random one
+            del given["seed"]
+        if given.get("top_k") == -1:  # and for none
+            given["top_k"] = 0
         return Sampling(**{"temperature": temperature, **given})
 
 
@@ -309,6 +313,8 @@ def _decode(body: bytes) -> Any:
         return _without_nulls(parse_json(body.decode("utf-8"), parse_constant=no_constant))
     except UnicodeError:
         raise ApiError(400, "the body is not valid UTF-8", code="invalid_json") from None
+    except RecursionError:  # Python's own bound is nearer than json's
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
 
