@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import FileFormatError, MismatchError, UnsupportedError
-from .files import PathLike, require_file, sha256
+from .files import PathLike, sha256
 from .gene import INVOCATION, Adapter, SafetyGene
 from .gguf_file import GGUFFile
 
@@ -59,6 +59,12 @@ def model_hashes(path: PathLike) -> list[str]:
     """SHA-256 of each file of a model: the first part of a split one may hold no tensors."""
     file = open_model(path)
     return [sha256(part.path) for part in (file, *other_parts(file, Path(path)))]
+
+
+def model_hash(path: PathLike) -> str:
+    """A model's SHA-256, or that of all parts' hashes, in hexadecimal."""
+    hashes = model_hashes(path)
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def other_parts(file: GGUFFile, given: Path | None = None) -> list[GGUFFile]:
@@ -160,8 +166,10 @@ def unfitted(gene: PathLike, model: PathLike) -> str:
         return ""
     if not found.coefficients:
         return f"{gene} was never fitted to {model}, so its strength there is a guess"
-    small = require_file(model).stat().st_size <= _HASHED
-    if found.target and small and sha256(model) != found.target:
+    file = open_model(model)
+    parts = [part.path for part in (file, *other_parts(file, Path(model)))]
+    small = sum(part.stat().st_size for part in parts) <= _HASHED
+    if found.target and small and model_hash(model) != found.target:
         return f"{gene} was fitted to another model than {model}"
     return ""
 

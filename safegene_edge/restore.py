@@ -41,14 +41,17 @@ from .files import (
     write_text,
     writing,
 )
-from .gene import SafetyGene
+from .gene import Adapter, SafetyGene
+from .gguf_file import GGUFFile
 from .learn.base import Model, files_of
-from .learn.run import learn
+from .learn.run import learn, plan
 from .learn.settings import LearnSettings
+from .merge.inputs import require_mergeable
 from .merge.plan import merge
 from .prompts import Prompt
 from .recalibrate import Examples, Recalibration, RecalibrationSettings, recalibrate
 from .recalibrate.examples import compared
+from .runtime.lockstep import WRITER
 from .sharing import PACKAGE, base_of, find, is_place, licence_of
 from .sharing import card as card_of
 
@@ -153,7 +156,30 @@ def restore(
         require_fit(gene, model, "the gene")
     elif gene is not None:
         require_fit(SafetyGene.load(gene), model, gene)
-    return work.run(teacher, gene, learning or LearnSettings())
+    learning = learning or LearnSettings()
+    if merged:  # before minutes of learning
+        _require_merge(model, gene, work.adapters, learning)
+    return work.run(teacher, gene, learning)
+
+
+def _require_merge(
+    model: GGUFFile,
+    gene: PathLike | SafetyGene | None,
+    adapters: Iterable[PathLike],
+    learning: LearnSettings,
+) -> None:
+    """Raise where a tensor that the gene and the adapters change cannot be written again."""
+    names = {name for path in adapters for name in Adapter.load(path).pairs}
+    if gene is None:
+        names |= {f"blk.{layer}.{WRITER}.weight" for layer in plan(model, learning)[0]}
+    else:
+        names |= set((gene if isinstance(gene, SafetyGene) else SafetyGene.load(gene)).pairs)
+    for name in sorted(names & model.tensors.keys()):
+        try:
+            require_mergeable(model, name, {})
+        except SafeGeneError as error:
+            error.remedy = "Leave out --merge; `merge` takes the fitted adapter, and --imatrix FILE"
+            raise
 
 
 def _once(task: Iterable[Prompt | str]) -> tuple[Prompt | str, ...]:

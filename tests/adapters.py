@@ -60,17 +60,21 @@ def adapter_for(model: Path, folder: Path, **facts: Any) -> Path:
 
 def with_template(model: Path, output: Path, template: str | None, **named: str) -> Path:
     """A copy of a float32 model with another chat template, or none; `named` ones beside it."""
+    facts = {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    return with_facts(model, output, {**facts, "tokenizer.chat_template": template})
+
+
+def with_facts(model: Path, output: Path, facts: dict[str, Any]) -> Path:
+    """A copy of a float32 model with other metadata; None leaves a key out."""
     file = GGUFFile(model)
-    facts = {
+    whole = {
         key: value.values() if isinstance(value, ArrayValue) else value
         for key, value in file.metadata.items()
-        if key not in ("general.architecture", "tokenizer.chat_template")
+        if key != "general.architecture"
     }
-    facts |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
-    if template is not None:
-        facts["tokenizer.chat_template"] = template
+    kept = {key: value for key, value in {**whole, **facts}.items() if value is not None}
     write_gguf(
-        output, file.architecture, facts, ((name, file.floats(name)) for name in file.tensors)
+        output, file.architecture, kept, ((name, file.floats(name)) for name in file.tensors)
     )
     return output
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import random_adapter
-from tiny import ARCHITECTURES
+from adapters import random_adapter, with_facts
+from tiny import ARCHITECTURES, CHAT_TEMPLATE
 
 from safegene_edge import Engine, SafeLlama, SafetyGene, learn
 from safegene_edge.errors import (
@@ -330,15 +330,7 @@ def test_learn_gives_a_gene_that_a_stock_loader_takes(
 
 def changed(model: Path, folder: Path, **metadata: Any) -> Path:
     """A copy with other metadata; None leaves a key out."""
-    file, output = GGUFFile(model), folder / "changed.gguf"
-    facts = {**{key: value.values() if isinstance(value, ArrayValue) else value
-                for key, value in file.metadata.items()}, **metadata}  # fmt: skip
-    facts |= {"granite.logit_scale": 1.0}
-    del facts["general.architecture"]
-    kept = {key: value for key, value in facts.items() if value is not None}
-    tensors = ((name, file.floats(name)) for name in file.tensors)
-    write_gguf(output, file.architecture, kept, tensors)
-    return output
+    return with_facts(model, folder / "changed.gguf", {**metadata, "granite.logit_scale": 1.0})
 
 
 FEW = LearnSettings(prompts=16, rank=2)
@@ -352,7 +344,11 @@ def test_models_of_two_families_are_refused(tiny: Callable[..., Any], tmp_path: 
             learn([llama], other, settings=FEW)
     tokens = [f"{n}" for n in range(300)]
     other = changed(llama, tmp_path, **{"tokenizer.ggml.tokens": tokens})
-    with pytest.raises(MismatchError, match="another tokenizer"):
+    with pytest.raises(MismatchError, match=r"another tokenizer \(token 0 is '0' in place of '"):
+        learn([llama], other, settings=FEW)
+    tokens = GGUFFile(llama).strings("tokenizer.ggml.tokens")[:-1]
+    other = changed(llama, tmp_path, **{"tokenizer.ggml.tokens": [*tokens, "<pad>"]})
+    with pytest.raises(MismatchError, match=r"token 299 is '<pad>' in place of '<\|pad\|>'"):
         learn([llama], other, settings=FEW)
 
 
@@ -389,6 +385,34 @@ def test_where_a_few_prompts_show_no_loss_all_are_asked(
     path = tiny("llama", num_hidden_layers=5).gguf_path
     assert learn([path], path, settings=LearnSettings(prompts=32, rank=2)).layers
     assert asked == [teachers.TRIED, 32]
+
+
+def test_a_template_that_opens_answers_otherwise_is_refused(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are counted from where an answer begins: another header would shift them."""
+    monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
+    monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    for name in ("<|im_start|>model\n", "<|im_start|>assistant\n<think>\n\n</think>\n\n", "A"):
+        template = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", name)
+        assert template != CHAT_TEMPLATE
+        other = changed(path, tmp_path, **{"tokenizer.chat_template": template})
+        with pytest.raises(MismatchError, match="opens an answer otherwise"):
+            learn([path], other, settings=FEW)
+
+
+def test_task_prompts_that_do_not_fit_are_named(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
+    monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    with pytest.raises(SettingError, match=r"a prompt to learn from needs \d+ .* has 512"):
+        learn([path], path, task=["a" * 600], settings=FEW)
+    monkeypatch.setattr(sys.modules["safegene_edge.learn.run"], "memory_bytes", lambda: 1 << 20)
+    with pytest.raises(SettingError, match=r"take \d+\.\d GiB .* shorter or fewer task prompts"):
+        learn([path], path, settings=FEW)
 
 
 def test_a_base_model_and_a_template_without_system_prompts_are_named(

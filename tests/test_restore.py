@@ -18,6 +18,7 @@ from safegene_edge.compat import open_model, tokenizer_digest
 from safegene_edge.errors import FileFormatError, NoEffectError, OutputError, SettingError
 from safegene_edge.files import sha256
 from safegene_edge.gene import Expression
+from safegene_edge.gguf_file import kernels
 from safegene_edge.learn import LearnSettings, teachers
 from safegene_edge.learn.run import _Learning
 from safegene_edge.prompts import Prompt
@@ -200,6 +201,19 @@ def test_a_merged_model_needs_no_gene(model: Path, tmp_path: Path, calls: list[s
     assert found.next_steps[0] == f"safegene-edge chat {tmp_path / 'safe.gguf'}"
     with SafeLlama(str(tmp_path / "safe.gguf"), n_ctx=64) as llama:
         assert llama.n_vocab()
+
+
+def test_a_model_that_cannot_be_merged_is_refused_before_it_is_learnt(
+    model: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As IQ2 files: their tensors are written with an importance matrix alone."""
+    monkeypatch.setattr(kernels, "needs_imatrix", lambda ggml_type: True)
+    gene = random_adapter(model)
+    for given in ({}, {"gene": gene}):
+        with pytest.raises(SettingError, match="needs an importance matrix") as caught:
+            run(model, tmp_path, merged=True, **given)
+        assert "Leave out --merge" in caught.value.remedy
+    assert calls == [] and [path.name for path in tmp_path.iterdir()] == ["task.gguf"]
 
 
 def test_where_nothing_was_lost_it_stops(

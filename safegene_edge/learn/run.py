@@ -11,17 +11,19 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
-from ..compat import open_model, tokenizer_digest
+from ..compat import model_hash, open_model, tokenizer_digest
 from ..errors import MismatchError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
 from ..gguf_file import GGUFFile
 from ..prompts import Prompt
 from ..recalibrate.aligned import measured
+from ..runtime.batch import common_prefix
 from ..runtime.chat import require_chat
-from ..runtime.devices import physical_cores
+from ..runtime.devices import cache_bytes, memory_bytes, physical_cores
 from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER
@@ -37,6 +39,7 @@ from .teachers import TRIED, Taught, best_system_prompt, share_refused
 Progress = Callable[[str, int, int], None]
 _CONTEXT = 512
 _RANK = 8
+_SHARE = 0.75  # of the machine's memory that the caches may take
 
 
 def learn(
@@ -89,10 +92,20 @@ def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
             continue
         for name, what in _SHARED.items():
             if what(first) != what(other):
+                token = f" ({_first_token(first, other)})" if name == "tokenizer" else ""
                 raise MismatchError(
-                    f"{other.path} is not of the family of {first.path}: another {name}",
-                    "Give models of one family: the same base, fine-tuned",
+                    f"{other.path} is not of the family of {first.path}: another {name}{token}",
+                    "Give models of one family: the same base, fine-tuned, with the same tokens",
                 )
+
+
+def _first_token(first: GGUFFile, other: GGUFFile) -> str:
+    """The first one that two vocabularies do not share: often one that a trainer has added."""
+    one, two = (file.strings("tokenizer.ggml.tokens") for file in (first, other))
+    for number, (ours, theirs) in enumerate(zip_longest(one, two, fillvalue="no token")):
+        if ours != theirs:
+            return f"token {number} is '{theirs[:64]}' in place of '{ours[:64]}'"
+    return "other merges"
 
 
 def _architecture(file: GGUFFile) -> str:
@@ -193,8 +206,10 @@ class _Learning:
         if self.teacher_files is not None:
             self._require_lost(model, taught)
         asked = rendered(model.llama, (*self.chosen.harmless, *self.chosen.tasks))
-        own = self._captured("asking the degraded model", model, asked, layers, text=True)
         harmful = rendered(model.llama, taught.prompts)
+        _require_alike(model.llama, taught, harmful)
+        self._require_room(model.llama, [*harmful, *asked])
+        own = self._captured("asking the degraded model", model, asked, layers, text=True)
         header = self._header(model, harmful, layers) if self.settings.overshoot != 1 else None
         samples = taught.samples(harmful, header)
         samples += [
@@ -221,6 +236,24 @@ class _Learning:
         self._read += captured.read
         return captured
 
+    def _require_room(self, llama: SafeLlama, asked: Sequence[Sequence[int]]) -> None:
+        """All prompts are read at once, on as many contexts as they fill."""
+        longest = max(map(len, asked)) + self.settings.tokens
+        if 0 < (trained := int(llama._model.n_ctx_train())) < longest:
+            raise SettingError(
+                f"a prompt to learn from needs {longest} tokens, the context of {llama.model_path} "
+                f"has {trained}",
+                "Give shorter task prompts",
+            )
+        cells = sum(map(len, asked)) - (len(asked) - 1) * common_prefix(asked)
+        needed = cache_bytes(open_model(llama.model_path), cells) or 0
+        if (memory := memory_bytes()) and needed > _SHARE * memory:
+            raise SettingError(
+                f"the prompts to learn from take {needed / 2**30:.1f} GiB of {llama.model_path}'s "
+                f"cache, and the machine has {memory / 2**30:.0f}",
+                "Give shorter or fewer task prompts, or fewer --prompts",
+            )
+
     def _require_lost(self, model: _Model, taught: Taught) -> None:
         """Of a few prompts, and of all where these do not show it."""
         with model.engine() as engine:
@@ -245,7 +278,8 @@ class _Learning:
             for number, files in enumerate(models, 1):
                 name = role if len(models) == 1 else f"{role}-{number}"
                 for place, path in enumerate(files):
-                    sources[f"{name}+{place}" if place else name] = sha256(path)
+                    hashed = sha256 if place else model_hash
+                    sources[f"{name}+{place}" if place else name] = hashed(path)
         learnt = {
             "safegene.learn.teacher": "itself" if self.teacher_files is None else "aligned",
             "safegene.learn.system_prompt": lessons[0].system,
@@ -274,6 +308,22 @@ class _Learning:
         self._ticks = what, done + 1, total
         if self.progress is not None:
             self.progress(*self._ticks)
+
+
+def _require_alike(llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[int]]) -> None:
+    """Rows are counted from where an answer begins, so both models must open it alike."""
+    count = taught.captured.header
+    pairs = zip(taught.kept, asked, strict=True)
+    if header_of(llama) != count or any(
+        list(taught.captured.prompts[number][-count:]) != list(prompt[-count:])
+        for number, prompt in pairs
+    ):
+        raise MismatchError(
+            f"{llama.model_path}: its chat template opens an answer otherwise than the aligned "
+            "model's",
+            "Give files with the same chat template; `gguf-new-metadata --chat-template` puts one "
+            "in",
+        )
 
 
 def plan(file: GGUFFile, settings: LearnSettings) -> tuple[list[int], int]:

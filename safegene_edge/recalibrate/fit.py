@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..compat import open_model, require_fit
+from ..compat import model_hash, open_model, require_fit
 from ..errors import NoEffectError, SettingError
-from ..files import PathLike, sha256
+from ..files import PathLike
 from ..gene import Expression, SafetyGene, require_distinct
 from ..prompts import FORMS, Prompt
 from ..runtime.chat import require_chat
@@ -84,7 +84,7 @@ def recalibrate(
         require_distinct([*((one.name, one.content) for one in own), ("the gene", gene)])
         fit, other = _readers(stack, llama, gene, (examples, validation), settings)
         work = _Work(gene, examples, validation, fit, other, settings, progress)
-        return work.run(sha256(target))
+        return work.run(model_hash(target))
 
 
 def _readers(

@@ -118,6 +118,17 @@ def require_cells(model: GGUFFile, n_ctx: int) -> None:
     llama.cpp would fill that memory before it failed. A bound with room: caches may be of smaller
     types, and not all layers need have one.
     """
+    needed, memory = cache_bytes(model, n_ctx), memory_bytes()
+    if needed and memory and needed > _TIMES * memory:
+        raise SettingError(
+            f"a context of {n_ctx:,} tokens takes {needed >> 30:,} GiB, and the machine has "
+            f"{memory >> 30}",
+            "Give a smaller --ctx (n_ctx)",
+        )
+
+
+def cache_bytes(model: GGUFFile, n_ctx: int) -> int | None:
+    """Of keys and values in F16, if all layers have some; None where the file does not say."""
     name = model.architecture
     try:
         layers, width = (
@@ -126,15 +137,8 @@ def require_cells(model: GGUFFile, n_ctx: int) -> None:
         heads = model.whole(f"{name}.attention.head_count", 1)
         groups = model.whole(f"{name}.attention.head_count_kv", heads)
     except FileFormatError:  # not told, or told by layers
-        return
-    needed = n_ctx * layers * width * 4 * groups // max(heads, 1)
-    memory = memory_bytes()
-    if memory and needed > _TIMES * memory:
-        raise SettingError(
-            f"a context of {n_ctx:,} tokens takes {needed >> 30:,} GiB, and the machine has "
-            f"{memory >> 30}",
-            "Give a smaller --ctx (n_ctx)",
-        )
+        return None
+    return n_ctx * layers * width * 4 * groups // max(heads, 1)
 
 
 def memory_bytes() -> int:
