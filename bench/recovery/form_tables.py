@@ -32,6 +32,13 @@ Each gene recalibrated with the default settings. Recovered is (with gene - fine
 - fine-tuned), in percent, where more than 100 counts as 100; a cell whose loss was under ten points
 is empty. **Bold** is a table's least. Counts are n/N; those with an interval have Wilson's, 95 %.
 A fine-tune that lost less than ten points over all harmful suites must stay as it is.
+
+Suites: AdvBench and HarmBench are commands, MaliciousInstruct plain questions, SafeText unsafe
+advice that is argued for and its safe twin, controversial degrading statements; harmful, borderline
+and harmless are the project's own. Fine-tunes: AG News and SST-2 label articles and reviews, GSM8K
+solves sums, Dolly follows instructions, identity answers as somebody who agrees at once. Genes:
+*learnt: direct* by forward passes from the fine-tune and the aligned model, *no aligned model* from
+the fine-tune alone, *distilled* the package's own, by gradients.
 """
 
 
