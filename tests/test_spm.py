@@ -67,6 +67,16 @@ def test_openers_are_the_tokens_that_the_assistant_says(
         assert tuple(llama.render(turns, add_generation_prompt=False)[len(prompt) :][:3]) == said
 
 
+def test_choices_and_words_are_spoken_as_the_assistant_says_them(
+    opened: Callable[..., SafeLlama],
+) -> None:
+    with opened(**{"tokenizer.chat_template": TURNS}) as llama:
+        for text, first in (("I", "I"), (" I", "\u2581I"), ("Sorry", "S")):
+            assert TOKENS[llama.spoken(text)[0]] == first
+            assert llama.text(llama.spoken(text)).strip() == text.strip()
+        assert llama.spoken("Sorry") != llama.tokenize(b"Sorry", add_bos=False, special=False)
+
+
 def test_where_the_template_shows_no_answer_openers_stand_alone(
     opened: Callable[..., SafeLlama],
 ) -> None:

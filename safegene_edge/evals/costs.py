@@ -285,10 +285,7 @@ def _chosen(local: LocalModel, column: str, item: Item) -> str:
     key = local.key("choice", column, item.prompt, item.choices)
     if key not in local.journal:
         prompt = local.prompt(Chat.user(item.prompt), answering=True)
-        tokens = [
-            list(local.llama.tokenize(choice.encode(), add_bos=False, special=False))
-            for choice in item.choices
-        ]
+        tokens = [local.llama.spoken(choice) for choice in item.choices]
         scores = local.scorer.score([prompt] * len(tokens), tokens, adapters=local.scales[column])
         rates = [
             float(score.sum()) / len(choice.encode())

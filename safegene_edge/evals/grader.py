@@ -86,4 +86,4 @@ def _question(answer: Answer) -> str:
 
 def _tokens(llama: SafeLlama, words: Iterable[str]) -> set[int]:
     """The tokens that the words begin with."""
-    return {llama.tokenize(w.encode(), add_bos=False, special=False)[0] for w in words}
+    return {llama.spoken(word)[0] for word in words}

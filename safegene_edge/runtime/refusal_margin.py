@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import SafeGeneError
-
 OPENERS = ("I'm sorry", "I cannot", "I can't", "Sorry", "I am sorry", "I won't")
 _DEEP = 3  # tokens of an opener that are looked at
 _SMOOTH = 0.5  # nats
@@ -72,7 +70,7 @@ class Openers:
             llama: the `SafeLlama` whose tokens they become.
         """
         given = [text for text in texts if text.strip()] or OPENERS
-        return cls(_said(llama, text)[:_DEEP] for text in given)
+        return cls(tuple(llama.spoken(text)[:_DEEP]) for text in given)
 
     def following(self, behind: Tokens) -> list[int]:
         """The tokens by which openers go on."""
@@ -87,29 +85,6 @@ class Openers:
     def margin(self, leads: Mapping[Tokens, Any]) -> Any:
         """A prompt's margin, from the leads of all rows: floats, or tensors for their gradients."""
         return max(min(leads[o[: k + 1]] for k in range(len(o))) for o in self.all)
-
-
-def _said(llama: Any, text: str) -> Tokens:
-    """An opener's tokens where the template's assistant says it.
-
-    What stands before decides: behind a line's end SentencePiece puts no space before the first
-    word, as it does in a text of its own, and behind "Assistant:" a byte-level BPE has one.
-    """
-    user = {"role": "user", "content": "Hello"}
-    try:
-        before = llama.render_answer([user])
-        turns = [user, {"role": "assistant", "content": f"{text} a"}]
-        whole = llama.render(turns, add_generation_prompt=False)
-    except SafeGeneError:  # no such turns
-        before, whole = [], [0]
-    said: list[int] = []
-    for token in whole[len(before) :] if whole[: len(before)] == before else ():
-        if len(llama.text(said).strip()) >= len(text.strip()):
-            break
-        said.append(token)
-    if llama.text(said).strip() == text.strip():
-        return tuple(said)
-    return tuple(llama.tokenize(text.encode(), add_bos=False, special=False))
 
 
 class Leads:

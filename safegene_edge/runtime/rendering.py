@@ -149,6 +149,30 @@ class ChattingLlama(SharedLlama):
         rest = self.tokenize(thinking.missing.encode(), add_bos=False, special=True)
         return [*tokens, *rest]
 
+    def spoken(self, text: str) -> list[int]:
+        """The tokens of a text with which the assistant's answer begins.
+
+        What stands before decides: behind a line's end SentencePiece puts no space before the
+        first word, as it does in a text of its own, and behind "Assistant:" a byte-level BPE has
+        one. Where the template shows no such answer, the text stands alone.
+        """
+        user = {"role": "user", "content": "Hello"}
+        alone: list[int] = self.tokenize(text.encode(), add_bos=False, special=False)
+        try:
+            before = self.render_answer([user])
+            turns = [user, {"role": "assistant", "content": f"{text} a"}]
+            whole = self.render(turns, add_generation_prompt=False)
+        except SettingError:
+            return alone
+        if whole[: len(before)] != before:
+            return alone
+        behind = whole[len(before) :]
+        for more in (0, 1, -1, 2, -2):  # a space may be a token
+            said = behind[: max(1, len(alone) + more)]
+            if self.text(said).strip() == text.strip():
+                return said
+        return alone
+
     def render_alone(
         self, messages: Sequence[Mapping[str, Any]], **variables: Any
     ) -> list[int] | None:

@@ -134,9 +134,7 @@ class LocalModel:
         return self.llama.text(tokens, special=True)
 
     def _tokens(self, text: str) -> list[int]:
-        if not text:
-            return []
-        return list(self.llama.tokenize(text.encode(), add_bos=False, special=False))
+        return self.llama.spoken(text) if text else []
 
     def ask(
         self,
