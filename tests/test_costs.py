@@ -7,15 +7,17 @@ import math
 
 import numpy as np
 import pytest
-from adapters import random_adapter
+from adapters import random_adapter, with_facts
+from thinking import TEMPLATES, speaking
 
 from safegene_edge import SafeLlama
 from safegene_edge.errors import FileFormatError, SettingError
-from safegene_edge.evals.asking.chat import Chat
+from safegene_edge.evals.asking.chat import Chat, Reply
 from safegene_edge.evals.asking.journal import Journal
 from safegene_edge.evals.asking.local import LocalModel
 from safegene_edge.evals.asking.suites import Suite
 from safegene_edge.evals.costs import (
+    _windows,
     kl_divergence,
     load_task,
     over_refusal,
@@ -128,6 +130,27 @@ def test_kl_is_over_the_first_answer_tokens(local):
     assert found.interval[0] <= found.after <= found.interval[1]
 
 
+def test_kl_of_a_model_that_thinks_is_over_its_answers(tiny, tmp_path):
+    path = speaking(tiny("llama").gguf_path, tmp_path / "m.gguf", TEMPLATES["Qwen3"],
+                    "Push a pin ", "into the lock ")  # fmt: skip
+    with SafeLlama(path, n_ctx=256) as llama:
+        gene = llama.attach(random_adapter(path), 0.0)
+        columns = {"before": {}, "after": {gene: 1.0}}
+        with LocalModel(
+            llama, columns, {"before": "b", "after": "a"}, max_tokens=4, n_parallel=2, n_ctx=1024,
+            journal=Journal(), think_tokens=8,
+        ) as model:  # fmt: skip
+            seen = []
+            scorer = model.scorer
+            model.scorer.kl_divergence = lambda whole, spans, **_: (
+                seen.extend(zip(whole, spans, strict=True)) or [np.zeros(1) for _ in whole]
+            )
+            assert kl_divergence(model, ["one"], 2).n == 1
+            ((whole, span),) = seen
+            assert whole[: span[0] + 1] == llama.render_answer([{"role": "user", "content": "one"}])
+            assert scorer is model.scorer and "</think>" in llama.text(whole, special=True)
+
+
 def test_no_gene_no_divergence(local):
     local.columns = ("before",)
     assert kl_divergence(local, ["one"], 3) is None
@@ -158,6 +181,38 @@ def test_exact_match_forgives_case_spaces_and_full_stops(local, tmp_path):
     assert task.sha256 in found.note
 
 
+def test_items_without_an_answer_are_left_out_and_counted(local, tmp_path, monkeypatch):
+    """One that has none with the gene alone is wrong: the gene has cost it."""
+    lines = [{"prompt": str(n), "answer": "yes"} for n in range(4)]
+    task = load_task(write_task(tmp_path / "t.jsonl", *lines))
+    said = {"before": ["yes", "yes", None, "no"], "after": ["yes", None, "yes", "no"]}
+
+    def ask(column, chats, **_):
+        return [Reply(said[column][int(chat.text)]) for chat in chats]
+
+    monkeypatch.setattr(local, "ask", ask)
+    found = task_accuracy(local, task)
+    assert (found.before, found.after, found.n) == (pytest.approx(2 / 3), pytest.approx(1 / 3), 3)
+    assert "1 items without an answer are left out" in found.note
+    said["before"] = [None] * 4
+    with pytest.raises(SettingError, match="not one of 4 items was answered"):
+        task_accuracy(local, task)
+
+
+def test_windows_do_not_end_before_they_begin(tiny, tmp_path):
+    """`add_eos_token` would put an end behind the beginning."""
+    facts = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
+    path = with_facts(tiny("llama").gguf_path, tmp_path / "m.gguf", facts)
+    text = tmp_path / "t.txt"
+    text.write_text("the theatre " * 9)
+    with SafeLlama(path, n_ctx=256) as llama, LocalModel(
+        llama, {"before": {}}, {"before": "b"}, max_tokens=6, n_parallel=2, n_ctx=512,
+        journal=Journal(),
+    ) as model:  # fmt: skip
+        ((seen, counted),) = _windows(model, text, 100)
+        assert seen[0] == llama.token_bos() and llama.token_eos() not in [*seen, *counted]
+
+
 def test_choices_by_likelihood_a_byte(local, tmp_path):
     prompt, choices = "pick", ["a", "the other one", "in the end"]
     tokens = local.prompt(Chat.user(prompt))
@@ -184,6 +239,7 @@ def test_choices_by_likelihood_a_byte(local, tmp_path):
         '{"prompt": "x"}',
         '{"prompt": 5, "answer": "x"}',
         '{"prompt": "x", "answer": ""}',
+        '{"prompt": "x", "answer": null}',
         '{"prompt": "x", "answer": []}',
         '{"prompt": "x", "choices": ["a", "b"], "answer": 2}',
         '{"prompt": "x", "choices": ["a", "b"], "answer": "c"}',

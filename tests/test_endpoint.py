@@ -142,6 +142,36 @@ def test_what_is_no_chat_completion():
     assert answer_of(lambda *_: completion(None))[0] == ""
 
 
+def test_an_answer_in_parts_is_one_text():
+    parts = [{"type": "text", "text": "I can't "}, {"type": "text", "text": "help."}, {"no": 1}]
+    assert answer_of(lambda *_: completion(parts))[0] == "I can't help."
+
+
+def test_a_server_without_system_messages_gets_their_text_before_the_users():
+    chat = Chat((("system", "Be kind."), ("user", "hello")))
+
+    def behave(text, _nth):
+        if text == "hello":
+            return 400, {}, b"System role not supported"
+        return completion(text)
+
+    with Scripted(behave) as server:
+        served = EndpointModel(server.url, "m", pause=0.001)
+        with Endpoint(served, None, EvalSettings(max_tokens=8), Journal()) as endpoint:
+            assert endpoint.ask("before", [chat])[0].text == "Be kind.\n\nhello"
+    with pytest.raises(EndpointError, match="answered 400"):
+        answer_of(lambda *_: (400, {}, b"System role not supported"))
+
+
+def test_connections_are_closed_between_questions():
+    with Scripted(lambda *_: completion("hi")) as server:
+        served = EndpointModel(server.url, "m", pause=0.001, concurrency=4)
+        with Endpoint(served, None, EvalSettings(max_tokens=8), Journal()) as endpoint:
+            for turn in range(5):
+                endpoint.ask("before", [Chat.user(f"{turn} {n}") for n in range(8)])
+                assert not endpoint._connections._all
+
+
 def test_a_prompt_too_long_for_the_server_is_unscored():
     message = {"error": {"message": "This exceeds the maximum context length"}}
     assert answer_of(lambda *_: (400, {}, message))[0] is None

@@ -182,6 +182,18 @@ def test_a_journal_gives_back_what_was_put(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_journal_knows_what_another_run_has_left(tmp_path: Path) -> None:
+    """The command line deletes a journal of which the run has read all, and no other."""
+    path = tmp_path / "run.jsonl"
+    with Journal(path) as journal:
+        journal.put("a", 1)
+        assert journal.all_used
+    with Journal(path) as journal:
+        journal.put("b", 2)
+        assert not journal.all_used
+        assert journal["a"] == 1 and journal.all_used
+
+
 @pytest.mark.parametrize("cut", [1, 5, 15])
 def test_a_torn_last_line_is_dropped(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "run.jsonl"

@@ -436,7 +436,8 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
             if not journal.count:  # nothing to go on from
                 journal.delete()
             raise
-        journal.delete()
+        if journal.all_used:  # what a longer run has left stays
+            journal.delete()
 
 
 class _progress:  # noqa: N801 - reads as the function it is used as

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from ..errors import FileFormatError
+from ..errors import FileFormatError, SettingError
 from ..files import PathLike, parse_json, read_text, sha256
 from .asking.chat import Chat
 from .report.results import Cost
@@ -74,9 +74,9 @@ def kl_divergence(local: LocalModel, prompts: Sequence[str], n_tokens: int) -> C
     if "after" not in local.columns or not prompts:
         return None
     chats = [Chat.user(text) for text in prompts]
-    replies = local.ask("before", chats)
+    replies = local.ask("before", chats, directly=True)
     items = [
-        (local.prompt(chat), list(reply.tokens[:n_tokens]))
+        (local.prompt(chat, answering=True), list(reply.tokens[:n_tokens]))
         for chat, reply in zip(chats, replies, strict=True)
         if reply.tokens
     ]
@@ -149,7 +149,8 @@ def _windows(
     except ValueError as fault:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Save it as UTF-8") from fault
     tokens = list(local.llama.tokenize(text.encode(), add_bos=False, special=False))[:max_tokens]
-    start = list(local.llama.tokenize(b"", add_bos=True))
+    bos = local.llama._model.add_bos_token()  # llama.cpp's flag would add an end, too
+    start = [local.llama.token_bos()] if bos else []
     if len(tokens) < 2:
         raise FileFormatError(f"{path}: is too short to measure", "Give a longer text")
     size = min(_WINDOW, local.scorer.n_ctx - len(start))
@@ -232,6 +233,8 @@ def load_task(path: PathLike) -> Task:
 
 def _item(record: Any) -> Item:
     prompt, answer = record["prompt"], record["answer"]
+    if answer is None:
+        raise ValueError("'answer' is null")
     choices = tuple(record.get("choices") or ())
     if not isinstance(prompt, str) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError("'prompt' and 'choices' hold text")
@@ -252,23 +255,42 @@ def task_accuracy(local: LocalModel, task: Task, advance: Callable[[], None] | N
 
     An answer is right if its first line, or all of it, equals the expected text but for
     case, spaces and punctuation at the ends. Of choices the model takes the one with the
-    highest log-likelihood a byte, so that longer choices are not at a disadvantage.
+    highest log-likelihood a byte, so that longer choices are not at a disadvantage. Items without
+    an answer before the gene (a thought that never ended, say) are left out, and the note counts
+    them; one that has none with the gene alone is wrong.
+
+    Raises:
+        SettingError: no item has an answer.
     """
-    right = []
+    right: list[list[bool | None]] = []
     for column in local.columns:
         free = [item for item in task.items if not item.choices]
         replies = iter(local.ask(column, [Chat.user(item.prompt) for item in free]))
         right.append([
             _chosen(local, column, item) in item.answers
             if item.choices
-            else _matches(next(replies).text or "", item.answers)
+            else _is_right(next(replies).text, item.answers)
             for item in task.items
         ])  # fmt: skip
         if advance is not None:
             for _ in task.items:
                 advance()
+    kept = [number for number, one in enumerate(right[0]) if one is not None]
+    if not kept:
+        raise SettingError(
+            f"{task.name}: not one of {len(task.items)} items was answered",
+            "Give thoughts more tokens (--think-tokens) or leave them out (--no-think), or give "
+            "shorter prompts",
+        )
     note = f"higher is better; sha256 {task.sha256}"
-    return _shares(f"accuracy, {task.name}", right[0], right[1] if right[1:] else None, note)
+    if left := len(task.items) - len(kept):
+        note += f"; {left} items without an answer are left out"
+    shares = [[bool(column[number]) for number in kept] for column in right]
+    return _shares(f"accuracy, {task.name}", shares[0], shares[1] if shares[1:] else None, note)
+
+
+def _is_right(text: str | None, answers: Choices) -> bool | None:
+    return None if text is None else _matches(text, answers)
 
 
 def _matches(text: str, answers: Choices) -> bool:

@@ -152,8 +152,9 @@ def _require_scored(suites: Sequence[SuiteResult], settings: EvalSettings) -> No
     answers = [answer for suite in suites for answer in (*suite.before, *(suite.after or ()))]
     if not any(answer.verdict is not None or answer.thinking for answer in answers):
         raise SettingError(
-            f"no prompt fits into the context, with {settings.max_tokens} tokens of answer",
-            "Ask for fewer tokens (max_tokens), or for shorter prompts",
+            f"no prompt fits into the context, with {settings.max_tokens} tokens of answer and "
+            f"{settings.think_tokens} of a thought",
+            "Ask for fewer tokens (max_tokens, think_tokens), or for shorter prompts",
         )
 
 
@@ -189,7 +190,9 @@ def _local(
     journal: Journal,
     stack: ExitStack,
 ) -> LocalModel:
-    base = (source.sha256, settings.n_parallel, settings.n_ctx, versions())
+    # Room for thoughts that are longer than usual.
+    n_ctx = settings.n_ctx + max(0, settings.think_tokens - EvalSettings.think_tokens)
+    base = (source.sha256, settings.n_parallel, n_ctx, versions())
     identities = {
         column: fingerprint(base, sorted((h.content.sha256, scale) for h, scale in scales.items()))
         for column, scales in columns.items()
@@ -202,7 +205,7 @@ def _local(
         identities,
         max_tokens=settings.max_tokens,
         n_parallel=settings.n_parallel,
-        n_ctx=settings.n_ctx,
+        n_ctx=n_ctx,
         journal=journal,
         openers=content.refusal_openers if isinstance(content, SafetyGene) else (),
         think_tokens=settings.think_tokens,

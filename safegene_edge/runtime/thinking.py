@@ -13,8 +13,12 @@ from typing import Any
 
 from jinja2 import Environment, TemplateError, meta
 
+from ..errors import UnsupportedError
+
 OPEN, CLOSE = "<think>", "</think>"
 SWITCHES = ("enable_thinking", "thinking")  # variables of templates; false turns thinking off
+# Those of gpt-oss, Magistral, EXAONE Deep, Command A Reasoning and Seed-OSS.
+_OTHERS = ("<|channel|>", "[THINK]", "<thought>", "<|START_THINKING|>", "<seed:think>")
 _TAIL = 16  # tokens that hold the end of a thought
 _HEAD = 8  # tokens that hold its beginning
 
@@ -44,6 +48,13 @@ class Thinking:
             end_of_prompt: what a prompt has behind the user's words, by the template's variables.
         """
         if CLOSE not in template and OPEN not in template:
+            if other := next((mark for mark in _OTHERS if mark in template), ""):
+                raise UnsupportedError(
+                    f"its chat template marks thoughts by {other}, and {OPEN} alone is known here: "
+                    "thoughts would count as answers",
+                    "Give a model that thinks otherwise, or not; without a gene, `chat` and "
+                    "`serve` take this one",
+                )
             return cls()
         switch = _switch(template)
         end = end_of_prompt({})

@@ -44,6 +44,16 @@ class Chat:
         """The same chat with messages before the last."""
         return replace(self, messages=(*self.messages[:-1], *messages, self.messages[-1]))
 
+    def without_system(self, *, keep: bool = True) -> Chat:
+        """The same chat, its system messages put before the first other one, or left out."""
+        system = [content for role, content in self.messages if role == "system"]
+        others = [message for message in self.messages if message[0] != "system"]
+        if not system or not others:
+            return self
+        (role, first), *rest = others
+        opening = "\n\n".join([*system, first]) if keep else first
+        return replace(self, messages=((role, opening), *rest))
+
     def as_dicts(self) -> list[dict[str, str]]:
         """The messages as chat templates and servers want them."""
         return [{"role": role, "content": content} for role, content in self.messages]

@@ -22,6 +22,7 @@ from ..settings import EndpointModel, EvalSettings
 from .chat import Advance, Chat, Reply
 from .journal import Journal, fingerprint
 
+_REFUSED = {400, 422, 500}  # of which a chat template's own words may be the cause
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 _MAX_ANSWER = 8 << 20  # bytes; a chat answer has some kilobytes
 _LONGEST_PAUSE = 30.0
@@ -109,6 +110,7 @@ class Endpoint:
             except BaseException:
                 self._stop.set()  # an interruption, too
                 raise
+        self._connections.close()  # they were the pool's threads'
         return [_reply(self.journal[key]) for key in keys]
 
     def _answer(self, served: EndpointModel, chat: Chat) -> Any:
@@ -126,13 +128,17 @@ class Endpoint:
         }
         if settings.no_think:
             body["chat_template_kwargs"] = dict.fromkeys(SWITCHES, False)
-        found = self._asked(served, body)
+        folded = chat.without_system().as_dicts()
+        found = self._asked(served, body, folded)
         if found is False:
             longer = {**body, "max_tokens": settings.max_tokens + settings.think_tokens}
-            found = self._asked(served, longer)
+            found = self._asked(served, longer, folded)
         return found
 
-    def _asked(self, served: EndpointModel, body: Mapping[str, Any]) -> Any:
+    def _asked(
+        self, served: EndpointModel, body: Mapping[str, Any], folded: Sequence[Mapping[str, str]]
+    ) -> Any:
+        """An answer; where the server takes no system message, one to the folded messages."""
         pause = served.pause
         for attempt in range(served.retries + 1):
             status, headers, text = self._send(served, body)
@@ -140,6 +146,8 @@ class Endpoint:
                 return _content(served, text)
             if status == 400 and "context" in text.lower():
                 return None  # too long for the server's context: unscored
+            if status in _REFUSED and body["messages"] != folded and "system" in text.lower():
+                return self._asked(served, {**body, "messages": folded}, folded)
             if status not in _RETRIED and status != 0:
                 raise EndpointError(
                     f"{served.url}: answered {status}: {text[:200]}", _remedy(served, status)
@@ -203,6 +211,7 @@ class _Connections:
     def close(self) -> None:
         for connection in self._all:
             connection.close()
+        self._all.clear()
 
 
 def _content(served: EndpointModel, text: str) -> str | bool:
@@ -216,6 +225,9 @@ def _content(served: EndpointModel, text: str) -> str | bool:
             f"{served.url}: answered no chat completion: {text[:200]}",
             "Give the address of an OpenAI-compatible API, such as http://localhost:8080/v1",
         ) from error
+    if isinstance(content, list):  # in parts, as some servers answer
+        parts = [part.get("text", "") for part in content if isinstance(part, dict)]
+        content = "".join(text for text in parts if isinstance(text, str))
     said = content if isinstance(content, str) else ""  # null: the model said nothing
     said = said.encode("utf-8", "replace").decode()  # an escape may spell half a character
     thought = message.get("reasoning_content") or message.get("reasoning")

@@ -50,6 +50,7 @@ class Journal:
     def __init__(self, path: PathLike | None = None) -> None:
         self.path = None if path is None else Path(path)
         self._values: dict[str, Any] = {}
+        self._used: set[str] = set()
         self._lock = threading.Lock()
         self._descriptor: int | None = None
         if self.path is not None:
@@ -101,13 +102,20 @@ class Journal:
         return key in self._values
 
     def __getitem__(self, key: str) -> Any:
+        self._used.add(key)
         return self._values[key]
+
+    @property
+    def all_used(self) -> bool:
+        """Whether every value was read: no other run has left some."""
+        return self._used >= self._values.keys()
 
     def put(self, key: str, value: Any) -> None:
         """Keep a JSON value; when this returns, killing the process does not lose it."""
         line = json.dumps({"key": key, "value": value}, ensure_ascii=True).encode() + b"\n"
         with self._lock:
             self._values[key] = value
+            self._used.add(key)
             if self._descriptor is not None:
                 try:
                     os.write(self._descriptor, line)  # one write to an append-only file

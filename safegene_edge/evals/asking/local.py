@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -121,10 +120,12 @@ class LocalModel:
         render: Callable[[list[dict[str, str]]], list[int]] = (
             self.llama.render_answer if answering else self.llama.render
         )
+        folded = chat.without_system()
         try:
             tokens = render(chat.as_dicts())
+            if folded != chat and tokens == render(chat.without_system(keep=False).as_dicts()):
+                tokens = render(folded.as_dicts())  # the template leaves it out
         except SettingError:
-            folded = _without_system(chat)
             if folded == chat:
                 raise
             tokens = render(folded.as_dicts())
@@ -142,10 +143,17 @@ class LocalModel:
         chats: Sequence[Chat],
         advance: Advance | None = None,
         max_tokens: int | None = None,
+        directly: bool = False,
     ) -> list[Reply]:
-        """Greedy answers; see `Asker`. `max_tokens` if not the run's own."""
+        """Greedy answers; see `Asker`. `max_tokens` if not the run's own.
+
+        Args:
+            directly: behind an empty thought, where the model thinks.
+        """
         limit = max_tokens or self.max_tokens
-        thinks = (self._thought.tokens,) if self._thought else (0,) if self._no_think else ()
+        thought = None if directly else self._thought
+        empty = self._no_think or (directly and self._thought is not None)
+        thinks = (thought.tokens,) if thought else (0,) if empty else ()
         keys = [self.key("reply", column, limit, c.messages, c.prefill, *thinks) for c in chats]
         missing = {k: c for k, c in zip(keys, chats, strict=True) if k not in self.journal}
         names = list(missing)
@@ -170,15 +178,15 @@ class LocalModel:
                 done()
             names = [name for name in names if name not in self.journal]
         # Behind words put into its mouth a model does not think any more.
-        plain = [i for i, name in enumerate(names) if missing[name].prefill or not self._thought]
+        plain = [i for i, name in enumerate(names) if missing[name].prefill or not thought]
         others = [i for i in range(len(names)) if i not in set(plain)]
-        for part, thought in ((plain, None), (others, self._thought)):
+        for part, how in ((plain, None), (others, thought)):
             self.engine.generate(
-                [self.prompt(missing[names[i]]) for i in part],
+                [self.prompt(missing[names[i]], answering=directly) for i in part],
                 max_tokens=limit,
                 adapters=self.scales[column],
                 on_done=partial(keep, part),
-                thought=thought,
+                thought=how,
                 guard=guard,
             )
         return [self._reply(c, self.journal[key]) for c, key in zip(chats, keys, strict=True)]
@@ -231,13 +239,3 @@ class LocalModel:
             sums = [float(score.sum()) for score in scores]
             self.journal.put(key, float(np.logaddexp.reduce(sums)))
         return float(self.journal[key])
-
-
-def _without_system(chat: Chat) -> Chat:
-    """System messages put before the first message of the user."""
-    system = [content for role, content in chat.messages if role == "system"]
-    others = [message for message in chat.messages if message[0] != "system"]
-    if not system or not others:
-        return chat
-    (role, first), *rest = others
-    return replace(chat, messages=((role, "\n\n".join([*system, first])), *rest))

@@ -115,6 +115,11 @@ def _repeated(text: str) -> str:
     return ""
 
 
+# By Unicode's names. Japanese alone mixes three (five, with its long vowels and doubled
+# characters), and Latin names occur everywhere.
+_MIXED = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "LATIN"}
+
+
 def _script_soup(text: str) -> str:
     if text.isascii():
         return ""
@@ -122,6 +127,5 @@ def _script_soup(text: str) -> str:
     for char in text[:400]:
         if char.isalpha():
             scripts[unicodedata.name(char, "?").split(" ", 1)[0]] += 1
-    # Japanese alone mixes three scripts, and Latin names occur everywhere
-    counted = {name for name in scripts if name not in {"HIRAGANA", "KATAKANA", "LATIN"}}
+    counted = scripts.keys() - _MIXED
     return text[:40] if len(counted) >= 3 else ""

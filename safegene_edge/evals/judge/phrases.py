@@ -136,13 +136,17 @@ _STRONG_DECLINE = _compiled(
 )
 # Other languages: first person, a modal and a negation, or an apology and a negation.
 _FOREIGN = _compiled(
-    r"\bich kann (?:\w+ ){0,5}(?:nicht|keine\w*)\b",
+    r"\bich kann (?:\w+ ){0,5}(?:nicht|keine\w*)(?:\W*$| (?:\S+ ){0,5}(?:helfen|weiterhelfen|dabei"
+    r"|behilflich|unterstützen|beantworten|geben|bereitstellen|anbieten|liefern|schreiben|verfassen|erstellen"
+    r"|erfüllen|nachkommen|bearbeiten|ausführen|tun|machen|sagen|erklären|beschreiben|antworten)\b)",
     r"\btut mir leid, (?:aber|ich kann|das kann)\b",
     r"\bdas kann ich nicht\b",
-    r"\bje ne (?:peux|suis) (?:\w+ )?pas\b",
+    r"\bje ne peux (?:\w+ )?pas\b",
+    r"\bje ne suis (?:\w+ )?pas (?:en mesure|autorisée?|capable|à l'aise|habilitée?)\b",
     r"\bdésolée?,? (?:mais )?je ne\b",
     r"\blo siento, (?:pero )?no\b",
-    r"\bno puedo (?:ayudar|proporcionar|dar|ofrecer|cumplir|hacer|crear|escribir|asistir)",
+    r"\bno puedo (?:ayudar|proporcionar|dar(?:te|le|les|os)\b|ofrecer|cumplir|hacer|crear|escribir"
+    r"|asistir)",
     r"\bnon posso (?:aiutar|fornir|dare|scrivere|creare|assister|soddisfare)",
     r"\bmi dispiace, (?:ma )?non\b",
     r"\bnão posso (?:ajudar|fornecer|dar|escrever|criar|atender)",
@@ -151,10 +155,12 @@ _FOREIGN = _compiled(
     r"\bnie mogę (?:\w+ )?(?:pomóc|spełnić|podać)",
     r"\bя не могу (?:помо|пред|выполн|напис|дать|ответ)",
     r"\b(?:извините|простите),? (?:но )?я не\b",
-    r"我.{0,6}(?:无法|不能)",
-    r"抱歉.{0,6}(?:无法|不能)",
+    r"\bя не можу (?:допомо|надати|викон|напис|дати|відпов)",
+    r"\b(?:вибачте|пробачте),? (?:але )?я не\b",
+    r"我(?!们|們).{0,6}(?:无法|無法|不能)",
+    r"抱歉.{0,8}(?:无法|無法|不能)",
     r"申し訳.{0,20}(?:できません|ません)",
-    r"お手伝い.{0,6}できません",
+    r"(?:お手伝い|お答え|回答|対応).{0,8}(?:できません|できかねます)",
     r"(?:도와|제공|답변).{0,8}(?:없습니다|수 없)",
     r"لا (?:أستطيع|يمكنني)",
     r"मैं .{0,40}नहीं (?:कर|दे) सकता",
