@@ -131,14 +131,21 @@ def _mapped(source: PeftAdapter, names: BaseNames) -> list[_Update]:
             updates[tensor] = _Update(key, tensor, pair.a, b, pair.dtypes, alpha)
     if refused:
         raise unsupported(source.source, [*refused, *misfits])
+    if not (updates or misfits):
+        raise FileFormatError(f"{source.source}: holds no pair of a LoRA", "Save the adapter again")
     if misfits:
         raise _mismatch(source.source, misfits, names)
     return list(updates.values())
 
 
+_TURNED = (".attn_q.weight", ".attn_k.weight")  # of which llama's rows are put into another order
+
+
 def _refusal(module: str, tensor: str | None, names: BaseNames) -> str:
     if is_linear_layer(module):  # of this family or another: whether it fits is seen below
         return ""
+    if names.architecture == "llama" and tensor and tensor.endswith(_TURNED):
+        return "its rows may lie as GGUF has them already: only 'q_proj' and 'k_proj' are known"
     if tensor is None or (layer_of(tensor) == OUTSIDE_BLOCKS and tensor != "output.weight"):
         return f"GGUF has no linear layer of this name for '{names.architecture}'"
     if tensor == "output.weight" and tensor not in names.model.tensors:

@@ -63,7 +63,11 @@ def model_hashes(path: PathLike) -> list[str]:
 
 def model_hash(path: PathLike) -> str:
     """A model's SHA-256, or that of all parts' hashes, in hexadecimal."""
-    hashes = model_hashes(path)
+    return whole_hash(model_hashes(path))
+
+
+def whole_hash(hashes: list[str]) -> str:
+    """One hash of those of a model's files."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -20,8 +20,11 @@ from pathlib import Path
 from .compat import SHARD, open_model, other_parts, require_fit
 from .errors import OutputError, SettingError
 from .files import PathLike, write_text
+from .gguf_file import GGUFFile
 from .merge import MergeReport, MergeSettings, merge
 from .merge.inputs import Folded, Given, combined, fold
+from .runtime.chat import ChatTemplate, template_fault
+from .runtime.controls import ControlTexts
 
 TOOLS = ("ollama", "llama-server", "lm-studio")
 _ADAPTER = "adapter.gguf"
@@ -128,8 +131,7 @@ def _save(folded: Sequence[Folded], model: Path, output: Path) -> None:
 
 
 def _ollama(model: Path, folded: Sequence[Folded], home: Path) -> Export:
-    """A Modelfile: FROM takes a path, ADAPTER one relative to the Modelfile; the template is
-    the GGUF's own, which Ollama reads itself."""
+    """A Modelfile: FROM takes a path, ADAPTER one relative to the Modelfile."""
     if '"' in str(model) or not str(model).isprintable():
         raise SettingError(
             f"{model}: Ollama cannot read a path with quotes, line breaks or unprintable letters",
@@ -138,8 +140,43 @@ def _ollama(model: Path, folded: Sequence[Folded], home: Path) -> Export:
     file, adapter = home / "Modelfile", home / _ADAPTER
     with _made(home):
         _save(folded, model, adapter)
-        write_text(file, f'FROM "{model}"\nADAPTER "./{adapter.name}"\n', [model])
+        text = f'FROM "{model}"\nADAPTER "./{adapter.name}"\n{_system(model)}'
+        write_text(file, text, [model])
     return Export((file, adapter), _create(file, model), warnings=(_REFUSED,))
+
+
+def _system(model: Path) -> str:
+    """The system message that a model's template adds by itself, as a line of a Modelfile.
+
+    Ollama may take a template of its own that is near the file's and adds none, such as that of
+    SmolLM2; the gene was fitted with it.
+    """
+    text = default_system(open_model(model))
+    return f'SYSTEM """{text}"""\n' if text and '"""' not in text else ""
+
+
+def default_system(file: GGUFFile) -> str:
+    """What a model's chat template says in a system message where the chat has none; or ""."""
+    template = file.text("tokenizer.chat_template", "")
+    if not template.strip() or template_fault(template):
+        return ""
+    words = file.strings("tokenizer.ggml.tokens")
+    bos, eos = (
+        words[number] if 0 <= number < len(words) else ""
+        for number in (file.whole(f"tokenizer.ggml.{end}_token_id", -1) for end in ("bos", "eos"))
+    )
+    chat = ChatTemplate(template, bos=bos, eos=eos, controls=ControlTexts([]))
+    user, mark = {"role": "user", "content": "Hello"}, "Words of the system"
+    try:
+        with_mark, without = (
+            "".join(text for text, _ in chat.parts(turns, add_generation_prompt=True, variables={}))
+            for turns in ([{"role": "system", "content": mark}, user], [user])
+        )
+    except Exception:  # a template may raise anything, and takes no system message then
+        return ""
+    before, _, after = with_mark.partition(mark)
+    fits = without.startswith(before) and without.endswith(after) and after
+    return without[len(before) : len(without) - len(after)] if fits else ""
 
 
 def _create(file: Path, model: Path) -> tuple[str, ...]:
@@ -183,7 +220,7 @@ def _merged(
         report = merge(model, adapters, target, settings=settings)
         if tool == "ollama":
             file = home / "Modelfile"
-            write_text(file, f'FROM "./{target.name}"\n', [model, target])
+            write_text(file, f'FROM "./{target.name}"\n{_system(model)}', [model, target])
             return Export((file, target), _create(file, model), report, report.warnings)
     commands: tuple[str, ...] = (
         f"llama-server -m {_shell(target)}",

@@ -12,11 +12,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from adapters import adapter_for, random_adapter
+from adapters import adapter_for, random_adapter, with_template
 from test_merge import logits, split
 
 from safegene_edge.errors import OutputError, SafeGeneError, SettingError
@@ -97,6 +98,40 @@ def test_ollama_gets_a_merged_model(model, tmp_path):
     assert {path.name for path in file.parent.iterdir()} == {"Modelfile", merged.name}
     with_adapter = export("ollama", model, [gene], tmp_path / "old")
     assert "0.34.1" in with_adapter.warnings[0] and "--merged" in with_adapter.warnings[0]
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}Hi"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(SMOLLM2, "You are a helpful AI assistant named SmolLM"), (NO_SYSTEM, ""), (None, ""),
+     ("{% for m in messages %}{{ m.content }}{% endfor %}", ""), ("{% if", "")],
+)  # fmt: skip
+@pytest.mark.parametrize("merged", [False, True])
+def test_ollama_gets_the_system_message_that_a_template_adds(
+    model, tmp_path, template, said, merged
+):
+    """Ollama may take a template of its own in place of the file's, without it."""
+    own = with_template(model, tmp_path / "own.gguf", template)
+    made = export("ollama", own, [gene_for(model, tmp_path)], tmp_path / "out", merged=merged)
+    text = next(path for path in made.files if path.name == "Modelfile").read_text()
+    assert text.endswith(f'SYSTEM """{said}"""\n') if said else "SYSTEM" not in text
+
+
+def test_a_gene_that_is_exported_at_a_scale_says_so(model, tmp_path):
+    gene = replace(random_adapter(model), guard_threshold=2.0)
+    fitted = gene.express(Expression(dict.fromkeys(gene.split(), 1.25), gene.sha256, "0" * 64))
+    fitted.save(tmp_path / "fitted.gguf")
+    made = export("llama-server", model, [(tmp_path / "fitted.gguf", 0.5)], tmp_path / "out")
+    written = SafetyGene.load(next(path for path in made.files if path.suffix == ".gguf"))
+    assert set(written.coefficients.values()) == {0.625} and written.guard_threshold is None
 
 
 def test_llama_server_gets_a_merged_model_too(model, tmp_path):

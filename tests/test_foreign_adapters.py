@@ -67,6 +67,25 @@ def test_wrappers_names_are_stripped(prefix, tiny, tiny_adapter, tmp_path):
         np.testing.assert_allclose(back[name], delta, rtol=1e-5, atol=1e-7)
 
 
+def test_names_of_metas_own_code_are_refused(tiny, tiny_adapter, tmp_path):
+    """Their q and k may have the rows in GGUF's order already, which would be changed again."""
+    folder = saved(
+        tiny_adapter("llama"), tmp_path,
+        lambda key: key.replace("self_attn.q_proj", "attention.wq"),
+    )  # fmt: skip
+    with pytest.raises(SafeGeneError, match=r"attention\.wq.*only 'q_proj' and 'k_proj'"):
+        convert(folder, tiny("llama").gguf_path, tmp_path / "a.gguf")
+
+
+def test_an_adapter_without_a_pair_is_named(tiny, tiny_adapter, tmp_path):
+    """A broken save that kept what was frozen alone."""
+    folder = copy_of(tiny_adapter("llama"), tmp_path)
+    alone = {"base_model.model.lm_head.base_layer.weight": np.ones((300, 64), np.float32)}
+    save_file(alone, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(FileFormatError, match="holds no pair of a LoRA"):
+        convert(folder, tiny("llama").gguf_path, tmp_path / "a.gguf")
+
+
 def test_a_wrapper_around_each_layer_is_stripped(tiny, tiny_adapter, tmp_path):
     source = tiny_adapter("llama", rank_pattern={"q_proj": 2})
     folder = saved(

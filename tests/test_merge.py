@@ -19,7 +19,7 @@ import pytest
 from adapters import adapter_for, random_adapter
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from safegene_edge.compat import open_model
+from safegene_edge.compat import model_hash, open_model
 from safegene_edge.errors import (
     MismatchError,
     NoEffectError,
@@ -364,6 +364,13 @@ def test_an_expression_for_another_model_is_said(quantised, tmp_path):
     gene = adapter_for(quantised(), tmp_path, family="tiny")
     report = merge(quantised(), [(gene, Expression({0: 1.0}, "", "00"))], tmp_path / "out.gguf")
     assert "found for another model" in report.warnings[0]
+
+
+def test_an_expression_for_all_parts_of_a_split_model_is_its_own(split, quantised, tmp_path):
+    gene = adapter_for(quantised("Q8_0"), tmp_path, family="tiny")
+    own = Expression({0: 1.0}, "", model_hash(split[0]))
+    report = merge(split[0], [(gene, own)], tmp_path / "one.gguf")
+    assert not any("another model" in warning for warning in report.warnings)
 
 
 def test_killed_it_leaves_no_output(quantised, tmp_path):

@@ -294,7 +294,8 @@ def test_longer_thoughts_get_the_room_that_they_need(says):
 def test_a_template_that_leaves_system_messages_out_gets_them_before_the_users(says):
     template = (
         "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "<|im_start|>assistant\n"
         "{% endif %}"
     )
     chat = Chat((("system", "Be kind."), ("user", "Hello")))

@@ -94,7 +94,8 @@ def inspect_file(
     if not is_lora(header):
         if base or plot:
             raise click.UsageError(f"{file} is no adapter: --base and --plot are for adapters")
-        facts = _model_facts(header)
+        split = header.whole("split.count", 1) > 1 and not header.whole("split.no", 0)
+        facts = _model_facts(open_model(file) if split else header)
     else:
         gene = SafetyGene.load(file)
         facts = _adapter_facts(gene, header)
@@ -153,6 +154,7 @@ def _model_facts(file: GGUFFile) -> dict[str, Any]:
     architecture = file.architecture
     name = file.metadata.get("general.name")
     types = Counter(info.type_name for info in file.tensors.values())
+    files = {file.path, *(info.path for info in file.tensors.values())}  # the parts of a split one
     return {
         "file": str(file.path),
         "kind": "model",
@@ -160,7 +162,7 @@ def _model_facts(file: GGUFFile) -> dict[str, Any]:
         "architecture": architecture,
         "layers": file.whole(f"{architecture}.block_count", 0),
         "parameters": sum(info.n_elements for info in file.tensors.values()),
-        "bytes": file.n_bytes,
+        "bytes": sum(path.stat().st_size for path in files),
         "tensor_types": dict(types.most_common()),
         "context_length": file.whole(f"{architecture}.context_length", 0),
         "chat_template": _TEMPLATE in file.metadata,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -65,7 +65,13 @@ def _folded(content: Adapter, name: str, source: Path | None, how: How) -> Folde
             raise MismatchError(f"{name}: {error.message}", error.remedy) from error
     if not np.isfinite(how):
         raise SettingError(f"{name}: the scale is {how}", "Give a finite number")
-    return Folded(content.scaled(float(how)) if how != 1.0 else content, name, source, how)
+    if how == 1.0:
+        return Folded(content, name, source, how)
+    scaled = content.scaled(float(how))
+    if isinstance(scaled, SafetyGene):  # its strength, and a guard that was measured at another
+        strengths = {layer: how * value for layer, value in scaled.coefficients.items()}
+        scaled = replace(scaled, coefficients=strengths, guard_threshold=None)
+    return Folded(scaled, name, source, how)
 
 
 def updates_of(

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ..aliases import Floats, Progress
-from ..compat import SHARD, open_model, other_parts, require_fit
+from ..compat import SHARD, open_model, other_parts, require_fit, whole_hash
 from ..errors import NoEffectError, OutputError
 from ..files import PathLike, atomic_output, check_output, sha256, writing
 from ..gene import Expression
@@ -167,7 +167,7 @@ class Plan:
         warnings = tuple(
             f"{one.name}: its expression was found for another model"
             for one in self.folded
-            if isinstance(one.how, Expression) and one.how.target not in ("", hashes[0])
+            if isinstance(one.how, Expression) and one.how.target not in ("", whole_hash(hashes))
         )
         facts = provenance(hashes, self.name, self.folded)
         return replace(self, provenance=facts, warnings=warnings)
@@ -311,7 +311,7 @@ class Plan:
             cost = self.promotion_bytes(rows)
             warnings += (
                 f"only {100 * survived:.0f} % of the update survives the model's quantisation: "
-                f"side-load the adapter, or give --promote {len(cost)} "
+                f"side-load the adapter, or give --promote {self.settings.promote + len(cost)} "
                 f"({sum(cost):,} bytes more)",
             )
         return MergeReport(
