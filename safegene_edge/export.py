@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .compat import SHARD, open_model, other_parts, require_fit
@@ -75,8 +75,12 @@ def export(
     require_tool(tool)
     home = Path(folder)
     source = open_model(model).path.absolute()
-    if settings is not None and settings.imatrix and not (merged or tool == "lm-studio"):
-        raise SettingError("an importance matrix is for a merged model", "Give --merged as well")
+    chosen = replace(settings or MergeSettings(), threads=None) != MergeSettings()
+    if chosen and not (merged or tool == "lm-studio"):
+        raise SettingError(
+            "an importance matrix, --promote, --run and --plain are for a merged model",
+            "Give --merged as well",
+        )
     if merged or tool == "lm-studio":
         return _merged(tool, source, adapters, home, settings)
     folded, opened = fold(adapters), open_model(source)

@@ -18,8 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapters import adapter_for, random_adapter, with_template
+from click.testing import CliRunner
 from test_merge import logits, split
 
+from safegene_edge.cli import cli
 from safegene_edge.errors import OutputError, SafeGeneError, SettingError
 from safegene_edge.export import TOOLS, export, safe_name
 from safegene_edge.gene import Adapter, Expression, SafetyGene
@@ -132,6 +134,23 @@ def test_a_gene_that_is_exported_at_a_scale_says_so(model, tmp_path):
     made = export("llama-server", model, [(tmp_path / "fitted.gguf", 0.5)], tmp_path / "out")
     written = SafetyGene.load(next(path for path in made.files if path.suffix == ".gguf"))
     assert set(written.coefficients.values()) == {0.625} and written.guard_threshold is None
+
+
+@pytest.mark.parametrize(
+    "settings", [MergeSettings(promote=1), MergeSettings(run=False), MergeSettings(imatrix="i")]
+)
+def test_settings_of_a_merge_need_one(model, tmp_path, settings):
+    with pytest.raises(SettingError, match="are for a merged model"):
+        export("ollama", model, [gene_for(model, tmp_path)], tmp_path / "out", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [["--plain"], ["--promote", "1"], ["--run"]])
+def test_an_export_takes_the_settings_of_its_merge(model, tmp_path, how):
+    """Messages of a merge name them."""
+    command = ["export", "lm-studio", str(model), str(gene_for(model, tmp_path)), *how]
+    done = CliRunner().invoke(cli, [*command, "-o", str(tmp_path / "out")])
+    assert done.exit_code == 0 and list((tmp_path / "out").rglob("*.gguf"))
 
 
 def test_llama_server_gets_a_merged_model_too(model, tmp_path):

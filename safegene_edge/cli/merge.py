@@ -124,6 +124,8 @@ def merge(
 @click.option("--merged", is_flag=True, help="A merged model in place of an adapter: Ollama "
               "needs it from version 0.34.1 on, and LM Studio always gets one.")  # fmt: skip
 @setting(MergeSettings, "imatrix", metavar="FILE", type=FILE)
+@setting(MergeSettings, "promote", metavar="N", type=int)
+@setting(MergeSettings, "run", "--run/--plain", "run")
 @click.option("--json", "as_json", is_flag=True, help="Print files and commands as JSON.")
 def export(
     tool: str,
@@ -132,6 +134,8 @@ def export(
     output: str,
     merged: bool,
     imatrix: str | None,
+    promote: int,
+    run: bool | None,
     as_json: bool,
 ) -> None:
     """Write what a TOOL needs to run MODEL.gguf with adapters: ollama, llama-server, lm-studio.
@@ -139,11 +143,12 @@ def export(
     Files go to DIR; the commands that use them are printed. LM Studio loads no adapters, nor
     does Ollama from version 0.34.1 on: give --merged for it.
     """
-    from ..export import export as run
+    from ..export import export as made_by
 
     given = [parse_adapter(text) for text in adapters]
     _say_where_unfitted(model, given)
-    made = run(tool, model, given, output, merged=merged, settings=MergeSettings(imatrix))
+    settings = MergeSettings(imatrix, promote, run)
+    made = made_by(tool, model, given, output, merged=merged, settings=settings)
     for warning in made.warnings:
         click.echo(f"warning: {warning}", err=True)
     if as_json:
