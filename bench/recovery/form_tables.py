@@ -47,6 +47,9 @@ BEGIN, END = "<!-- table of forms.md -->\n", "<!-- end of the table -->\n"
 SHOWN = {  # family, fine-tune and column: who taught
     ("qwen", "agnews", "learnt: no aligned model"): "itself",
     ("qwen", "gsm8k", "learnt: no aligned model"): "itself",
+    ("qwen", "agnews", "learnt: direct"): "the aligned model",
+    ("qwen", "gsm8k", "learnt: direct"): "the aligned model",
+    ("qwen", "dolly", "learnt: direct"): "the aligned model",
     ("smollm2", "agnews", "learnt: direct"): "the aligned model",
     ("smollm2", "sst2", "learnt: direct"): "the aligned model",
     ("smollm2", "dolly", "learnt: direct"): "the aligned model",
