@@ -122,7 +122,7 @@ def test_a_scale_that_overflows_a_merge(quantised, tmp_path):
 def test_an_importance_matrix_without_a_merge(tiny, tmp_path):
     model = tiny("llama").gguf_path
     gene, settings = adapter_for(model, tmp_path), MergeSettings(imatrix=tmp_path / "none.dat")
-    with pytest.raises(SettingError, match="is for a merged model"):
+    with pytest.raises(SettingError, match="are for a merged model"):
         export("llama-server", model, [gene], tmp_path / "out", settings=settings)
 
 
