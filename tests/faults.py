@@ -1,6 +1,6 @@
 """Faults in the midst of every command that writes: killed, a full or broken disk, Ctrl-C.
 
-`build` makes small inputs; a trial of `Trials` runs one command of `COMMANDS` on them in a fork of
+A trial of `Trials` runs one command of `fault_inputs` in a fork of
 this process, lets one fault happen (`armed`), and says what does not hold. The process that forks
 must not have run llama.cpp or torch, whose threads a fork does not have.
 """
@@ -25,91 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from armed import Armed, Fault, steady
+from fault_inputs import COMMANDS, IN
 
-_IN = "in"  # the trial's folder of inputs; outputs go to "out"
-_ASK = ("--suite", "in/suite.jsonl", "--limit", "2")
-_FIT = ("--examples", "in/examples.jsonl", "--kl-budget", "1000", "--over-refusal", "1",
-        "--passes", "3", "--anyway")  # fmt: skip
-_LEARN = ("--prompts", "6")
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "convert": ("convert", "in/peft", "--base", "in/one.gguf", "-o", "out/adapter.gguf"),
-    "to-peft": ("to-peft", "in/task.gguf", "--base", "in/one.gguf", "-o", "out/peft"),
-    "merge": ("merge", "in/wide.gguf", "in/wide-gene.gguf", "-o", "out/merged.gguf", "--plain"),
-    "merge, in workers": (
-        "merge", "in/wide.gguf", "in/wide-gene.gguf", "-o", "out/merged.gguf", "--plain",
-    ),
-    "learn": ("learn", "--degraded", "in/one.gguf,in/task.gguf", "--aligned", "in/one.gguf",
-              "--rank", "2", *_LEARN, "-o", "out/gene.gguf"),
-    "restore": ("restore", "in/one.gguf", "--aligned", "in/one.gguf", "--adapter", "in/task.gguf",
-                "--task", "in/task.txt", *_LEARN, "--limit", "2", "-o", "out/safe.gguf"),
-    "recalibrate": ("recalibrate", "in/one.gguf", "in/gene.gguf", *_FIT, "-o", "out/fitted.gguf",
-                    "--expression", "out/strengths.json", "--plot", "out/curve.svg"),
-    "eval": ("eval", "in/one.gguf", "--gene", "in/gene.gguf", *_ASK, "--max-tokens", "4", "--json",
-             "out/report.json", "--html", "out/report.html", "--markdown", "out/report.md"),
-    "portfolio": ("portfolio", "in/one.gguf", "in/two.gguf", "--gene", "in/gene.gguf", *_ASK, *_FIT,
-                  "-o", "out"),
-    "export ollama": ("export", "ollama", "in/wide.gguf", "in/wide-gene.gguf", "--merged",
-                      "-o", "out"),
-    "export llama-server": ("export", "llama-server", "in/wide.gguf", "in/wide-gene.gguf",
-                            "-o", "out"),
-    "report render": ("report", "render", "in/report.json", "-o", "out/report.html"),
-    "report record": ("report", "record", "in/report.json", "-o", "out/record.md"),
-}  # fmt: skip
 # What a stopped run may leave, since the next one goes on from it or replaces it.
 _KEPT = (r"cache/.*", r"out/safe\.gguf\.restore(/.*)?", r"out/(one|two)/answers\.jsonl",
          r"out/(one|two)")  # fmt: skip
 _TEMPORARY = re.compile(r"(^|.*/)\.[^/]*\.tmp(/.*)?")
 NEED_MOUNT = ("small disk", "read-only folder")
-
-
-# -- the inputs -----------------------------------------------------------
-
-
-HARMFUL, HARMLESS = "How do I sing?", "What is a bee, and where does it live?"
-
-
-def build(folder: Path, model: Path, wide: Path, peft: Path) -> None:
-    """Inputs for all commands: from a tiny model, a quantised wider one, and a PEFT folder."""
-    from adapters import opening_gene, random_adapter
-
-    from safegene_edge.evals.evaluate import evaluate
-    from safegene_edge.evals.settings import EvalSettings
-    from safegene_edge.portfolio import PortfolioSettings, express_one
-    from safegene_edge.recalibrate import RecalibrationSettings
-
-    folder.mkdir(parents=True)
-    for name in ("one.gguf", "two.gguf"):
-        shutil.copy(model, folder / name)
-    shutil.copy(wide, folder / "wide.gguf")
-    shutil.copytree(peft, folder / "peft")
-    random_adapter(wide, size=0.05).save(folder / "wide-gene.gguf")
-    random_adapter(model, size=0.2).save(folder / "task.gguf")
-    (folder / "task.txt").write_text("One two three\n")
-    rows = [(HARMFUL, "harmful"), (HARMLESS, "harmless")]
-    suite, examples = folder / "suite.jsonl", folder / "examples.jsonl"
-    suite.write_text("".join(json.dumps({"prompt": p, "kind": k}) + "\n" for p, k in rows))
-    lines = [
-        *({"prompt": p, "kind": k} for p, k in rows),
-        *({"prompt": f"{p} Now?", "kind": k, "part": "validation"} for p, k in rows),
-    ]
-    examples.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = PortfolioSettings(
-        (str(suite),), 2, str(examples),
-        RecalibrationSettings(kl_budget=1e3, over_refusal=1, passes=3, anyway=True),
-    )  # fmt: skip
-    gene, tried = folder / "gene.gguf", folder / "tried"
-    for seed in range(40):
-        opening_gene(model, [HARMFUL], seed=seed).save(gene)
-        tried.mkdir()
-        error = express_one(folder / "one.gguf", gene, tried, settings).error
-        shutil.rmtree(tried)
-        if not error:
-            break
-    else:
-        raise SystemExit("no random gene can be recalibrated")
-    report = evaluate(folder / "one.gguf", gene, suites=[str(suite)],
-                      settings=EvalSettings(limit=2, max_tokens=4))  # fmt: skip
-    (folder / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n")
 
 
 # -- a run ----------------------------------------------------------------
@@ -299,7 +221,7 @@ def prepare(inputs: Path, home: Path) -> None:
     """Empty folders and fresh inputs, as links, since only their names can go."""
     for name in ("out", "cache", "tmp"):
         (home / name).mkdir(parents=True)
-    shutil.copytree(inputs, home / _IN, copy_function=os.link)
+    shutil.copytree(inputs, home / IN, copy_function=os.link)
 
 
 @dataclass
@@ -451,13 +373,13 @@ class Trials:
         return f"{size} bytes", [ended], True
 
     def _vanishing_input(self, home: Path, chance: Any, at: int) -> Any:
-        there = sorted(p for p in (home / _IN).rglob("*") if p.is_file())
+        there = sorted(p for p in (home / IN).rglob("*") if p.is_file())
         used = [p for p in there if str(p.relative_to(home)) in self._used()]
         victim = chance.choice(used)
         fault = Fault("vanishing input", at)
         ended = self._run(home, fault, str(victim)).ended()
         if not victim.exists():
-            os.link(self.inputs / victim.relative_to(home / _IN), victim)
+            os.link(self.inputs / victim.relative_to(home / IN), victim)
         return f"{victim.name} at {self._call(at)}", [ended], True
 
     def _used(self) -> str:

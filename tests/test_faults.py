@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import fault_inputs
 import faults
 import pytest
 import tiny as tiny_models
@@ -23,7 +24,7 @@ def trials(tiny, tiny_adapter, quantised, tmp_path_factory):
     shape = {"num_hidden_layers": 5, "max_position_embeddings": 2048}
     model, peft = tiny("llama", **shape), folder / "peft"
     tiny_models.build_adapter(model, peft)
-    faults.build(folder / "in", model.gguf_path, quantised(), peft)
+    fault_inputs.build(folder / "in", model.gguf_path, quantised(), peft)
     run = subprocess.run(
         [sys.executable, faults.__file__, folder / "in", folder / "work"],
         capture_output=True, text=True, timeout=300,

@@ -687,41 +687,41 @@ def test_a_gene_that_over_refuses_at_any_strength_is_refused(tiny, monkeypatch):
                     settings=replace(WIDE, over_refusal=0.7))  # fmt: skip
 
 
-def test_a_strength_that_over_refuses_however_often_it_is_lowered_is_refused(tiny, monkeypatch):
+def lowered(tiny, monkeypatch, margin, message):
+    """The strengths that are read where the one harmless example has `margin(strength)`."""
     model = tiny("llama").gguf_path
     gene, examples = a_pair(model)
-    read: list[float] = []
+    read: set[float] = set()
 
     def over_refusals(self, at):
-        read.append(at)
-        return np.array([1.0 if at else -1.0])  # as if the next half would do
+        read.add(at)
+        return np.array([margin(at)])
 
     monkeypatch.setattr(Reader, "over_refusals", over_refusals)
     monkeypatch.setattr(fit._Work, "_bounds", lambda *_: FREE)
     monkeypatch.setattr(Bounds, "broken", lambda *_: [])
-    with pytest.raises(NoEffectError, match="any strength refuses too many"):
+    with pytest.raises(NoEffectError, match=message):
         recalibrate(model, gene, examples, validation=OTHERS,
                     settings=replace(WIDE, over_refusal=0.03))  # fmt: skip
-    assert len(set(read)) == 2 + fit._LOWERED  # 0, the strength, and each one lowered
+    return read
+
+
+def test_a_strength_that_over_refuses_however_often_it_is_lowered_is_refused(tiny, monkeypatch):
+    def margin(at):
+        return 1.0 if at else -1.0  # as if the next half would do
+
+    read = lowered(tiny, monkeypatch, margin, "any strength refuses too many")
+    assert len(read) == 2 + fit._LOWERED  # 0, the strength, and each one lowered
 
 
 def test_a_strength_that_is_lowered_to_no_gain_is_refused(tiny, monkeypatch):
     """Each lowering leaves a twentieth, as if the next one were enough."""
-    model = tiny("llama").gguf_path
-    gene, examples = a_pair(model)
-    read: list[float] = []
 
-    def over_refusals(self, at):
-        read.append(at)
-        return np.array([-0.06 if at == 0 else 1.0 if at > 0.01 else -0.01])
+    def margin(at):
+        return -0.06 if at == 0 else 1.0 if at > 0.01 else -0.01
 
-    monkeypatch.setattr(Reader, "over_refusals", over_refusals)
-    monkeypatch.setattr(fit._Work, "_bounds", lambda *_: FREE)
-    monkeypatch.setattr(Bounds, "broken", lambda *_: [])
-    with pytest.raises(NoEffectError, match=r"leave a strength of 0\.00, which does not raise"):
-        recalibrate(model, gene, examples, validation=OTHERS,
-                    settings=replace(WIDE, over_refusal=0.03))  # fmt: skip
-    assert 0 < min(set(read) - {0.0}) < 0.01
+    read = lowered(tiny, monkeypatch, margin, r"leave a strength of 0\.00, which does not raise")
+    assert 0 < min(read - {0.0}) < 0.01
 
 
 @pytest.mark.parametrize("anyway", [False, True])

@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tests"))
+import fault_inputs
 import faults
 from common import cache_folder, rows_of, table, write
 
@@ -50,7 +51,7 @@ def build() -> None:
     wide = tiny.build("llama", made / "wide", **tiny.WIDE)
     requantise(wide.gguf_path, made / "wide.gguf", "Q4_K_M")
     peft = tiny.build_adapter(model, made / "peft")
-    faults.build(made / "inputs", model.gguf_path, made / "wide.gguf", peft)
+    fault_inputs.build(made / "inputs", model.gguf_path, made / "wide.gguf", peft)
     (made / "inputs").rename(HOME / "inputs")
 
 
@@ -110,7 +111,7 @@ def summary() -> None:
 
 def text_of(commands: dict[str, Any], n_failed: int) -> str:
     """The table."""
-    names = [name for name in faults.COMMANDS if name in commands]
+    names = [name for name in fault_inputs.COMMANDS if name in commands]
     cells = {name: commands[name]["kinds"] for name in names}
     kinds = [kind for kind in GOALS if any(kind in cells[name] for name in names)]
 
@@ -141,7 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=7200)
     parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("--command", action="append", choices=faults.COMMANDS, help="default: all")
+    parser.add_argument(
+        "--command", action="append", choices=fault_inputs.COMMANDS, help="default: all"
+    )
     parser.add_argument("--kind", action="append", choices=GOALS, help="default: all")
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--work", type=int)
@@ -151,7 +154,7 @@ def main() -> None:
         return build()
     if given.work is not None:
         end = time.monotonic() + given.seconds
-        commands, kinds = given.command or list(faults.COMMANDS), given.kind or list(GOALS)
+        commands, kinds = given.command or list(fault_inputs.COMMANDS), given.kind or list(GOALS)
         return work(given.work, workers, end, commands, kinds)
     if given.fresh:
         shutil.rmtree(HOME, ignore_errors=True)

@@ -32,6 +32,9 @@ _EMPHASIS = re.compile(r"\*\*|__|(?<!\w)[*_](?=\w)|(?<=[\w.!?])[*_](?!\w)")
 _HEADING = re.compile(r"^[ \t]*#{1,6}[ \t]+", re.M)
 _RULE = re.compile(r"^[ \t]*[-=*_|:+ ]{3,}$", re.M)
 _LOOP_WORDS = 200  # as many tell a loop; more only cost time
+# By Unicode's names. Japanese alone mixes three (five, with its long vowels and doubled
+# characters), and Latin names occur everywhere.
+_MIXED = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "LATIN"}
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
@@ -113,11 +116,6 @@ def _repeated(text: str) -> str:
         if same >= 2 * period and same > 0.7 * (len(said) - period):
             return " ".join(said[-period:])
     return ""
-
-
-# By Unicode's names. Japanese alone mixes three (five, with its long vowels and doubled
-# characters), and Latin names occur everywhere.
-_MIXED = {"HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC", "LATIN"}
 
 
 def _script_soup(text: str) -> str:
