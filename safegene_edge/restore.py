@@ -158,7 +158,7 @@ def restore(
         require_fit(SafetyGene.load(gene), model, gene)
     learning = learning or LearnSettings()
     if merged:  # before minutes of learning
-        _require_merge(model, gene, work.adapters, learning)
+        _require_merge(model, gene, work.adapters, learning.for_teacher(itself=not teacher))
     return work.run(teacher, gene, learning)
 
 

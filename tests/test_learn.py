@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,22 @@ def stack() -> Iterator[ExitStack]:
         yield opened
 
 
-def target_of(degraded: Model, aligned: Model, taught: int, own: int = 0) -> Target:
-    """So many prompts whose answers are the aligned model's, and so many others."""
+def target_of(
+    degraded: Model, aligned: Model, taught: int, own: int = 0, *, text: bool = False
+) -> Target:
+    """So many prompts whose answers (and text) are the aligned model's, and so many others."""
     prompts = sequences(taught + own)
     harmful, harmless = prompts[:taught], prompts[taught:]
-    theirs, mine = aligned.captured(prompts), degraded.captured(harmless + harmful, text=True)
+    theirs = aligned.captured(prompts, text=text)
+    mine = degraded.captured(harmless + harmful, text=True)
     headers = {True: degraded.captured(prompts, 0), False: aligned.captured(harmless + harmful, 0)}
     samples = [
         one.sample(n, prompt, taught=is_taught, other=header_goals(headers[is_taught], n))
         for one, asked, is_taught in ((theirs, harmful, True), (mine, harmless, False))
         for n, prompt in enumerate(asked)
     ]
+    if text:  # what all prompts open with would stay as it is
+        mine = replace(mine, prefix=0)
     return Target(degraded.llama, degraded.scales, mine, theirs, samples, headers)
 
 
@@ -121,14 +127,21 @@ def test_answers_and_states_are_those_of_a_plain_pass(
 
 
 def undone(
-    arch: str, tiny: Callable[..., Any], stack: ExitStack, *, taught: bool = True, **more: float
+    arch: str,
+    tiny: Callable[..., Any],
+    stack: ExitStack,
+    *,
+    taught: bool = True,
+    text: bool = False,
+    text_weight: float = 1e-10,
+    **more: float,
 ) -> tuple[Any, Any, Any, Any]:
     """States along a target's samples, of A, of D = A + a change, and of D with a gene; header."""
     path = tiny(arch, num_hidden_layers=5).gguf_path
     change = writer_change(path, 0.3)
     aligned, degraded = Model(stack, path), Model(stack, path, change)
-    target = target_of(degraded, aligned, 60 * taught, 60 * (not taught))
-    settings = LearnSettings(ridge=1e-9, text_weight=1e-10, **more)
+    target = target_of(degraded, aligned, 60 * taught, 60 * (not taught), text=text)
+    settings = LearnSettings(ridge=1e-9, text_weight=text_weight, **more)
     found = Fit([target], settings.for_teacher(itself=False), 64, lanes=2).run(LAYERS)
     wanted, before = (states_along(model, target.samples) for model in (aligned, degraded))
     gene = degraded.llama.attach(SafetyGene(change.architecture, 0.0, found.pairs))
@@ -137,12 +150,16 @@ def undone(
     return wanted, before, states_along(degraded, target.samples), header
 
 
+@pytest.mark.parametrize("text", [False, True])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_change_of_the_fitted_tensors_is_undone(
-    arch: str, tiny: Callable[..., Any], stack: ExitStack
+    arch: str, text: bool, tiny: Callable[..., Any], stack: ExitStack
 ) -> None:
-    """At full rank, without a ridge and an overshoot, D's states become A's."""
-    wanted, before, after, _ = undone(arch, tiny, stack, overshoot=1.0)
+    """At full rank, without a ridge and an overshoot, D's states become A's, the text's as well."""
+    weight = 1.0 if text else 1e-10
+    wanted, before, after, _ = undone(
+        arch, tiny, stack, text=text, text_weight=weight, overshoot=1.0
+    )
     for layer, goal in wanted.items():
         distance = [
             float(np.linalg.norm(one[layer] - goal) / np.linalg.norm(goal))

@@ -97,7 +97,7 @@ def test_a_template_that_opens_answers_otherwise_is_refused(
         template = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", name)
         assert template != CHAT_TEMPLATE
         other = changed(path, tmp_path, **{"tokenizer.chat_template": template})
-        with pytest.raises(MismatchError, match="opens an answer otherwise"):
+        with pytest.raises(MismatchError, match="opens an answer, otherwise"):
             learn([path], other, settings=FEW)
 
 

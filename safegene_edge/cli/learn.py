@@ -64,7 +64,7 @@ def learn(
     output: str,
     family: str,
     rank: int | None,
-    prompts: int | None,
+    prompts: int,
     budget: int,
     threads: int | None,
     card: str | None,

@@ -11,7 +11,7 @@ import click
 from ..learn.settings import LearnSettings
 from ..recalibrate.settings import RecalibrationSettings
 from .learn import named, said_on
-from .options import FILE, Number, check_outputs, examples, file_option, setting
+from .options import FILE, Number, check_outputs, examples, file_option, require_used, setting
 
 if TYPE_CHECKING:
     from ..restore import Restored
@@ -72,7 +72,7 @@ def restore(
     task: str | None,
     merged: bool,
     limit: int,
-    prompts: int | None,
+    prompts: int,
     over_refusal: float,
     anyway: bool,
     card: str | None,
@@ -87,8 +87,7 @@ def restore(
 
     if aligned and gene:
         raise click.UsageError("give --aligned or --gene, not both")
-    if prompts and gene:
-        raise click.UsageError("--prompts is of learning, and with --gene nothing is learnt")
+    require_used({"learning, which --gene leaves out": (not gene, ["prompts"])})
     check_outputs((output, card), filter(None, (target, *adapter, task)))
     found = run(
         target, named(aligned), gene, output=output, adapters=adapter,

@@ -161,7 +161,7 @@ class _Learning:
         self.stack, self.files, self.teacher_files = stack, models, teacher
         self.settings = settings.for_teacher(itself=teacher is None)
         self.progress = progress
-        self.chosen = choose(self.settings.prompts or 0, self.settings.borderline or 0.0, task)
+        self.chosen = choose(self.settings.prompts, self.settings.borderline or 0.0, task)
         self.lanes = settings.threads or physical_cores()
         self._ticks = ("", 0, 0)
         self._read = 0  # tokens
@@ -195,7 +195,9 @@ class _Learning:
                     system = best_system_prompt(engine, self.chosen.harmful, model.scales)
                 self._tick()
             asked = rendered(model.llama, self.chosen.harmful, system)
-            captured = self._captured("asking the teacher", model, asked, layers, look=LOOK)
+            # Under a system prompt the text's states are not those that a target should have.
+            own = {"look": LOOK, "text": self.teacher_files is not None}
+            captured = self._captured("asking the teacher", model, asked, layers, **own)
             asked = rendered(model.llama, self.chosen.harmless, system)
             header = self._header(model, asked, layers) if self.settings.contrast else None
             return Taught.of(model.llama, self.chosen.harmful, captured, header, system)
@@ -311,29 +313,32 @@ class _Learning:
 
 
 def _require_alike(llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[int]]) -> None:
-    """Rows are counted from where an answer begins, so both models must open it alike."""
-    count = taught.captured.header
-    pairs = zip(taught.kept, asked, strict=True)
-    if header_of(llama) != count or any(
-        list(taught.captured.prompts[number][-count:]) != list(prompt[-count:])
-        for number, prompt in pairs
+    """Rows are counted from where an answer begins, so both must have the same tokens there."""
+    teacher = taught.captured
+    counts = [teacher.header + teacher.reach(number) for number in taught.kept]
+    prompts = [teacher.prompts[number] for number in taught.kept]
+    if header_of(llama) != teacher.header or any(
+        list(prompt[-count:]) != list(own[-count:])
+        for prompt, own, count in zip(prompts, asked, counts, strict=True)
     ):
         raise MismatchError(
-            f"{llama.model_path}: its chat template opens an answer otherwise than the aligned "
-            "model's",
+            f"{llama.model_path}: its chat template writes a prompt, or opens an answer, otherwise "
+            "than the aligned model's",
             "Give files with the same chat template; `gguf-new-metadata --chat-template` puts one "
             "in",
         )
 
 
 def plan(file: GGUFFile, settings: LearnSettings) -> tuple[list[int], int]:
-    """The layers and the rank of a gene for a model, within the budget.
+    """The layers and the rank of a gene for a model, within the budget; settings `for_teacher`.
 
     Raises:
         SettingError: the model has not these layers, or no `attn_output` in one of them.
     """
     count = file.whole(f"{file.architecture}.block_count", 0)
-    first, last = settings.layers or (max(1, count // 6), max(1, count - 2))
+    first, last = settings.layers or (
+        max(1, int(count * (settings.lowest or 0))), max(1, count - 2)
+    )  # fmt: skip
     if not 1 <= first <= last <= count - 2:
         raise SettingError(
             f"the layers are {first} to {last}, and {file.path} has the layers 0 to {count - 1}",

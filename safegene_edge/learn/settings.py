@@ -14,8 +14,11 @@ class LearnSettings:
 
     Attributes:
         rank: Rank of each layer's update; by default 8, or what the budget allows.
-        layers: First and last layer; by default all but the lowest sixth and the last.
-        ridge: Ridge of the regression, against the features' own size.
+        layers: First and last layer; by default all but the last and `lowest`.
+        lowest: Share of the layers that is left out, from the lowest on, where none are named; by
+            default 3/8, or a sixth where a model teaches itself.
+        ridge: Ridge of the regression, against the features' own size; by default 0.3, or 0.1 where
+            a model teaches itself.
         borderline: Share of the harmless prompts that are borderline, most of them twins of harmful
             ones; by default a fifth, or two thirds where a model teaches itself.
         harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1. By
@@ -27,8 +30,8 @@ class LearnSettings:
         contrast: How far those of harmless prompts shall go the other way, away from the teacher's;
             0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
             prompt it refuses much that is harmless.
-        prompts: Harmful prompts that the teacher is asked, and as many harmless ones; by default
-            64, or 128 where a model teaches itself.
+        prompts: Harmful prompts that the teacher is asked, and as many harmless ones. Memory and
+            time go with it.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most, or 1 % of the model's if that is less, where no rank is given;
             rank 1 is the least.
@@ -37,13 +40,14 @@ class LearnSettings:
 
     rank: int | None = None
     layers: tuple[int, int] | None = None
-    ridge: float = 0.1
+    lowest: float | None = None
+    ridge: float | None = None
     borderline: float | None = None
     harmless_weight: float | None = None
     text_weight: float = 1.0
     overshoot: float = 2.0
     contrast: float | None = None
-    prompts: int | None = None
+    prompts: int = 128
     tokens: int = 8
     budget: int = 600_000
     threads: int | None = None
@@ -53,8 +57,10 @@ class LearnSettings:
             value = getattr(self, name)
             if value is not None and not (value > 0 and isfinite(value)):
                 raise SettingError(f"{name} is {value}", "Give a positive number")
-        if self.borderline is not None and not 0 <= self.borderline <= 1:
-            raise SettingError(f"borderline is {self.borderline}", "Give a share, 0 to 1")
+        for name in ("borderline", "lowest"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise SettingError(f"{name} is {value}", "Give a share, 0 to 1")
         if self.contrast is not None and not (self.contrast >= 0 and isfinite(self.contrast)):
             raise SettingError(f"contrast is {self.contrast}", "Give 0 or more")
         for name in ("rank", "prompts", "tokens", "budget", "threads"):
@@ -64,11 +70,11 @@ class LearnSettings:
 
     def for_teacher(self, *, itself: bool) -> LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
-        share, weight, contrast, count = (2 / 3, 2.0, 1.0, 128) if itself else (0.2, 1.5, 0.0, 64)
+        known = {
+            "lowest": (3 / 8, 1 / 6), "ridge": (0.3, 0.1), "borderline": (0.2, 2 / 3),
+            "harmless_weight": (1.5, 2.0), "contrast": (0.0, 1.0),
+        }  # fmt: skip
         return replace(
             self,
-            borderline=share if self.borderline is None else self.borderline,
-            harmless_weight=weight if self.harmless_weight is None else self.harmless_weight,
-            contrast=contrast if self.contrast is None else self.contrast,
-            prompts=count if self.prompts is None else self.prompts,
+            **{name: both[itself] for name, both in known.items() if getattr(self, name) is None},
         )

@@ -123,6 +123,11 @@ class Captured:
     _texts: list[Ints]
     _tokens: int
 
+    def reach(self, number: int) -> int:
+        """Tokens from the first row that is kept of a prompt's text to its header."""
+        text = self._texts[number]
+        return len(self.prompts[number]) - self.header - int(text[0]) if len(text) else 0
+
     def sample(
         self, number: int, prompt: Sequence[int], *, taught: bool, other: int = -1
     ) -> Sample:
