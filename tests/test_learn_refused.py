@@ -110,7 +110,7 @@ def test_task_prompts_that_do_not_fit_are_named(
     with pytest.raises(SettingError, match=r"a prompt to learn from needs \d+ .* has 512"):
         learn([path], path, task=["a" * 600], settings=FEW)
     monkeypatch.setattr(sys.modules["safegene_edge.learn.run"], "memory_bytes", lambda: 1 << 20)
-    with pytest.raises(SettingError, match=r"take \d+\.\d GiB .* shorter or fewer task prompts"):
+    with pytest.raises(SettingError, match=r"takes \d+\.\d GiB .* shorter or fewer task prompts"):
         learn([path], path, settings=FEW)
 
 

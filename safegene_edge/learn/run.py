@@ -23,7 +23,7 @@ from ..prompts import Prompt
 from ..recalibrate.aligned import measured
 from ..runtime.batch import common_prefix
 from ..runtime.chat import require_chat
-from ..runtime.devices import cache_bytes, memory_bytes, physical_cores
+from ..runtime.devices import activation_bytes, cache_bytes, memory_bytes, physical_cores
 from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
 from ..runtime.lockstep import WRITER
@@ -39,7 +39,7 @@ from .teachers import TRIED, Taught, best_system_prompt, share_refused
 Progress = Callable[[str, int, int], None]
 _CONTEXT = 512
 _RANK = 8
-_SHARE = 0.75  # of the machine's memory that the caches may take
+_SHARE = 0.75  # of the machine's memory that reading the prompts may take
 
 
 def learn(
@@ -248,11 +248,12 @@ class _Learning:
                 "Give shorter task prompts",
             )
         cells = sum(map(len, asked)) - (len(asked) - 1) * common_prefix(asked)
-        needed = cache_bytes(open_model(llama.model_path), cells) or 0
+        model = open_model(llama.model_path)
+        needed = (cache_bytes(model, cells) or 0) + (activation_bytes(model, cells) or 0)
         if (memory := memory_bytes()) and needed > _SHARE * memory:
             raise SettingError(
-                f"the prompts to learn from take {needed / 2**30:.1f} GiB of {llama.model_path}'s "
-                f"cache, and the machine has {memory / 2**30:.0f}",
+                f"to read the prompts to learn from takes {needed / 2**30:.1f} GiB beside "
+                f"{llama.model_path}, and the machine has {memory / 2**30:.0f}",
                 "Give shorter or fewer task prompts, or fewer --prompts",
             )
 
