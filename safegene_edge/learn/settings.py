@@ -74,7 +74,7 @@ class LearnSettings:
             "lowest": (3 / 8, 1 / 6), "ridge": (0.3, 0.1), "borderline": (0.2, 2 / 3),
             "harmless_weight": (1.5, 2.0), "contrast": (0.0, 1.0),
         }  # fmt: skip
-        return replace(
-            self,
-            **{name: both[itself] for name, both in known.items() if getattr(self, name) is None},
-        )
+        missing = {
+            name: both[itself] for name, both in known.items() if getattr(self, name) is None
+        }
+        return replace(self, **missing)  # type: ignore[arg-type]
