@@ -17,6 +17,7 @@ from real_model import cache_folder, smollm2
 
 from safegene_edge import convert, evaluate, merge, restore
 from safegene_edge.evals.settings import EvalSettings
+from safegene_edge.learn import LearnSettings
 from safegene_edge.merge import MergeSettings
 from safegene_edge.portfolio import PortfolioRow, counts, table
 
@@ -44,9 +45,9 @@ def main() -> None:
     (refused, _), (over, _) = counts(evaluate(aligned, settings=asked).to_json())
     rows, tried = [], ""
     for task, target in tuned.items():
-        done = restore(
+        done = restore(  # from 64 prompts: two thirds of the default's time
             target, aligned, output=cache / f"demo-{task}.gguf", limit=PROMPTS_PER_SUITE,
-            progress=Steps(task),
+            learning=LearnSettings(prompts=64), progress=Steps(task),
         )  # fmt: skip
         if done.report is None:
             say(f"{task}: no refusals were lost")

@@ -47,8 +47,8 @@ BEGIN, END = "<!-- table of forms.md -->\n", "<!-- end of the table -->\n"
 SHOWN = {  # family, fine-tune and column: who taught
     ("qwen", "agnews", "learnt: no aligned model"): "itself",
     ("qwen", "gsm8k", "learnt: no aligned model"): "itself",
-    ("qwen", "agnews", "learnt: direct"): "the aligned model",
-    ("qwen", "gsm8k", "learnt: direct"): "the aligned model",
+    ("qwen", "agnews", "learnt: direct, earlier settings"): "the aligned model (earlier settings)",
+    ("qwen", "gsm8k", "learnt: direct, earlier settings"): "the aligned model (earlier settings)",
     ("qwen", "dolly", "learnt: direct"): "the aligned model",
     ("smollm2", "agnews", "learnt: direct"): "the aligned model",
     ("smollm2", "sst2", "learnt: direct"): "the aligned model",
