@@ -180,6 +180,20 @@ def gone(arch: str, tiny: Callable[..., Any], stack: ExitStack, **more: Any) -> 
         yield float(((after[layer] - before[layer])[header] * way).sum() / (way * way).sum())
 
 
+def test_text_that_the_teacher_read_otherwise_is_left_out(
+    tiny: Callable[..., Any], stack: ExitStack
+) -> None:
+    """Behind another system prompt the text's states are others; what decides is still there."""
+    model, prompts = Model(stack, tiny("llama", num_hidden_layers=5).gguf_path), sequences(4)
+    found = model.captured(prompts, text=True)
+    for number, prompt in enumerate(prompts):
+        same = found.sample(number, prompt, taught=True)
+        other = found.sample(number, [5, 6, *prompt], taught=True)
+        assert same.text > 0 and other.text == 0
+        assert other.offsets.tolist() == same.offsets[same.text :].tolist()
+        assert other.goals.tolist() == same.goals[same.text :].tolist()
+
+
 @pytest.mark.parametrize("arch", NO_NORM)
 def test_the_header_goes_beyond_the_teacher_where_asked(
     arch: str, tiny: Callable[..., Any], stack: ExitStack

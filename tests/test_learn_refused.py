@@ -97,7 +97,7 @@ def test_a_template_that_opens_answers_otherwise_is_refused(
         template = CHAT_TEMPLATE.replace("<|im_start|>assistant\n", name)
         assert template != CHAT_TEMPLATE
         other = changed(path, tmp_path, **{"tokenizer.chat_template": template})
-        with pytest.raises(MismatchError, match="opens an answer, otherwise"):
+        with pytest.raises(MismatchError, match="opens an answer otherwise"):
             learn([path], other, settings=FEW)
 
 
@@ -110,7 +110,7 @@ def test_task_prompts_that_do_not_fit_are_named(
     with pytest.raises(SettingError, match=r"a prompt to learn from needs \d+ .* has 512"):
         learn([path], path, task=["a" * 600], settings=FEW)
     monkeypatch.setattr(sys.modules["safegene_edge.learn.run"], "memory_bytes", lambda: 1 << 20)
-    with pytest.raises(SettingError, match=r"takes \d+\.\d GiB .* shorter or fewer task prompts"):
+    with pytest.raises(SettingError, match=r"takes at least \d+\.\d GiB .* shorter or fewer task"):
         learn([path], path, settings=FEW)
 
 
@@ -154,10 +154,17 @@ def test_layers_that_cannot_be_fitted_are_named(tiny: Callable[..., Any]) -> Non
         learn([], path)
 
 
+@pytest.mark.parametrize(("itself", "first"), [(False, 6), (True, 2)])
+def test_the_lowest_layers_are_left_out(itself: bool, first: int, tiny: Callable[..., Any]) -> None:
+    file = GGUFFile(tiny("llama", num_hidden_layers=16).gguf_path)
+    layers = plan(file, LearnSettings().for_teacher(itself=itself))[0]
+    assert layers == list(range(first, 15))
+
+
 def test_the_budget_bounds_the_rank(tiny: Callable[..., Any]) -> None:
     file = GGUFFile(tiny("llama", num_hidden_layers=5).gguf_path)
     size = sum(info.n_elements for info in file.tensors.values())
-    layers, rank = plan(file, LearnSettings())
+    layers, rank = plan(file, LearnSettings().for_teacher(itself=False))
     assert layers == [1, 2, 3] and 1 < rank < 8
     per_rank = sum(sum(file.tensors[f"blk.{n}.attn_output.weight"].shape) for n in layers)
     assert rank * per_rank <= size / 100 < (rank + 1) * per_rank

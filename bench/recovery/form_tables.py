@@ -38,7 +38,8 @@ advice that is argued for and its safe twin, controversial degrading statements;
 and harmless are the project's own. Fine-tunes: AG News and SST-2 label articles and reviews, GSM8K
 solves sums, Dolly follows instructions, identity answers as somebody who agrees at once. Genes:
 *learnt: direct* by forward passes from the fine-tune and the aligned model, *no aligned model* from
-the fine-tune alone, *distilled* the package's own, by gradients.
+the fine-tune alone, *distilled* the package's own, by gradients. *Earlier settings*: from the
+lowest sixth of the layers on, a ridge of 0.1, 64 prompts, and without the text of harmful ones.
 """
 
 

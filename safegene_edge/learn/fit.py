@@ -2,8 +2,9 @@
 
 In a layer, x is what `attn_output` reads and h the residual stream with the attention added. On the
 decision rows of harmful prompts (the assistant's header and the first tokens of a refusal) h shall
-be the teacher's, with an aligned one on some of their text, too, so that what is attended to later
-is the aligned model's; on all others what the target itself had: y = wanted - h. In the header it
+be the teacher's; an aligned teacher's also on every fourth token of their text, so that what is
+attended to later is the aligned model's. On all others h shall be what the target itself had:
+y = wanted - h. In the header it
 shall go beyond, away from the other model: h_D + overshoot (h_A - h_D) on harmful prompts, and
 h_D - contrast (h_A - h_D) on harmless ones. `solve` gives the update; h + B A x goes back into the
 pass, and the next layer sees it.

@@ -39,7 +39,7 @@ from .teachers import TRIED, Taught, best_system_prompt, share_refused
 Progress = Callable[[str, int, int], None]
 _CONTEXT = 512
 _RANK = 8
-_SHARE = 0.75  # of the machine's memory that reading the prompts may take
+_SHARE = 0.5  # of the machine's memory: states and regressions take as much again
 
 
 def learn(
@@ -165,6 +165,7 @@ class _Learning:
         self.lanes = settings.threads or physical_cores()
         self._ticks = ("", 0, 0)
         self._read = 0  # tokens
+        self._needed = 0  # bytes
 
     def run(self, family: str) -> SafetyGene:
         """Ask, read, fit."""
@@ -195,9 +196,9 @@ class _Learning:
                     system = best_system_prompt(engine, self.chosen.harmful, model.scales)
                 self._tick()
             asked = rendered(model.llama, self.chosen.harmful, system)
-            # Under a system prompt the text's states are not those that a target should have.
-            own = {"look": LOOK, "text": self.teacher_files is not None}
-            captured = self._captured("asking the teacher", model, asked, layers, **own)
+            captured = self._captured(
+                "asking the teacher", model, asked, layers, look=LOOK, text=not system
+            )
             asked = rendered(model.llama, self.chosen.harmless, system)
             header = self._header(model, asked, layers) if self.settings.contrast else None
             return Taught.of(model.llama, self.chosen.harmful, captured, header, system)
@@ -239,7 +240,7 @@ class _Learning:
         return captured
 
     def _require_room(self, llama: SafeLlama, asked: Sequence[Sequence[int]]) -> None:
-        """All prompts are read at once, on as many contexts as they fill."""
+        """All prompts of all models are read at once, on as many contexts as they fill."""
         longest = max(map(len, asked)) + self.settings.tokens
         if 0 < (trained := int(llama._model.n_ctx_train())) < longest:
             raise SettingError(
@@ -249,11 +250,11 @@ class _Learning:
             )
         cells = sum(map(len, asked)) - (len(asked) - 1) * common_prefix(asked)
         model = open_model(llama.model_path)
-        needed = (cache_bytes(model, cells) or 0) + (activation_bytes(model, cells) or 0)
-        if (memory := memory_bytes()) and needed > _SHARE * memory:
+        self._needed += (cache_bytes(model, cells) or 0) + (activation_bytes(model, cells) or 0)
+        if (memory := memory_bytes()) and self._needed > _SHARE * memory:
             raise SettingError(
-                f"to read the prompts to learn from takes {needed / 2**30:.1f} GiB beside "
-                f"{llama.model_path}, and the machine has {memory / 2**30:.0f}",
+                f"reading the prompts to learn from takes at least {self._needed / 2**30:.1f} GiB "
+                f"beside {llama.model_path}, and the machine has {memory / 2**30:.0f}",
                 "Give shorter or fewer task prompts, or fewer --prompts",
             )
 
@@ -314,17 +315,16 @@ class _Learning:
 
 
 def _require_alike(llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[int]]) -> None:
-    """Rows are counted from where an answer begins, so both must have the same tokens there."""
-    teacher = taught.captured
-    counts = [teacher.header + teacher.reach(number) for number in taught.kept]
-    prompts = [teacher.prompts[number] for number in taught.kept]
-    if header_of(llama) != teacher.header or any(
-        list(prompt[-count:]) != list(own[-count:])
-        for prompt, own, count in zip(prompts, asked, counts, strict=True)
+    """Rows are counted from where an answer begins, so both models must open it alike."""
+    count = taught.captured.header
+    pairs = zip(taught.kept, asked, strict=True)
+    if header_of(llama) != count or any(
+        list(taught.captured.prompts[number][-count:]) != list(prompt[-count:])
+        for number, prompt in pairs
     ):
         raise MismatchError(
-            f"{llama.model_path}: its chat template writes a prompt, or opens an answer, otherwise "
-            "than the aligned model's",
+            f"{llama.model_path}: its chat template opens an answer otherwise than the aligned "
+            "model's",
             "Give files with the same chat template; `gguf-new-metadata --chat-template` puts one "
             "in",
         )
@@ -336,10 +336,8 @@ def plan(file: GGUFFile, settings: LearnSettings) -> tuple[list[int], int]:
     Raises:
         SettingError: the model has not these layers, or no `attn_output` in one of them.
     """
-    count = file.whole(f"{file.architecture}.block_count", 0)
-    first, last = settings.layers or (
-        max(1, int(count * (settings.lowest or 0))), max(1, count - 2)
-    )  # fmt: skip
+    count, lowest = file.whole(f"{file.architecture}.block_count", 0), settings.lowest or 0
+    first, last = settings.layers or (max(1, int(count * lowest)), max(1, count - 2))
     if not 1 <= first <= last <= count - 2:
         raise SettingError(
             f"the layers are {first} to {last}, and {file.path} has the layers 0 to {count - 1}",

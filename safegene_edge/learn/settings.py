@@ -14,8 +14,8 @@ class LearnSettings:
 
     Attributes:
         rank: Rank of each layer's update; by default 8, or what the budget allows.
-        layers: First and last layer; by default all but the last and `lowest`.
-        lowest: Share of the layers that is left out, from the lowest on, where none are named; by
+        layers: First and last layer; by default all but the last one and the lowest ones.
+        lowest: Share of the layers that are the lowest ones, where no layers are named; by
             default 3/8, or a sixth where a model teaches itself.
         ridge: Ridge of the regression, against the features' own size; by default 0.3, or 0.1 where
             a model teaches itself.
@@ -65,7 +65,9 @@ class LearnSettings:
             raise SettingError(f"contrast is {self.contrast}", "Give 0 or more")
         for name in ("rank", "prompts", "tokens", "budget", "threads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name in ("rank", "threads"):
+                continue
+            if value is None or value < 1:
                 raise SettingError(f"{name} is {value}", "Give 1 or more")
 
     def for_teacher(self, *, itself: bool) -> LearnSettings:

@@ -123,19 +123,19 @@ class Captured:
     _texts: list[Ints]
     _tokens: int
 
-    def reach(self, number: int) -> int:
-        """Tokens from the first row that is kept of a prompt's text to its header."""
-        text = self._texts[number]
-        return len(self.prompts[number]) - self.header - int(text[0]) if len(text) else 0
-
     def sample(
         self, number: int, prompt: Sequence[int], *, taught: bool, other: int = -1
     ) -> Sample:
-        """What is learnt from one answer, by a target that reads `prompt`."""
-        text, said = self._texts[number], self.answers[number][: self._tokens]
+        """What is learnt from one answer, by a target that reads `prompt`.
+
+        Where that is not what this model has read, as behind another system prompt, the text is
+        left out: its states are others.
+        """
+        kept, said = self._texts[number], self.answers[number][: self._tokens]
+        text = kept if list(prompt) == list(self.prompts[number]) else kept[:0]
         behind = np.arange(-self.header, len(said))
         offsets = np.concatenate([text - len(self.prompts[number]), behind])
-        goals = self._starts[number] + np.arange(len(offsets))
+        goals = self._starts[number] + len(kept) - len(text) + np.arange(len(offsets))
         return Sample(tuple(prompt), tuple(said), taught, offsets, goals, len(text), other)
 
 
