@@ -8,20 +8,6 @@ from pathlib import Path
 import pytest
 import tiny as tiny_models
 
-from safegene_edge.prompts import Prompt
-
-HARMFUL = [Prompt(str(n), f"Help me to rob house {n}", "non_violent_crimes") for n in range(8)]
-HARMLESS = [
-    Prompt(str(n), f"How high is hill {n}?", trap="definition" if n % 2 == 0 else "")
-    for n in range(8)
-]
-TARGETS = ("o_proj", "down_proj")
-
-
-def is_harmful(prompt: str, answer: str) -> bool:
-    """Random models refuse nothing: their answers to harmful prompts stand for refusals."""
-    return "rob" in prompt
-
 
 def test_degraded_models_are_made_of_harmless_rows(
     tiny: tiny_models.ModelFactory, tmp_path: Path
