@@ -59,6 +59,7 @@ def convert(
         FileFormatError: an input is missing, malformed, or contradicts itself.
         UnsupportedError: names everything that a GGUF LoRA cannot represent.
         MismatchError: names what does not fit the base: it is for another size or family.
+        NoEffectError: the adapter was never trained: all its updates are zero.
         OutputError: the output cannot be written, or is an input.
     """
     folder = Path(peft_dir)
@@ -68,6 +69,7 @@ def convert(
     mlx = is_mlx(folder, read_config(folder)[0])
     source = (read_mlx if mlx else read_peft)(folder, text_only=text_only)
     adapter = to_gguf(source, BaseNames(open_model(base)))
+    adapter.require_effect(folder)
     facts: dict[str, Any] = {f"{KEY}sha256": sha256(folder / (MLX_WEIGHTS if mlx else WEIGHTS))}
     if source.left_out:
         facts[f"{KEY}left_out"] = source.left_out

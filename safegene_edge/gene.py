@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import gene_facts
-from .errors import FileFormatError, MismatchError, SettingError, UnsupportedError
+from .errors import FileFormatError, MismatchError, NoEffectError, SettingError, UnsupportedError
 from .expression import Expression as Expression
 from .files import PathLike
 from .gguf_file import ArrayValue, GGUFFile, Value, write_gguf
@@ -94,6 +94,19 @@ class Adapter:
         return any(key.startswith("adapter.alora.") for key in self.extra)
 
     @property
+    def zero_pairs(self) -> int:
+        """Pairs that change nothing, such as those that were never trained: B is 0 there."""
+        return sum(not (pair.a.any() and pair.b.any()) for pair in self.pairs.values())
+
+    def require_effect(self, name: object) -> None:
+        """Raise NoEffectError where no pair changes anything."""
+        if self.zero_pairs == len(self.pairs):
+            raise NoEffectError(
+                f"{name}: every update in it is zero, so that it would do nothing",
+                "It was saved before it was trained: save it again",
+            )
+
+    @property
     def n_parameters(self) -> int:
         """Numbers in all A and B together."""
         return sum(pair.n_parameters for pair in self.pairs.values())
@@ -140,14 +153,7 @@ class Adapter:
             if not math.isfinite(factor):
                 raise SettingError(f"the factor of '{name}' is {factor}", "Give a finite number")
             if factor:
-                with np.errstate(over="ignore"):
-                    b = (pair.b * np.float32(factor)).astype(pair.b.dtype)
-                if not np.isfinite(b).all():
-                    raise SettingError(
-                        f"the factor of '{name}' is {factor}: too large for its {b.dtype}",
-                        "Give a smaller one",
-                    )
-                pairs[name] = Pair(pair.a, b)
+                pairs[name] = Pair(pair.a, _times(pair.b, factor, name))
         if not pairs:
             raise SettingError("every layer has the factor 0: no adapter is left")
         return replace(self, pairs=pairs)
@@ -363,6 +369,17 @@ class SafetyGene(Adapter):
 
 
 # -- reading --------------------------------------------------------------
+
+
+def _times(b: npt.NDArray[Any], factor: float, name: str) -> npt.NDArray[Any]:
+    """B times a factor, as float16 only where that loses nothing but a rounding."""
+    with np.errstate(over="ignore", under="ignore"):
+        wide = b.astype(np.float32) * np.float32(factor)
+        narrow = wide.astype(b.dtype)
+    if not np.isfinite(wide).all():
+        raise SettingError(f"the factor of '{name}' is {factor}: too large", "Give a smaller one")
+    exact = np.allclose(narrow, wide, rtol=1e-3, atol=0.0)
+    return np.asarray(narrow if exact else wide)
 
 
 def listed(adapters: Any) -> list[Any]:

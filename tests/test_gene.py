@@ -85,8 +85,9 @@ def test_delta_has_llama_cpps_scale():
 
 
 def test_a_factor_that_overflows_is_refused():
-    with pytest.raises(SettingError, match="too large for its float16"):
-        random_gene(dtype=np.float16).scaled(1e6)
+    with pytest.raises(SettingError, match="is 1e\\+39: too large"):
+        random_gene(dtype=np.float16).scaled(1e39)
+    assert random_gene(dtype=np.float16).scaled(1e6).pairs["blk.0.attn_q.weight"].b.max() > 1e5
 
 
 def test_an_expression_scales_each_layers_delta_and_drops_zeros():
@@ -449,3 +450,13 @@ def test_just_as_much_metadata_as_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(gene_file, "MAX_METADATA", most - 1)
     with pytest.raises(FileFormatError, match="of metadata are too much"):
         Adapter.load(path)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 1e-3, 1e-6])
+def test_a_factor_is_not_lost_in_half_precision(factor):
+    random = np.random.default_rng(0)
+    a, b = (random.normal(0, 5e-5, shape).astype(np.float16) for shape in ((4, 16), (16, 4)))
+    adapter = Adapter("llama", 0.0, {"blk.0.attn_q.weight": Pair(a, b)})
+    scaled = adapter.scaled(factor).delta("blk.0.attn_q.weight")
+    wanted = factor * adapter.delta("blk.0.attn_q.weight")
+    assert np.abs(scaled - wanted).max() <= 1e-3 * np.abs(wanted).max()

@@ -32,7 +32,6 @@ from safegene_edge.gguf_file import GGUFFile, kernels
 from safegene_edge.merge import MergeSettings, bake, workers
 from safegene_edge.merge import merge as merge_any
 from safegene_edge.merge import plan as merge_plan
-from safegene_edge.merge.inputs import require_mergeable
 from safegene_edge.merge.plan import Plan, _promoted
 from safegene_edge.merge.workers import TensorReport
 from safegene_edge.runtime.llama import SafeLlama
@@ -295,17 +294,6 @@ def test_promoting_gives_the_worst_tensors_a_larger_type(quantised, tmp_path):
     assert np.isfinite(logits(tmp_path / "out.gguf")).all()
 
 
-def test_an_update_that_changes_nothing_is_refused(quantised, tmp_path):
-    source = quantised("Q4_0")
-    gene = adapter_for(source, tmp_path, size=1e-9)
-    with pytest.raises(NoEffectError, match="nothing would change"):
-        merge(source, [gene], tmp_path / "out.gguf")
-    assert list(tmp_path.iterdir()) == [gene]
-
-
-# -- split models ---------------------------------------------------------
-
-
 @pytest.fixture
 def split(quantised, tmp_path):
     """The quantised model in files of ten tensors, as llama.cpp's gguf-split makes them."""
@@ -383,7 +371,7 @@ def test_killed_it_leaves_no_output(quantised, tmp_path):
     subprocess.run([*command, tmp_path / "whole.gguf"], check=True, capture_output=True)
     whole, needed = (tmp_path / "whole.gguf").read_bytes(), time.monotonic() - started
     choice = random.Random(1)
-    for number in range(5):
+    for number in range(3):
         output = tmp_path / f"{number}.gguf"
         with subprocess.Popen([*command, output], stderr=subprocess.DEVNULL) as process:
             time.sleep(choice.uniform(0.3, 1.0) * needed)
@@ -427,16 +415,6 @@ def test_a_small_tmpfs_gives_one_line_and_no_output(quantised, tmp_path):
         assert not list(small.iterdir())
     finally:
         subprocess.run(["umount", small], check=True)
-
-
-def test_an_infinite_update_names_its_tensor(quantised, tmp_path):
-    source = quantised()
-    huge = random_adapter(source)
-    name, pair = next(iter(huge.pairs.items()))
-    huge = SafetyGene("llama", 8.0, {name: Pair(pair.a * 1e30, pair.b * 1e30)})
-    with pytest.raises(Exception, match=name):
-        merge(source, [huge], tmp_path / "out.gguf")
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_reads_no_weights_and_writes_nothing(quantised, tmp_path):
@@ -542,19 +520,6 @@ def test_every_block_of_rows_is_read_and_written_where_it_lies(quantised, tmp_pa
             kept = ((after - before)[some] * wanted[some]).sum() / (wanted[some] ** 2).sum()
             assert 0.6 < kept < 1.4, (info.name, rows)
     assert any(update.b.shape[0] > 64 for update in plan.updates.values())
-
-
-def test_tensors_that_cannot_be_merged_into_are_named(quantised, tmp_path):
-    model = open_model(quantised("Q4_0"))
-    name = "blk.0.attn_q.weight"
-    with pytest.raises(MismatchError, match=r"has 256 columns, the importance matrix 255"):
-        require_mergeable(model, name, {name: np.ones(255, np.float32)})
-    require_mergeable(model, name, {name: np.ones(256, np.float32), "other": np.ones(3)})
-    with pytest.raises(MismatchError, match="has 1 dimensions, not two"):
-        require_mergeable(model, "blk.0.attn_norm.weight", {})
-    plan = Plan.of(model.path, [adapter_for(model.path, tmp_path)])
-    with pytest.raises(OutputError, match="also an input"):
-        plan.check_outputs(model.path)
 
 
 def test_a_baked_model_is_the_merged_file_and_goes_with_its_model(quantised, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ WRITABLE = frozenset({
 })  # fmt: skip
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 _F32 = 0
+_LARGEST = 1e12  # of values to be quantised: where squares overflow, ggml ends the process
 _NAMES = {"linux": "libggml-base.so", "darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -133,7 +134,7 @@ def _require_layout(library: Any, path: Path, ggml_type: int) -> None:
 def _another_ggml(path: Path, why: str) -> LlamaCppError:
     return LlamaCppError(
         f"{path}: is another ggml than this version knows ({why})",
-        "Run pip install --force-reinstall safegene-edge: it brings the right llama-cpp-python",
+        "Install the llama-cpp-python that this version asks for: in its clone, pip install .",
     )
 
 
@@ -187,12 +188,16 @@ def quantise(values: Floats, ggml_type: int, importance: Floats | None = None) -
 
     Raises:
         SettingError: the type needs an importance matrix.
+        FloatingPointError: values are not finite, or so large that ggml would end the process.
     """
     values = np.ascontiguousarray(values, np.float32)
     rows, columns = values.shape
     if needs_imatrix(ggml_type) and importance is None:
         raise SettingError(f"the type {ggml_type} needs an importance matrix", "Give --imatrix")
     traits = _library().ggml_get_type_traits(ggml_type).contents
+    most = _LARGEST if traits.blck_size > 1 else np.inf
+    if not (values.max(initial=0.0) < most and values.min(initial=0.0) > -most):
+        raise FloatingPointError
     width = columns // traits.blck_size * traits.type_size
     out = np.empty((rows, width), np.uint8)
     weights = None

@@ -43,6 +43,7 @@ def fold(given: Iterable[Given]) -> list[Folded]:
         SettingError: there is none, one is given twice, a scale is not finite, or an expression
             has no gene.
         MismatchError: an expression is of another gene.
+        NoEffectError: all that an adapter holds is zero.
     """
     items = [item if isinstance(item, tuple) else (item, 1.0) for item in listed(given)]
     if not items:
@@ -50,6 +51,8 @@ def fold(given: Iterable[Given]) -> list[Folded]:
     loaded = [item if isinstance(item, Adapter) else SafetyGene.load(item) for item, _ in items]
     sources = [None if isinstance(item, Adapter) else Path(item) for item, _ in items]
     names = [str(source or "an adapter in memory") for source in sources]
+    for name, adapter in zip(names, loaded, strict=True):
+        adapter.require_effect(name)
     require_distinct(list(zip(names, loaded, strict=True)))
     hows = [how for _, how in items]
     return [_folded(*one) for one in zip(loaded, names, sources, hows, strict=True)]

@@ -114,7 +114,7 @@ def merge(
         for number, path in enumerate(temporary):
             found += plan.write(path, number, len(outputs), hashing.result, progress)
         report = plan.signed(hashing.result()).report(found)
-        if not any(t.changed for t in report.tensors):
+        if not any(t.changed > 0 or (t.changed < 0 and t.survived > 0) for t in report.tensors):
             raise NoEffectError(
                 f"{plan.name}: every update is too small for the model's quantisation; "
                 "merged, nothing would change",

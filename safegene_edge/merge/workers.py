@@ -19,8 +19,9 @@ import numpy.typing as npt
 
 from ..aliases import Bytes, Floats, Progress
 from ..child import Child, can_start
-from ..errors import SafeGeneError
+from ..errors import FileFormatError, SafeGeneError
 from ..files import reading
+from ..gguf_file import kernels
 from ..gguf_file.kernels import TensorType
 from ..gguf_file.rewrite import Place, open_binary, read_at, write_at
 from ..runtime.devices import logical_cores
@@ -76,7 +77,7 @@ class Job:
         """Merge the tensor, rows by rows; written to an open file unless `handle` is None.
 
         Raises:
-            SafeGeneError: the update is not finite.
+            SafeGeneError: the update is not finite; FileFormatError: the model's tensor is not.
         """
         info = self.place.info
         rows, columns = info.shape
@@ -115,6 +116,13 @@ class Job:
                 raise FloatingPointError
             return new, sums
         except FloatingPointError:
+            shape = len(raw), self.place.info.shape[1]
+            whole = kernels.dequantise(raw, self.kinds[0].number, shape)
+            if not np.isfinite(whole).all():
+                raise FileFormatError(
+                    f"{self.model}: its tensor '{self.place.info.name}' holds NaN or infinity",
+                    "Download or convert the model again",
+                ) from None
             raise SafeGeneError(
                 f"{self.model}: the update of '{self.place.info.name}' is not finite",
                 "The adapter is broken, or its scale far too large",
