@@ -145,3 +145,20 @@ def test_llama_cpp_python_is_bound_to_what_was_tested():
     *front, last = pinned[1].split(".")
     assert pinned[1] in bound and metadata.version("llama-cpp-python") in bound
     assert ".".join([*front, str(int(last) + 1)]) not in bound
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({GROUPS: "0::/a\n", f"{V2}/a/memory.max": "max\n", f"{V2}/memory.max": "4096\n"}, 4096),
+        ({GROUPS: "4:memory:/x\n3:cpu:/y\n", "sys/fs/cgroup/memory/x/memory.limit_in_bytes": "99\n",
+          "sys/fs/cgroup/memory/memory.limit_in_bytes": "500\n"}, 99),
+        ({GROUPS: "0::/\n", f"{V2}/memory.max": "max\n"}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_the_least_memory_along_the_path(tmp_path, monkeypatch, files, limit):
+    assert devices.memory_limit(system(tmp_path, files)) == limit
+    whole = devices.memory_bytes()
+    monkeypatch.setattr(devices, "memory_limit", lambda: limit)
+    assert devices.memory_bytes() == (whole if limit is None else limit)

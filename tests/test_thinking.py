@@ -311,3 +311,28 @@ def test_a_template_that_leaves_system_messages_out_gets_them_before_the_users(s
             journal=Journal(),
         ) as local:  # fmt: skip
             assert "Be kind.\n\nHello" in llama.text(local.prompt(chat), special=True)
+
+
+ONLY_OLD = (  # takes thoughts out of earlier turns, and shows none: R1's first distills, and others
+    "{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}<|im_start|>{{ m.role }}\n{{ c }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_an_empty_thought_stands_where_the_model_would_think(tiny, tmp_path):
+    """Where a template only knows of thoughts, the model's own first words decide."""
+    model = tiny("llama").gguf_path
+    thinks = speaking(model, tmp_path / "a.gguf", ONLY_OLD, "<think>", "So. ", "</think>", *NO)
+    answers = speaking(model, tmp_path / "b.gguf", ONLY_OLD, *NO)
+    with SafeLlama(thinks) as llama:
+        prompt = llama.text(llama.render_answer(HELLO), special=True)
+        assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    with SafeLlama(answers) as llama:
+        assert llama.render_answer(HELLO) == llama.render(HELLO)
+
+
+def test_other_marks_of_thoughts_are_named_with_their_file(tiny, tmp_path):
+    model = speaking(tiny("llama").gguf_path, tmp_path / "a.gguf", "<|channel|>{{ 1 }}", *NO)
+    with SafeLlama(model) as llama, pytest.raises(UnsupportedError, match=f"{model}: its chat"):
+        llama.thinking  # noqa: B018

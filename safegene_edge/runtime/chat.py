@@ -137,6 +137,11 @@ def template_fault(template: str) -> str:
     return ""
 
 
+def has_template(llama: Any) -> bool:
+    """Whether a model's file has a chat template. Base models have none."""
+    return bool(llama.metadata.get("tokenizer.chat_template", "").strip())
+
+
 def require_chat(llama: Any, *, system: bool = False) -> None:
     """Check that a model's template takes a message, and a system message before it if asked.
 

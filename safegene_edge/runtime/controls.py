@@ -28,9 +28,12 @@ class ControlTexts:
 
     Args:
         texts: as llama.cpp's tokenizer would find them in text that it trusts.
+        others: texts of tokens that it finds in any text ("user defined").
     """
 
-    def __init__(self, texts: Iterable[str]) -> None:
+    def __init__(self, texts: Iterable[str], others: Iterable[str] = ()) -> None:
+        self.others = frozenset(text for text in others if len(text) > 1)
+        self._broken: frozenset[str] = frozenset()
         self.texts = sorted({text for text in texts if text}, key=len, reverse=True)
         self._any = re.compile(_longest_of(self.texts) if self.texts else r"(?!)")
         self._first = re.compile(f"[{re.escape(''.join({text[0] for text in self.texts}))}]"
@@ -46,8 +49,26 @@ class ControlTexts:
         """Those of a llama.cpp vocabulary."""
         special = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
         attribute, text = llama_cpp.llama_vocab_get_attr, llama_cpp.llama_vocab_get_text
-        tokens = [token for token in range(n_vocab) if attribute(vocab, token) & special]
-        return cls(text(vocab, token).decode("utf-8", "replace") for token in tokens)
+        found: tuple[list[str], list[str]] = [], []
+        for token in range(n_vocab):
+            kind = attribute(vocab, token)
+            if kind & (special | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED):
+                shown = text(vocab, token).decode("utf-8", "replace")
+                found[not kind & special].append(shown)
+        return cls(*found)
+
+    def with_markers(self, shown: str) -> ControlTexts:
+        """Those, and the others that a template shows between messages.
+
+        Many a fine-tune has added its marks of turns as plain tokens. In a message such a text is
+        tokenised in two halves, or llama.cpp would find the token there, too.
+        """
+        markers = frozenset(text for text in self.others if text in shown and text.strip())
+        if not markers:
+            return self
+        found = ControlTexts([*self.texts, *markers], self.others - markers)
+        found._broken = markers
+        return found
 
     def hide(self, content: str, hidden: list[str]) -> str:
         """The content with stand-ins; what they stand for is appended to `hidden`."""
@@ -96,7 +117,10 @@ class ControlTexts:
                 if part:
                     yield part, True
             elif 0 <= number < len(hidden):
-                yield hidden[number], False
+                cut = 1 if hidden[number] in self._broken else len(hidden[number])
+                yield hidden[number][:cut], False
+                if cut < len(hidden[number]):
+                    yield hidden[number][cut:], False
 
 
 def _strings(value: Any) -> Iterator[str]:

