@@ -299,10 +299,12 @@ def hold(path: PathLike) -> IO[bytes] | None:
     Raises:
         FileNotFoundError: it is not there, or went away meanwhile.
     """
-    handle = open(path, "rb")  # noqa: SIM115 - the caller closes it
+    # Opened for writing, without which NFS locks nothing.
+    handle = open(path, "rb+")  # noqa: SIM115 - the caller closes it
     try:
         if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with _where_there_are_locks():
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(handle.fileno()), Path(path).stat()):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     except BlockingIOError:
@@ -312,6 +314,16 @@ def hold(path: PathLike) -> IO[bytes] | None:
         handle.close()
         raise
     return handle
+
+
+@contextmanager
+def _where_there_are_locks() -> Iterator[None]:
+    """Goes on where the file system has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
 
 
 def write_text(path: PathLike, text: str, inputs: Iterable[PathLike] = ()) -> None:

@@ -7,13 +7,15 @@ borderline ones that differ in a word or two, so that the form of a prompt does 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
 
-from .errors import FileFormatError
+from .errors import FileFormatError, SettingError
 from .files import PathLike, parse_json, read_text
 
 FORMS = (
@@ -128,24 +130,38 @@ def harmless_prompts() -> tuple[Prompt, ...]:
     return found["borderline"] + found["plain"]
 
 
+def listed_prompts(prompts: Iterable[Prompt | str]) -> tuple[Prompt | str, ...]:
+    """Prompts as a tuple; SettingError for a path or one text, and for one without text."""
+    if isinstance(prompts, (str, bytes, os.PathLike, Prompt)):
+        raise SettingError(
+            f"the prompts are no list, but {str(prompts)[:64]!r}",
+            "Give a list; `load_prompts(path)` reads a file",
+        )
+    found = tuple(prompts)
+    for number, one in enumerate(found, 1):
+        if not (one.text if isinstance(one, Prompt) else one).strip():
+            raise SettingError(f"task prompt {number} is empty", "Leave it out")
+    return found
+
+
 def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
-    """Prompts of a text file, a line each, or of JSONL with a "prompt" a line.
+    """Prompts of a text file, a line each, or of JSON: an array, or a row a line.
+
+    A row is a text, or an object with a "prompt".
 
     Raises:
         FileFormatError: the file is missing or not UTF-8, holds none, or a line is no prompt.
     """
     try:
-        lines = read_text(path).split("\n")
+        text = read_text(path)
     except ValueError as error:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Give a text or JSONL file") from error
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(text), 1):
         if not line.strip():
             continue
         try:
-            is_row = line.lstrip().startswith("{")
-            record = parse_json(line) if is_row else {"prompt": line.strip()}
-            found.append(from_record(record, str(number)))
+            found.append(from_record(_record(line.strip()), str(number)))
         except (ValueError, TypeError) as error:
             raise FileFormatError(
                 f"{path}: line {number} is no prompt",
@@ -154,6 +170,24 @@ def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
     if not found:
         raise FileFormatError(f"{path}: holds no prompts", "Give a prompt a line")
     return tuple(found)
+
+
+def _lines(text: str) -> list[str]:
+    """The rows of a file; of one that is a JSON array, its items."""
+    with suppress(ValueError):  # no JSON: lines, of which the first one opens with a bracket
+        if text.lstrip().startswith("[") and isinstance(items := parse_json(text), list):
+            return [json.dumps(item) for item in items]
+    return text.split("\n")
+
+
+def _record(line: str) -> Any:
+    """A line as a row: an object, a text in JSON's quotes, or the text itself."""
+    if line.startswith("{"):
+        return parse_json(line)
+    with suppress(ValueError):
+        if line.startswith('"') and isinstance(said := parse_json(line), str):
+            return {"prompt": said}
+    return {"prompt": line}
 
 
 def rows(name: str) -> Iterator[dict[str, Any]]:

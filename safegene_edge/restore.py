@@ -41,14 +41,14 @@ from .files import (
     write_text,
     writing,
 )
-from .gene import Adapter, SafetyGene
+from .gene import Adapter, SafetyGene, listed
 from .gguf_file import GGUFFile
 from .learn.base import Model, files_of
-from .learn.run import learn, plan
+from .learn.run import learn, plan, require_prompts
 from .learn.settings import LearnSettings
 from .merge.inputs import require_mergeable
 from .merge.plan import merge
-from .prompts import Prompt
+from .prompts import Prompt, listed_prompts
 from .recalibrate import Examples, Recalibration, RecalibrationSettings, recalibrate
 from .recalibrate.examples import compared
 from .runtime.lockstep import WRITER
@@ -118,13 +118,14 @@ def restore(
         aligned: a GGUF of its family that refuses, a sequence of one and its adapters, or a
             folder that holds the one which the target names as its base.
         gene: a gene of its family, or a place to find one in, as `sharing.find` has it: "auto", a
-            folder, `hf:OWNER/REPO`. None: the package's own if it fits and no `aligned` is given;
-            else one is learnt from the target itself, from `aligned` or,
+            folder, `hf:OWNER/REPO`. None: the package's own if it fits and neither `aligned` nor
+            `learning` is given; else one is learnt from the target itself, from `aligned` or,
             without that, from its own self under a safety system prompt.
         output: the fitted adapter, a GGUF LoRA, or with `merged` the whole model.
         adapters: GGUF LoRAs that the target is run with, such as its task's.
         task: prompts as the target's own job has them, unlabelled; what it answers there is kept.
             One that comes again counts once.
+        learning: how a gene is learnt, not for a `gene` that is given.
         limit: prompts of each suite that is measured; None: all.
         card: where to write the gene's card, a README.md for a hub; None: nowhere.
         progress: called with what is being done, how much of it is done, and of how much.
@@ -133,8 +134,12 @@ def restore(
         SafeGeneError: as `learn`, `recalibrate` and `merge`; or an output cannot be written. A gene
             that was learnt by then is kept.
     """
+    if gene is not None and (aligned is not None or learning is not None):
+        raise SettingError(
+            "a gene is given, and how to learn one (aligned, learning) as well", "Leave one out"
+        )
     work = _Work(
-        Path(target), list(map(str, adapters)), Path(output), _once(task)[:_MOST], merged, limit,
+        Path(target), list(map(str, listed(adapters))), Path(output), _once(task), merged, limit,
         settings or RecalibrationSettings(), progress or (lambda *_: None),
         None if card is None else Path(card),
     )  # fmt: skip
@@ -146,7 +151,7 @@ def restore(
     for path in outputs:
         check_output(path, [*work.inputs, *teacher, *given])
     work.gene_name = Path(given[0]).name if given else work.outputs["gene"].name
-    place = PACKAGE if gene is None and aligned is None else gene
+    place = PACKAGE if gene is None and aligned is None and learning is None else gene
     if is_place(place):
         with suppress(MismatchError) if gene is None else nullcontext():
             name, gene = find(str(place), target)
@@ -183,11 +188,11 @@ def _require_merge(
 
 
 def _once(task: Iterable[Prompt | str]) -> tuple[Prompt | str, ...]:
-    """Each prompt once, as recalibration compares them: logs repeat themselves."""
+    """The first prompts, each once, as recalibration compares them: logs repeat themselves."""
     seen: dict[str, Prompt | str] = {}
-    for one in task:
+    for one in listed_prompts(task):
         seen.setdefault(compared(one if isinstance(one, Prompt) else Prompt("", one)), one)
-    return tuple(seen.values())
+    return tuple(seen.values())[:_MOST]
 
 
 @dataclass
@@ -211,7 +216,7 @@ class _Work:
     @property
     def outputs(self) -> dict[str, Path]:
         """All files that a run writes."""
-        name = self.output.with_suffix("")
+        name = _stem(self.output)
         asked = {} if self.card is None else {"card": self.card}
         return asked | {
             "output": self.output,
@@ -339,6 +344,7 @@ class _Work:
             return SafetyGene.load(gene)
         kept = self.folder / "gene.gguf"
         if not kept.exists():
+            require_prompts(self.inputs, self.task)
             learnt, _ = self._task_parts()
             learn(
                 [self.inputs], teacher or None, task=learnt, settings=learning,
@@ -399,12 +405,17 @@ class _Work:
         if self.merged:
             return steps
         files = (self.target, *self.adapters, self.output)
-        folder = self.output.with_suffix(".ollama")
+        folder = f"{_stem(self.output)}.ollama"
         return (
             *steps,
-            command("merge", *files, "-o", self.output.with_suffix(".merged.gguf")),
+            command("merge", *files, "-o", f"{_stem(self.output)}.merged.gguf"),
             command("export", "ollama", *files, "--merged", "-o", folder),
         )
+
+
+def _stem(output: Path) -> Path:
+    """The path without .gguf: "model-1.5" ends in no suffix."""
+    return output.with_suffix("") if output.suffix.lower() == ".gguf" else output
 
 
 def _json_of(kept: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from safegene_edge.files import (
     atomic_folder,
     atomic_output,
     check_output,
+    hold,
     require_file,
     scratch_file,
     scratch_folder,
@@ -318,3 +319,20 @@ def test_a_merge_on_a_system_without_posix_calls_writes_the_same(quantised, tmp_
     binary = {path for path, flags in opened if flags & os.O_BINARY}
     assert str(quantised()) in binary  # bytes 10 stay single
     assert any(path.endswith(".tmp") for path in binary)
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_the_file_system_has_no_locks_nobody_holds_a_file(tmp_path, monkeypatch, number):
+    """NFS locks only what is open for writing; others have no locks at all."""
+    (tmp_path / "note").write_text("a")
+
+    def flock(handle, how):
+        assert handle.writable()
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("safegene_edge.files.fcntl.flock", flock)
+    with hold(tmp_path / "note") as held:
+        assert held.read() == b"a"
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        hold(tmp_path / "note")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from safegene_edge.gguf_file import GGUFFile
 from safegene_edge.learn import LearnSettings, states, teachers
 from safegene_edge.learn.base import find_base
 from safegene_edge.learn.run import _Learning, plan
-from safegene_edge.prompts import load_prompts
+from safegene_edge.prompts import Prompt, load_prompts
+from safegene_edge.recalibrate import Examples
 
 
 def changed(model: Path, folder: Path, **metadata: Any) -> Path:
@@ -107,8 +109,8 @@ def test_task_prompts_that_do_not_fit_are_named(
     monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
     monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
     path = tiny("llama", num_hidden_layers=5).gguf_path
-    with pytest.raises(SettingError, match=r"a prompt to learn from needs \d+ .* has 512"):
-        learn([path], path, task=["a" * 600], settings=FEW)
+    with pytest.raises(SettingError, match=r"task prompt 2 needs \d+ .* has 512"):
+        learn([path], path, task=["Hello", "a" * 600], settings=FEW)
     monkeypatch.setattr(sys.modules["safegene_edge.learn.run"], "memory_bytes", lambda: 1 << 20)
     with pytest.raises(SettingError, match=r"takes at least \d+\.\d GiB .* shorter or fewer task"):
         learn([path], path, settings=FEW)
@@ -128,6 +130,9 @@ def test_a_base_model_and_a_template_without_system_prompts_are_named(
     other = changed(path, tmp_path, **{"tokenizer.chat_template": strict})
     with pytest.raises(SettingError, match="its template takes no system prompt"):
         learn([other], settings=FEW)
+    spoken = Prompt("", "Hello", history=(("system", "Be kind."),))
+    with pytest.raises(SettingError, match=r"task prompt 2: .*its chat template failed \(no\)"):
+        learn([other], path, task=["Hello", spoken], settings=FEW)
 
 
 def test_a_full_disk_is_named(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +214,31 @@ def test_prompts_are_read_as_lines_or_rows(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FileFormatError, match="UTF-8"):
         load_prompts(file)
+
+
+def test_prompts_may_be_one_json_array_or_texts_in_quotes(tmp_path: Path) -> None:
+    file = tmp_path / "p"
+    for text, wanted in (
+        (json.dumps([{"prompt": "Say hello"}, "Say bye"], indent=2), ["Say hello", "Say bye"]),
+        ('"Say \\"hello\\""\n"Say bye" twice', ['Say "hello"', '"Say bye" twice']),
+        ("[INFO] Say hello\nSay bye", ["[INFO] Say hello", "Say bye"]),
+    ):
+        file.write_text(text)
+        assert [p.text for p in load_prompts(file)] == wanted
+    file.write_text('["Say hello", {"text": "Say bye"}]')
+    with pytest.raises(FileFormatError, match="line 2 is no prompt"):
+        load_prompts(file)
+
+
+def test_a_path_is_no_list_of_prompts(tiny: Callable[..., Any]) -> None:
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    for task in ("prompts.txt", Path("prompts.txt"), b"prompts.txt"):
+        with pytest.raises(SettingError, match=r"no list, but .*load_prompts"):
+            learn([path], path, task=task, settings=FEW)  # type: ignore[arg-type]
+        with pytest.raises(SettingError, match="no list"):
+            Examples.shipped(task=task)  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match="task prompt 2 is empty"):
+        learn([path], path, task=["Hello", " "], settings=FEW)
 
 
 def test_the_base_that_a_fine_tune_names_is_found(tiny: Callable[..., Any], tmp_path: Path) -> None:

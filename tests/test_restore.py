@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,10 @@ def test_a_model_that_cannot_be_merged_is_refused_before_it_is_learnt(
     """As IQ2 files: their tensors are written with an importance matrix alone."""
     monkeypatch.setattr(kernels, "needs_imatrix", lambda ggml_type: True)
     gene = random_adapter(model)
-    for given in ({}, {"gene": gene}):
+    with_gene = partial(restore, model, gene=gene, output=tmp_path / "safe.gguf")
+    for call in (partial(run, model, tmp_path), with_gene):
         with pytest.raises(SettingError, match="needs an importance matrix") as caught:
-            run(model, tmp_path, merged=True, **given)
+            call(merged=True)
         assert "Leave out --merge" in caught.value.remedy
     assert calls == [] and [path.name for path in tmp_path.iterdir()] == ["task.gguf"]
 
@@ -267,7 +269,7 @@ def test_a_prompt_that_comes_again_counts_once(
     task = [Prompt("", "One"), "Two", "one ", "Three", "two", "THREE"]
     restore(model, model, output=tmp_path / "safe.gguf", task=task)
     assert seen == [task[0], "Two", "Three"]
-    with pytest.raises(SettingError, match="task examples are empty"):
+    with pytest.raises(SettingError, match="task prompt 3 is empty"):
         restore(model, model, output=tmp_path / "safe.gguf", task=[" ", "", "Four", "Five"][::-1])
     assert len(seen) == 3
 
@@ -310,12 +312,12 @@ def test_the_command_ends_with_one_screen(model: Path, tmp_path: Path, calls: li
 def test_the_packages_own_gene_is_taken_where_it_fits(
     model: Path, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless an aligned model is given: that one teaches."""
+    """Unless an aligned model is given, or how to learn: then one is learnt."""
     tokenizer = tokenizer_digest(open_model(model))
     gene, seen = random_adapter(model, family="tiny", tokenizer=tokenizer), []
     gene.save(tmp_path / "shipped.gguf")
     monkeypatch.setattr("safegene_edge.gene.SHIPPED", str(tmp_path / "shipped.gguf"))
-    found = restore(model, output=tmp_path / "safe.gguf", limit=2, learning=LEARNING,
+    found = restore(model, output=tmp_path / "safe.gguf", limit=2,
                     card=tmp_path / "README.md",
                     progress=lambda what, *_: seen.append(what))  # fmt: skip
     assert calls == ["recalibrate", "evaluate"] and found.gene.sha256 == gene.sha256
@@ -326,7 +328,27 @@ def test_the_packages_own_gene_is_taken_where_it_fits(
     calls.clear()
     replace(gene, tokenizer="").save(tmp_path / "shipped.gguf")  # SmolLM2's, then
     with pytest.raises(NoEffectError, match="hardly moves it"):  # it tried to teach itself
-        restore(model, output=tmp_path / "third.gguf", limit=2, learning=LEARNING)
+        restore(model, output=tmp_path / "third.gguf", limit=2)
+    with pytest.raises(SettingError, match="a gene is given, and how to learn one"):
+        restore(model, gene=gene, output=tmp_path / "x.gguf", learning=LEARNING)
+    with pytest.raises(SettingError, match="a gene is given, and how to learn one"):
+        restore(model, model, gene, output=tmp_path / "x.gguf")
+    for wrong in ({"task": "prompts.txt"}, {"adapters": "task.gguf"}):
+        with pytest.raises(SettingError, match="no list"):
+            restore(model, output=tmp_path / "x.gguf", **wrong)  # type: ignore[arg-type]
+
+
+def test_two_outputs_that_differ_behind_a_dot_share_no_file(
+    model: Path, tmp_path: Path, calls: list[str]
+) -> None:
+    files = [
+        set(
+            restore(model, model, output=tmp_path / name, limit=2, learning=LEARNING).files.values()
+        )
+        for name in ("fit-1.5", "fit-1.6")
+    ]
+    assert not files[0] & files[1]
+    assert all((tmp_path / f"fit-1.{n}.report.json").exists() for n in (5, 6))
 
 
 def test_a_card_is_written_beside_the_gene(model: Path, tmp_path: Path, calls: list[str]) -> None:

@@ -11,7 +11,16 @@ import click
 from ..learn.settings import LearnSettings
 from ..recalibrate.settings import RecalibrationSettings
 from .learn import named, said_on
-from .options import FILE, Number, check_outputs, examples, file_option, require_used, setting
+from .options import (
+    FILE,
+    Number,
+    check_outputs,
+    examples,
+    file_option,
+    require_used,
+    setting,
+    was_given,
+)
 
 if TYPE_CHECKING:
     from ..restore import Restored
@@ -92,7 +101,7 @@ def restore(
     found = run(
         target, named(aligned), gene, output=output, adapters=adapter,
         task=load_prompts(task) if task else (), merged=merged, limit=limit,
-        learning=LearnSettings(prompts=prompts),
+        learning=LearnSettings(prompts=prompts) if was_given("prompts") else None,
         settings=RecalibrationSettings(over_refusal=over_refusal, anyway=anyway),
         card=card, progress=said_on(sys.stderr),
     )  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,31 +35,41 @@ def scan(models: tuple[str, ...], adapter: tuple[str, ...], as_json: bool) -> No
     """
     from ..evals.scan import Scan, models_in, scan_all
 
-    found, failed = [], False
-    for one in scan_all(models, adapter):
+    paths = models_in(models)
+    names = [path.name for path in paths]
+    found: list[dict[str, Any]] = []
+    failed = shown = False
+    for one in scan_all(paths, adapter):
         if isinstance(one, Scan):
-            found.append(one)
+            found.append(one.to_json())
             if not as_json:
-                _show(one, first=len(found) == 1)
+                _show(one, first=not shown, alike=names.count(Path(one.path).name) > 1)
+            shown = True
         else:
-            name, error = one
+            path, error = one
             failed = True
-            shown = " ".join(name.split())  # on one line, whatever the name
-            about = "" if str(error).startswith(shown) else f"{shown}: "
+            found.append({"model": Path(path).name, "path": path, "error": str(error)})
+            name = " ".join(path.split())  # on one line, whatever the name
+            about = "" if str(error).startswith(name) else f"{name}: "
             click.echo(f"error: {about}{error}", err=True)
     if as_json:
-        click.echo(json.dumps([one.to_json() for one in found], indent=2))
+        click.echo(json.dumps(found, indent=2))
     if failed:
         raise click.exceptions.Exit(2)
     on = [part for path in adapter for part in ("--adapter", path)]
-    say_next(command("eval", models_in(models)[0], *on, "--quick"))
+    lost = [one["path"] for one in found if one.get("finding") != "refuses"]
+    say_next(command("eval", *(lost or paths)[:1], *on, "--quick"))
 
 
 _ROW = "{:<18} {:<25} {:<25} {:<17} {:>5}  {}"  # a name may be long, and stands last
 
 
-def _show(one: Scan, first: bool) -> None:
-    """A line as soon as it is known, the headings before the first."""
+def _show(one: Scan, first: bool, alike: bool) -> None:
+    """A line as soon as it is known, the headings before the first.
+
+    Args:
+        alike: other models' files have the same name, so that the path is shown.
+    """
     from ..evals.statistics import percent
 
     if first:
@@ -66,4 +77,8 @@ def _show(one: Scan, first: bool) -> None:
     low, high = one.order_interval
     order = f"{percent(one.order)} % ({percent(low)}–{percent(high)})"
     cells = (one.finding, str(one.refused), str(one.over_refused), order)
-    click.echo(_ROW.format(*cells, f"{one.seconds:.1f}", " ".join(one.name.split())))
+    click.echo(
+        _ROW.format(
+            *cells, f"{one.seconds:.1f}", " ".join((one.path if alike else one.name).split())
+        )
+    )

@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from ..compat import SHARD
+from ..compat import SHARD, model_hash
 from ..errors import FileFormatError, SafeGeneError, SettingError
-from ..files import PathLike, sha256
+from ..files import PathLike
 from ..gene import SafetyGene
 from ..gguf_file import GGUFFile
 from ..hub import resolve
@@ -42,7 +42,7 @@ class Scan:
     """What the margins of one model show.
 
     Attributes:
-        name: the file's.
+        name: the file's; path: as it was given.
         harmful, harmless: margins in nats, a prompt each.
         seconds: with loading.
     """
@@ -52,6 +52,7 @@ class Scan:
     harmful: Values
     harmless: Values
     seconds: float
+    path: str = ""
 
     @property
     def refused(self) -> Count:
@@ -94,6 +95,7 @@ class Scan:
         counts = (("refused", self.refused), ("over_refused", self.over_refused))
         return {
             "model": self.name,
+            "path": self.path,
             "sha256": self.sha256,
             "finding": self.finding,
             **{
@@ -148,13 +150,19 @@ def scan(
     Raises:
         SafeGeneError: the model cannot be read, or an adapter does not fit.
     """
-    from ..runtime.chat import require_chat
+    from ..runtime.chat import has_template, require_chat
     from ..runtime.engine import Engine
     from ..runtime.llama import SafeLlama
 
     start = time.perf_counter()
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(model, n_ctx=256))
+        if not has_template(llama):
+            raise SettingError(
+                f"{llama.model_path}: has no chat template: a base model, which neither refuses "
+                "nor answers",
+                "Give a chat model",
+            )
         require_chat(llama)
         own = dict.fromkeys(llama.attach_each(adapters), 1.0)
         genes = [handle.content for handle in own if isinstance(handle.content, SafetyGene)]
@@ -166,13 +174,14 @@ def scan(
         harmful, harmless = reader.refusals(), reader.over_refusals(0.0)
         source = Path(llama.model_path)
     name = " + ".join([source.name, *(Path(adapter).name for adapter in adapters)])
-    return Scan(name, sha256(source), harmful, harmless, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Scan(name, model_hash(source), harmful, harmless, seconds, str(model))
 
 
 def scan_all(
     paths: Iterable[PathLike], adapters: Sequence[PathLike] = ()
 ) -> Iterator[Scan | tuple[str, SafeGeneError]]:
-    """Each model's scan as it is there, or its name and why there is none."""
+    """Each model's scan as it is there, or its path and why there is none."""
     models = models_in(paths)
     if not models:
         raise SettingError("no model is given", "Give GGUF files, or a folder of them")
@@ -180,4 +189,4 @@ def scan_all(
         try:
             yield scan(model, adapters)
         except SafeGeneError as error:
-            yield model.name, error
+            yield str(model), error

@@ -19,10 +19,10 @@ from ..errors import MismatchError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
 from ..gguf_file import GGUFFile
-from ..prompts import Prompt
+from ..prompts import Prompt, listed_prompts
 from ..recalibrate.aligned import measured
 from ..runtime.batch import common_prefix
-from ..runtime.chat import require_chat
+from ..runtime.chat import has_template, require_chat
 from ..runtime.devices import activation_bytes, cache_bytes, memory_bytes, physical_cores
 from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
@@ -77,10 +77,37 @@ def learn(
     teacher = files_of(aligned, models[0][0]) or None
     every = [*models, *([teacher] if teacher else [])]
     _require_family(every)
+    prompts = listed_prompts(task)
+    require_prompts(models[0], prompts)
     with ExitStack() as stack:
-        work = _Learning(stack, models, teacher, tuple(task), settings or LearnSettings(), progress)
+        work = _Learning(stack, models, teacher, prompts, settings or LearnSettings(), progress)
         gene = work.run(family)
     return gene if teacher is None else work.with_aligned_facts(gene, teacher)
+
+
+def require_prompts(files: Sequence[PathLike], prompts: Sequence[Prompt | str]) -> None:
+    """Raise SettingError, before minutes of work, for a prompt that a model cannot read.
+
+    Its template refuses it, or it is longer than the model's context.
+    """
+    if not prompts:
+        return
+    with ExitStack() as stack:
+        llama = _Model.load(stack, files).llama
+        trained = int(llama._model.n_ctx_train())
+        for number, one in enumerate(prompts, 1):
+            try:
+                asked = rendered(llama, [one if isinstance(one, Prompt) else Prompt("", one)])[0]
+            except SettingError as error:
+                error.message = f"task prompt {number}: {error.message}"
+                raise
+            needed = len(asked) + LearnSettings.tokens
+            if 0 < trained < needed:
+                raise SettingError(
+                    f"task prompt {number} needs {needed} tokens, the context of "
+                    f"{llama.model_path} has {trained}",
+                    "Give shorter task prompts",
+                )
 
 
 def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
@@ -131,7 +158,7 @@ class _Model:
     @classmethod
     def load(cls, stack: ExitStack, files: Sequence[PathLike]) -> _Model:
         llama = stack.enter_context(SafeLlama(str(files[0]), n_ctx=_CONTEXT))
-        if "tokenizer.chat_template" not in llama.metadata:
+        if not has_template(llama):
             raise SettingError(
                 f"{llama.model_path}: has no chat template: a base model, which neither refuses "
                 "nor answers",
@@ -241,13 +268,6 @@ class _Learning:
 
     def _require_room(self, llama: SafeLlama, asked: Sequence[Sequence[int]]) -> None:
         """All prompts of all models are read at once, on as many contexts as they fill."""
-        longest = max(map(len, asked)) + self.settings.tokens
-        if 0 < (trained := int(llama._model.n_ctx_train())) < longest:
-            raise SettingError(
-                f"a prompt to learn from needs {longest} tokens, the context of {llama.model_path} "
-                f"has {trained}",
-                "Give shorter task prompts",
-            )
         cells = sum(map(len, asked)) - (len(asked) - 1) * common_prefix(asked)
         model = open_model(llama.model_path)
         self._needed += (cache_bytes(model, cells) or 0) + (activation_bytes(model, cells) or 0)

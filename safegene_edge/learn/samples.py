@@ -13,7 +13,7 @@ from ..prompts import Prompt, rows, training_prompts
 from ..runtime.llama import SafeLlama
 
 LOOK = 12  # tokens of an answer that say whether it refuses
-_HEADER, _LONGEST = 3, 8  # tokens of the assistant's header where the template does not tell
+_HEADER, _LONGEST = 3, 12  # tokens of the assistant's header where the template does not tell
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def task_kinds() -> tuple[Prompt, ...]:
 
 
 def header_of(llama: SafeLlama) -> int:
-    """How many tokens open the assistant's turn in a model's template."""
+    """How many tokens open the assistant's turn in a template, with those of an empty thought."""
     messages = [{"role": "user", "content": "Hello"}]
-    whole = llama.render(messages)
+    whole = llama.render_answer(messages)
     bare = llama.render(messages, add_generation_prompt=False)
     if whole[: len(bare)] != bare or not 0 < len(whole) - len(bare) <= _LONGEST:
         return _HEADER

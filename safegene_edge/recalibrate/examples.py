@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import FileFormatError, SettingError
 from ..files import PathLike, parse_json, read_text
-from ..prompts import Prompt, from_record, rows
+from ..prompts import Prompt, from_record, listed_prompts, rows
 
 PARTS = ("fit", "validation")
 _KINDS = ("harmful", "harmless", "task")
@@ -103,7 +103,11 @@ class Examples:
         """
         if part not in PARTS:
             raise SettingError(f"the part is '{part}'", f"One of {', '.join(PARTS)}")
-        kinds: dict[str, list[Any]] = {"harmful": [], "harmless": [], "task": list(task)}
+        kinds: dict[str, list[Any]] = {
+            "harmful": [],
+            "harmless": [],
+            "task": [*listed_prompts(task)],
+        }
         for row in rows("calibration.jsonl"):
             if row["part"] == part:
                 kinds[_SAME.get(row["kind"], row["kind"])].append(from_record(row, ""))

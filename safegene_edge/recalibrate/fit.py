@@ -15,6 +15,7 @@ lowered. design/recalibration.md says why one strength serves all layers.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..compat import model_hash, open_model, require_fit
-from ..errors import NoEffectError, SettingError
+from ..errors import NoEffectError, SafeGeneWarning, SettingError
 from ..files import PathLike
 from ..gene import Expression, SafetyGene, require_distinct
 from ..prompts import FORMS, Prompt
@@ -77,6 +78,12 @@ def recalibrate(
     validation = validation or Examples.shipped("validation").without(examples)
     require_apart(examples, validation)
     require_fit(gene, open_model(target))
+    if gene.coefficients:
+        warnings.warn(
+            f"the gene is a fitted adapter, at {max(gene.coefficients.values()):.2f} of its gene's "
+            "own strength: what is found is a factor of that; give the gene itself",
+            SafeGeneWarning, stacklevel=2,
+        )  # fmt: skip
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(str(target), n_ctx=512))
         require_chat(llama)
@@ -84,7 +91,9 @@ def recalibrate(
         require_distinct([*((one.name, one.content) for one in own), ("the gene", gene)])
         fit, other = _readers(stack, llama, gene, (examples, validation), settings)
         work = _Work(gene, examples, validation, fit, other, settings, progress)
-        return work.run(model_hash(target))
+        found = work.run(model_hash(target))
+        work.end()
+        return found
 
 
 def _readers(
@@ -165,11 +174,20 @@ class _Work:
         layers = dict.fromkeys(self.gene.split(), strength)
         return Expression(layers, self.gene.sha256, target)
 
+    @property
+    def _total(self) -> int:
+        # Without the gene, the passes, twice the validation, and the guard.
+        return self.settings.passes + 4
+
     def _tick(self) -> None:
         self._done += 1
         if self.progress is not None:
-            # Without the gene, the passes, twice the validation, and the guard.
-            self.progress(self._done, self.settings.passes + 4)
+            self.progress(self._done, self._total)
+
+    def end(self) -> None:
+        """The search may end before all passes."""
+        if self.progress is not None and self._done < self._total:
+            self.progress(self._total, self._total)
 
     def _look(self, strength: float) -> Reading:
         reading = self.fit.at(strength)

@@ -16,10 +16,9 @@ class RecalibrationSettings:
         kl_budget: Nats a token that the gene may cost on harmless prompts; by default what the
             aligned model itself differs by, which genes carry, or 0.2.
         task_budget: Nats a token that it may cost on the task's prompts.
-        over_refusal: Share of the harmless prompts that may be refused beyond what the aligned
-            model refuses, and of the borderline ones by themselves; of all the fit stays a
-            standard error below. Where that is unknown, beyond what the model itself refuses, two
-            points and a quarter of the refusals gained.
+        over_refusal: Share of harmless prompts that may be refused beyond what the aligned model
+            refuses: 0.03 is 3 of 100. Where no aligned model is known, 0.02 more and a quarter of
+            the refusals gained, beyond what the model itself refuses.
         weight: How much a nat of KL counts against all refusals.
         tokens: Tokens of each harmless answer that the KL sees.
         passes: Strengths that all examples are read at, at most, besides 0.
