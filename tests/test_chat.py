@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from adapters import random_adapter, with_template
 from click.testing import CliRunner
+from thinking import TEMPLATES, speaking
 
 from safegene_edge import SafeLlama
 
@@ -52,6 +53,14 @@ def piped(files, text, *options, gene=True, cache=None):
     env = os.environ | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
     run = subprocess.run(command, input=data, capture_output=True, env=env, timeout=120)
     return run.stdout.decode(), run.stderr.decode(), run.returncode
+
+
+def test_a_model_without_a_chat_template_is_named(files, tmp_path):
+    base = with_template(files[0], tmp_path / "base.gguf", None)
+    out, err, code = piped((base, files[1]), "Hello\n", cache=tmp_path)
+    assert code == 0 and out.strip()
+    found = [line for line in err.splitlines() if "has no chat template" in line]
+    assert len(found) == 1 and found[0].startswith(f"warning: {base}: has no chat template")
 
 
 def test_the_switch_changes_the_answer_and_only_answers_go_to_stdout(files, tmp_path):
@@ -207,6 +216,21 @@ def test_a_system_message_that_the_template_does_not_take(files, tmp_path, how):
     assert reason in line and "first message of the user" in line
     out, err, code = piped((model,), "Hello\n", gene=False)
     assert code == 0 and out.strip()
+
+
+def test_a_home_that_nobody_has_does_not_end_the_chat(files, tmp_path):
+    out, err, code = piped(files, "Hello\n/save ~nobody-of-this-name/x.md\nHi\n", cache=tmp_path)
+    assert code == 0 and "home directory" in err and len(out.strip().splitlines()) >= 2
+
+
+def test_a_letter_that_the_output_cannot_show_does_not_end_the_chat(tiny, tmp_path, monkeypatch):
+    model = speaking(
+        tiny("llama").gguf_path, tmp_path / "m.gguf", TEMPLATES["none"], "Yes \U0001f600"
+    )
+    for name, value in (("PYTHONUTF8", "0"), ("PYTHONIOENCODING", "cp1252")):
+        monkeypatch.setenv(name, value)
+    out, _, code = piped((model,), "Hello\n", gene=False, cache=tmp_path)
+    assert (code, out.strip()) == (0, "Yes ?")
 
 
 def test_a_pipe_without_any_answer_fails(files):

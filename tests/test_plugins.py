@@ -202,9 +202,24 @@ def test_llm_remembers_a_conversation(model, env):
         {"role": "assistant", "content": first},
         {"role": "user", "content": "Why?"},
     ]
-    with SafeLlama(model, [GENE]) as llama:
+    with SafeLlama(model, [GENE], guard=True) as llama:
         reply = llama.create_chat_completion(messages, max_tokens=TOKENS, temperature=0.0)
     assert second == reply["choices"][0]["message"]["content"].strip()
+
+
+@needs("llm", "llm")
+@pytest.mark.parametrize(("flags", "guarded"), [((), True), (("--no-guard",), False)])
+def test_llm_guards_answers_unless_told_otherwise(model, env, flags, guarded, monkeypatch):
+    from safegene_edge.runtime import llama as home
+
+    made = []
+    known = home.SafeLlama.__init__
+    monkeypatch.setattr(home.SafeLlama, "__init__",
+                        lambda *a, **o: made.append(o["guard"]) or known(*a, **o))  # fmt: skip
+    name = "watched" if guarded else "bare"
+    llm(env, "safegene", "add", name, model, "--gene", GENE, *flags)
+    assert llm(env, "-m", name, "-o", "max_tokens", 4, "Hello")[0]
+    assert made == [guarded]
 
 
 @needs("llm", "llm")

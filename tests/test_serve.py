@@ -264,6 +264,8 @@ def test_a_key_is_wanted(model):
         with pytest.raises(openai.AuthenticationError):
             ask(locked.client("wrong"), "Hello")
         assert ask(locked.client("right"), "Hello")
+        assert locked.ask("GET", "/v1/models", Authorization="bearer right").status == 200
+        assert locked.ask("GET", "/v1/models", Authorization="Basic right").status == 401
         for path in ("/v1/models", "/metrics", "/nothing"):
             assert locked.ask("GET", path).status == 401
             assert locked.ask("GET", path, Authorization="Bearer righ").status == 401
@@ -304,8 +306,23 @@ def test_cors_opens_to_those_named(model):
         asked = opened.post(CHAT, {"messages": HELLO, "max_tokens": 1}, Origin=friend)
         assert asked.status == 401
         assert opened.ask("OPTIONS", CHAT, Origin="http://localhost:3001").status == 403
-    with pytest.raises(SettingError, match="origin"):
-        ServeSettings(cors=("*",))
+    for wrong in ("*", "http://", "http://a/b", "localhost:3000", "http://a b"):
+        with pytest.raises(SettingError, match="origin"):
+            ServeSettings(cors=(wrong,))
+
+
+def test_apps_made_of_pages_and_clients_in_containers_are_let_in(model):
+    body = {"messages": HELLO, "max_tokens": 1}
+    own = "app://obsidian.md"
+    with running(model, cors=(own, "http://LOCALHOST:3000"), allow_host=("Docker.Internal",)) as it:
+        for origin in (own, "http://localhost:3000"):
+            assert it.post(CHAT, body, Origin=origin).status == 200
+        assert it.post(CHAT, body, Origin="app://other").status == 403
+        for host, status in (("docker.internal:8080", 200), ("docker.internal.evil", 403)):
+            assert it.ask("GET", "/v1/models", Host=host).status == status
+        assert it.post(CHAT, body, Content_Encoding="Identity").status == 200
+    with pytest.raises(SettingError, match="--allow-host http://a is no host's name"):
+        ServeSettings(allow_host=("http://a",))
 
 
 @pytest.mark.parametrize(("cache_ram", "kept"), [(64, True), (0, False)])

@@ -243,7 +243,10 @@ class _Session:
         from ..files import write_text
 
         makers = {".json": self._as_json, ".md": self._as_markdown}
-        path = Path(rest).expanduser()
+        try:
+            path = Path(rest).expanduser()
+        except RuntimeError as error:  # there is no such user
+            raise SettingError(f"{rest}: {error}") from error
         if path.suffix.lower() not in makers:
             raise SettingError("/save wants a file that ends in .json or .md")
         write_text(path, makers[path.suffix.lower()](), self.names.inputs)

@@ -37,6 +37,7 @@ class Entry:
     adapters: tuple[str, ...] = ()
     scale: float = 1.0
     ctx: int = ChatSettings.ctx
+    no_guard: bool = False
 
     def check(self) -> None:
         """SafeGeneError where a file is missing, or an adapter does not fit the model."""
@@ -51,7 +52,8 @@ class Entry:
         """The model with its adapters."""
         from ..runtime.llama import SafeLlama
 
-        llama = SafeLlama(self.model, self.adapters, n_ctx=self.ctx)
+        guard = bool(self.gene) and not self.no_guard
+        llama = SafeLlama(self.model, self.adapters, n_ctx=self.ctx, guard=guard)
         if self.gene:
             llama.attach_each([(self.gene, self.scale)])
         return llama
@@ -168,12 +170,20 @@ def safegene() -> None:
 @click.option("--adapter", multiple=True, metavar="TASK.gguf", type=FILE, help="Other adapters.")
 @click.option("--scale", default=1.0, show_default=True, help="The gene's scale.")
 @setting(ChatSettings, "ctx", type=click.IntRange(min=64))
+@click.option("--no-guard", is_flag=True, help="Do not look again at answers and last messages, "
+              "which a gene's guard does.")  # fmt: skip
 def add(
-    name: str, model: str, gene: str | None, adapter: tuple[str, ...], scale: float, ctx: int
+    name: str,
+    model: str,
+    gene: str | None,
+    adapter: tuple[str, ...],
+    scale: float,
+    ctx: int,
+    no_guard: bool,
 ) -> None:
     """Call MODEL.gguf, with its adapters, NAME."""
     paths = tuple(_absolute(path) for path in adapter)
-    entry = Entry(_absolute(model), gene and _absolute(gene), paths, scale, ctx)
+    entry = Entry(_absolute(model), gene and _absolute(gene), paths, scale, ctx, no_guard)
     try:
         entry.check()
         _write({**_entries(), name: entry})

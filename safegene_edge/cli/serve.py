@@ -32,6 +32,7 @@ from .options import FILE, Number, examples, file_option, say_next, setting
 @setting(ServeSettings, "chat_template_kwargs", metavar="JSON")
 @setting(ServeSettings, "api_key", envvar="SAFEGENE_API_KEY", metavar="KEY")
 @setting(ServeSettings, "cors", multiple=True, metavar="ORIGIN")
+@setting(ServeSettings, "allow_host", multiple=True, metavar="NAME")
 @setting(ServeSettings, "require_signed", metavar="KEY")
 @setting(ServeSettings, "compare", is_flag=True)
 @setting(ServeSettings, "no_guard", is_flag=True)
@@ -54,6 +55,7 @@ def serve(
     chat_template_kwargs: str,
     api_key: str | None,
     cors: tuple[str, ...],
+    allow_host: tuple[str, ...],
     require_signed: str | None,
     compare: bool,
     no_guard: bool,
@@ -84,6 +86,7 @@ def serve(
         chat_template_kwargs=chat_template_kwargs,
         api_key=api_key,
         cors=cors,
+        allow_host=allow_host,
         require_signed=require_signed,
         compare=compare,
         no_guard=no_guard,

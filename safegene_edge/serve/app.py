@@ -156,7 +156,7 @@ class _App:
         charsets = [p.partition("=")[2].strip(' "') for p in parameters if "charset" in p]
         if charsets not in ([], ["utf-8"], ["utf8"]):
             raise ApiError(415, "the body must be JSON in UTF-8")
-        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        if (coding := request.headers.get("content-encoding", "identity")).lower() != "identity":
             raise ApiError(415, f"the body is encoded ({coding[:20]}); send it as it is")
         length = request.headers.get("content-length", "0")
         if not length.isdigit() or int(length) > limit:

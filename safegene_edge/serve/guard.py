@@ -58,8 +58,10 @@ class Guard:
         self, app: ASGIApp, settings: ServeSettings, metrics: Metrics, paths: frozenset[str]
     ) -> None:
         self.app, self.settings, self.metrics, self.paths = app, settings, metrics, paths
-        self._key = f"Bearer {settings.api_key}".encode() if settings.api_key else None
-        self._hosts = {*_LOCAL, settings.host.lower()} if settings.loopback else set()
+        self._key = settings.api_key.encode() if settings.api_key else None
+        names = (*_LOCAL, settings.host, *settings.allow_host)
+        self._hosts = {name.lower() for name in names} if settings.loopback else set()
+        self._origins = {origin.lower() for origin in settings.cors}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it with an error."""
@@ -68,7 +70,7 @@ class Guard:
         scope = {**scope, "path": canonical(scope["path"])}
         headers = dict(scope["headers"])
         origin = headers.get(b"origin", b"").decode("latin-1")
-        allowed = origin in self.settings.cors
+        allowed = origin.lower() in self._origins
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -106,7 +108,8 @@ class Guard:
         preflight = allowed and scope["method"] == "OPTIONS"
         if self._key is None or scope["path"] in OPEN or preflight:
             return
-        if not hmac.compare_digest(headers.get(b"authorization", b""), self._key):
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
             raise ApiError(
                 401,
                 "a valid API key is needed: send it as 'Authorization: Bearer KEY'",

@@ -21,7 +21,9 @@ _FIELDS = frozenset(["role", "content", "name", "tool_call_id", "tool_calls", "f
 _IGNORED = frozenset(["reasoning_content", "reasoning", "reasoning_details", "thinking_blocks",
                       "annotations", "audio", "cache_control", "provider_specific_fields", "id",
                       "status", "phase"])  # fmt: skip
-_IGNORED_IN_PART = frozenset(["type", "cache_control", "annotations", "logprobs"])
+_IGNORED_IN_PART = frozenset(
+    ["type", "cache_control", "annotations", "logprobs", "id", "index", "extras"]
+)
 _TEXT = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _OTHERS = {"image": "an image", "audio": "audio", "video": "a video", "file": "a file"}
 _NAME = re.compile(r"[^\s<|\\/>]{1,256}\Z")

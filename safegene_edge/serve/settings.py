@@ -9,6 +9,9 @@ from typing import Any
 from ..errors import SettingError
 from ..files import no_constant, parse_json
 
+# A web page's, or that of an app made of web pages: app://obsidian.md, tauri://localhost.
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@]+")
+_HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:]+")
 _KEY = re.compile(r"[!-~]+")  # what a header can hold
 
 
@@ -25,6 +28,8 @@ class ServeSettings:
             0 keeps none.
         api_key: clients must send it as `Authorization: Bearer KEY`, but for the page and /health.
         cors: a web origin whose pages may ask, such as http://localhost:3000.
+        allow_host: a name by which a proxy, or clients in a container, reach a server that listens
+            on this machine alone, such as host.docker.internal.
         require_signed: minisign's public key, or its file, that must have signed the gene and every
             adapter.
         compare: also offer the model without the gene, under a name of its own.
@@ -51,6 +56,7 @@ class ServeSettings:
     cache_ram: int = 256
     api_key: str | None = None
     cors: tuple[str, ...] = ()
+    allow_host: tuple[str, ...] = ()
     require_signed: str | None = None
     compare: bool = False
     no_guard: bool = False
@@ -86,14 +92,22 @@ class ServeSettings:
                 "the API key is empty, or holds a space or what is not ASCII",
                 "Give letters and digits",
             )
+        self._require_names()
+        self.template_variables()  # or the error would come after minutes of loading
+
+    def _require_names(self) -> None:
         for origin in self.cors:
-            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+            if not _ORIGIN.fullmatch(origin):
                 raise SettingError(
                     f"--cors {origin} is no origin",
-                    "Give scheme and host, as in http://localhost:3000; there is no wildcard",
+                    "Give scheme and host, as in http://localhost:3000 or app://obsidian.md; there "
+                    "is no wildcard",
                 )
-
-        self.template_variables()  # or the error would come after minutes of loading
+        for host in self.allow_host:
+            if not _HOST.fullmatch(host):
+                raise SettingError(
+                    f"--allow-host {host} is no host's name", "Give one without scheme and port"
+                )
 
     def template_variables(self) -> dict[str, Any]:
         """The chat template's variables.
