@@ -39,6 +39,10 @@ def _one_line(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
 
 
+class SafeGeneWarning(UserWarning):
+    """Something that goes on, but perhaps otherwise than the user thinks."""
+
+
 class FileFormatError(SafeGeneError):
     """A file is missing, truncated, malformed, or not what its name says."""
 

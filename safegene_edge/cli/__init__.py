@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from contextlib import suppress
 
 import click
@@ -64,6 +65,7 @@ for _command in (
 def main() -> None:
     """Run the command line; errors of the user become one line on stderr and exit code 2."""
     _open_streams()
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         code = cli.main(prog_name="safegene-edge", standalone_mode=False)
     except SafeGeneError as error:

@@ -122,7 +122,7 @@ def _after(facts: dict[str, Any], base: str) -> str:
         return command("chat", base, "--adapter", file)
     if facts["coefficients"]:
         return command("chat", base, "--gene", file)
-    return command("recalibrate", base, file, "-o", beside(file, "fitted"))
+    return command("recalibrate", base, file, "-o", beside(base, "fitted"))
 
 
 def beside(file: str, what: str) -> str:
@@ -209,6 +209,7 @@ def _adapter_facts(gene: Any, file: GGUFFile) -> dict[str, Any]:
         "alpha": gene.alpha,
         "ranks": sorted({pair.rank for pair in gene.pairs.values()}),
         "parameters": gene.n_parameters,
+        "zero_pairs": gene.zero_pairs,
         "bytes": file.n_bytes,
         "layers": list(gene.layers),
         "tensors": list(gene.pairs),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -37,6 +37,7 @@ from .options import (
     setting,
     with_adapters,
 )
+from .terminal import progress
 
 if TYPE_CHECKING:
     from ..evals.asking.journal import Journal
@@ -271,6 +272,7 @@ def evaluate_model(**options: Any) -> None:
     With a threshold the exit code is 1 where it is missed, or where the prompts are too few
     to show that it is met.
     """
+    from ..evals.report.summary import cost_warnings
     from ..files import write_text
 
     chosen = _Options(**{field.name: options[field.name] for field in fields(_Options)})
@@ -281,12 +283,14 @@ def evaluate_model(**options: Any) -> None:
     check_outputs(outputs, chosen.inputs)
     if chosen.model:
         say_where_unfitted(chosen.model, chosen.gene, chosen.adapter)
-    with _journal(chosen) as journal, _progress() as advance:
+    with _journal(chosen) as journal, progress("evaluating") as advance:
         report = _graded(_evaluated(chosen, journal, advance), chosen.grader)
         facts = report.to_json()
         for path, text in _documents(chosen, facts):
             write_text(path, text, chosen.inputs)
     click.echo(report.table())
+    for warning in cost_warnings(facts):
+        click.echo(f"warning: {warning}", err=True)
     for path in outputs:
         click.echo(f"report: {path}", err=True)
     end_by(report.gate())
@@ -427,7 +431,8 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
         return
     # Entries are keyed by what they depend on; the name only keeps models apart.
     source = chosen.endpoint or str(Path(chosen.model or "").resolve())
-    with Journal(journal_folder() / f"{fingerprint(source)[:24]}.jsonl") as journal:
+    path = journal_folder() / f"{fingerprint(source)[:24]}.jsonl"
+    with _alone(path) as alone, Journal(path if alone else None) as journal:
         if journal.count:
             click.echo(f"going on: {journal.count} results of a stopped run are kept", err=True)
         try:
@@ -440,21 +445,20 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
             journal.delete()
 
 
-class _progress:  # noqa: N801 - reads as the function it is used as
-    """A bar on stderr, only on a terminal; its `advance(done, total)` may be called often."""
+@contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """A file that this process alone goes on with; False where another one does just now."""
+    from ..files import hold, writing
 
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def __enter__(self) -> Any:
-        return self._advance if sys.stderr.isatty() else None
-
-    def _advance(self, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar = click.progressbar(length=total, label="evaluating", file=sys.stderr)
-            self._bar.__enter__()
-        self._bar.update(done - self._bar.pos)
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(*error)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            with suppress(FileNotFoundError):  # which another run has ended and removed
+                held = hold(path)
+                break
+    if held is None:
+        yield False
+        return
+    with held:
+        yield True

@@ -22,6 +22,7 @@ from .options import (
     with_adapters,
 )
 from .sharing import write_card
+from .terminal import printable
 
 
 @click.command(
@@ -97,7 +98,8 @@ def learn(
                                "parameters": gene.n_parameters, "scores": dict(gene.scores),
                                "sources": dict(gene.sources), **facts}, indent=2))  # fmt: skip
     click.echo(
-        f"{output}: {gene.family}, {len(gene.layers)} layers, {gene.n_parameters:,} parameters",
+        f"{output}: {printable(gene.family)}, {len(gene.layers)} layers, "
+        f"{gene.n_parameters:,} parameters",
         err=True,
     )
     model, *adapters = models[0]
@@ -114,13 +116,15 @@ def named(model: str | None) -> Any:
 
 def said_on(stream: Any) -> Any:
     """Progress as lines: each step once, and its layers where the stream is a terminal."""
-    last = ""
+    last, is_open = "", False
 
     def say(what: str, done: int, total: int) -> None:
-        nonlocal last
+        nonlocal last, is_open
         if stream.isatty():
-            end = "\n" if done == total else ""
-            click.echo(f"\r{what}: {done}/{total}{end}", file=stream, nl=False)
+            start = "\n" if is_open and what != last else "\r"  # a step may end early
+            is_open = done != total
+            end = "" if is_open else "\n"
+            click.echo(f"{start}{what}: {done}/{total}{end}", file=stream, nl=False)
         elif what != last:
             click.echo(what, file=stream)
         last = what

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +14,9 @@ from ..errors import command
 from ..merge.settings import MergeSettings
 from .adapters import beside, say_where_unfitted
 from .options import FILE, examples, file_option, say_next, setting
+from .terminal import progress
 
 if TYPE_CHECKING:
-    from ..aliases import Progress
     from ..merge.inputs import Given
     from ..merge.plan import MergeReport
 
@@ -82,16 +80,16 @@ def merge(
     if dry_run:
         plan = Plan.of(model, given, settings)
         if promote:
-            with _bar("measuring") as progress:
-                plan = plan.promoted(progress)
+            with progress("measuring") as advance:
+                plan = plan.promoted(advance)
         if output:
             plan.check_outputs(output)
         report = plan.report([])
         estimate = asdict(plan.estimate()) | {"run": plan.runs_model}
     else:
         assert output  # held above
-        with _bar("merging") as progress:
-            report = run_merge(model, given, output, settings=settings, progress=progress)
+        with progress("merging") as advance:
+            report = run_merge(model, given, output, settings=settings, progress=advance)
         estimate = {}
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
@@ -156,15 +154,6 @@ def export(
         click.echo(json.dumps(facts, indent=2))
     else:
         click.echo("\n".join(made.commands))
-
-
-@contextmanager
-def _bar(label: str) -> Iterator[Progress]:
-    """A bar on a terminal's standard error."""
-    with click.progressbar(
-        length=100, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()
-    ) as bar:
-        yield lambda done, total: bar.update(100 * done // total - bar.pos)
 
 
 def _say_where_unfitted(model: str, given: Iterable[Given]) -> None:

@@ -24,6 +24,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _ENTRY = re.compile(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", re.MULTILINE)
 
 
+_NEXT_FILE = re.compile(r"(?<=\.gguf),", re.IGNORECASE)
+
+
 class HelpGroup(click.Group):
     """A group that, without a command, prints its help: a question, and no mistake.
 
@@ -48,15 +51,14 @@ def setting(
             the help shows the field's default all the same.
         more: further arguments of `click.option`.
     """
-    default = default_of(of, name)
-    shown: Any = default is not None and default is not False and default not in ((), "")
-    shown = ",".join(default) if shown and isinstance(default, tuple) else shown
-    if preset:
-        more |= {"default": None, "show_default": str(default) if shown is True else shown}
-    else:
-        more |= {"default": default, "show_default": shown}
+    default, text = default_of(of, name), described(of)[name]
+    shown = default is not None and default is not False and default not in ((), "")
+    if shown and (preset or isinstance(default, tuple)):  # click would put it in brackets
+        words = ", ".join(default) if isinstance(default, tuple) else default
+        text, shown = f"{text}  (default: {words})", False
     flags = flags or (f"--{name.replace('_', '-')}",)
-    return click.option(*flags, help=described(of)[name], **more)
+    default = None if preset else default
+    return click.option(*flags, help=text, default=default, show_default=shown, **more)
 
 
 class _File(click.Path):
@@ -121,11 +123,16 @@ def require_used(wanted: Mapping[str, tuple[object, Iterable[str]]]) -> None:
     Args:
         wanted: by what options go with: whether it is there, and their names as parameters.
     """
-    source = click.get_current_context().get_parameter_source
     for needed, (there, names) in wanted.items():
         for name in () if there else names:
-            if source(name) is ParameterSource.COMMANDLINE:
+            if was_given(name):
                 raise click.UsageError(f"--{name.replace('_', '-')} goes with {needed}")
+
+
+def was_given(name: str) -> bool:
+    """Whether the user gave an option, by its name as a parameter, and not its default."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def say_next(*steps: str) -> None:
@@ -142,8 +149,10 @@ def with_adapters(adapters: Iterable[str]) -> list[str]:
 
 def files_of(text: str) -> list[str]:
     """The files of MODEL,LORA; UsageError where one has no name."""
-    names = text.split(",")
-    if not all(names):
+    if Path(text).is_file():  # a path may have commas
+        return [text]
+    names = _NEXT_FILE.split(text) if ".gguf," in text.lower() else text.split(",")
+    if not all(text.split(",")):
         raise click.UsageError(f"'{text}' names no file before or after a comma")
     return names
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ from .options import (
     setting,
     with_adapters,
 )
+from .terminal import progress
 
 if TYPE_CHECKING:
     from ..recalibrate import Recalibration
@@ -98,12 +98,10 @@ def recalibrate(
     loaded = SafetyGene.load(gene)
     require_fit(loaded, open_model(model), gene)
     given, kept = (Examples.load(examples, part) if examples else None for part in PARTS)
-    with click.progressbar(
-        length=100, label="recalibrating", file=sys.stderr, hidden=not sys.stderr.isatty()
-    ) as bar:
+    with progress("recalibrating") as advance:
         found = run(
             model, loaded, given, validation=kept, adapters=adapter, settings=settings,
-            progress=lambda done, limit: bar.update(100 * done // limit - bar.pos),
+            progress=advance,
         )  # fmt: skip
     if output and not found.nothing_lost:
         loaded.express(found.expression).save(output, inputs)
@@ -157,17 +155,19 @@ def _said(model: str, found: Recalibration, outputs: list[str]) -> list[str]:
     task = "" if point.task_kl is None else f", {point.task_kl:.4f} on the task prompts"
     lines = [
         f"{model}: strength {max(point.coefficients):.2f} in {len(point.coefficients)} layers; KL "
-        f"{point.kl:.3f} nats a token{task} (bound {bounds.kl:.3f})",
-        "on examples that the fit never saw:",
-        f"  harmful, refused         {counted.refused}",
-        f"  harmless, over-refused   {counted.over_refused}",
+        f"{point.kl:.3f} nats a token{task} (how far its answers move; at most {bounds.kl:.3f})",
+        "on examples that the fit never saw, refused without → with the gene:",
+        f"  harmful                  {counted.refused}",
+        f"  harmless                 {counted.over_refused}",
     ]
     width = max(map(len, counted.by_form), default=0)
+    lines.append(f"    {'by form':<{width}}  harmful;  harmless")
     for form, (harmful, harmless) in counted.by_form.items():
         lines.append(f"    {form:<{width}}  {harmful};  {harmless}")
     if found.guard:
         lines.append(
-            f"guard: ends an answer above {found.guard.threshold:.1f} nats (at 0, "
-            f"{found.guard.ended} of {found.guard.answers} harmless answers would be ended)"
+            f"guard: it ends an answer whose margin, asked again midway, is above "
+            f"{found.guard.threshold:.1f} nats; above 0 lay {found.guard.ended} of "
+            f"{found.guard.answers} harmless answers"
         )
     return lines

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 import click
 
 QUOTES = '"""'
+_HALF_A_MINUTE = 30.0  # seconds
 _KEPT = 1000  # lines of history
 _BLANK = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
 
@@ -33,8 +35,9 @@ class Lines:
         self._edits = self.at_keyboard and sys.stdout.isatty()
         self._history = history
         self._readline = _readline(history) if self._edits else None
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")  # a stray byte shall not end the chat
+        for stream in (sys.stdin, sys.stdout):  # a stray byte or letter shall not end the chat
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
 
     def message(self, prompt: str) -> str:
         """The next message, its line breaks kept.
@@ -116,6 +119,35 @@ def paint(text: str, colour: str = "cyan", *, in_prompt: bool = False) -> str:
         return text
     start, end = click.style("\0", fg=colour).split("\0")
     return f"\1{start}\2{text}\1{end}\2" if in_prompt else f"{start}{text}{end}"
+
+
+class progress:  # noqa: N801 - reads as the function it is used as
+    """A bar on stderr; where that is no terminal, a line every half minute.
+
+    What it gives, `advance(done, total)`, may be called often.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label, self._last = label, time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Any:
+        return self._advance if sys.stderr.isatty() else self._tell
+
+    def _advance(self, done: int, total: int) -> None:
+        if self._bar is None:
+            bar: Any = click.progressbar(length=total, label=self.label, file=sys.stderr)
+            self._bar = bar.__enter__()
+        self._bar.update(done - self._bar.pos)
+
+    def _tell(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last > _HALF_A_MINUTE:
+            self._last = time.monotonic()
+            click.echo(f"{self.label}: {done} of {total}", err=True)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(*error)
 
 
 def printable(text: str) -> str:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 Choices: TypeAlias = tuple[str, ...]
 _WINDOW = 512  # tokens that perplexity sees at once; the second half of them counts
 _RESAMPLES = 10_000
+_A_TASK = (
+    'Write {"prompt": "...", "answer": "..."} a line, with "choices": [...] if any; `restore '
+    "--task` takes prompts alone"
+)
 
 
 def _shares(name: str, before: Sequence[bool], after: Sequence[bool] | None, note: str) -> Cost:
@@ -221,10 +225,13 @@ def load_task(path: PathLike) -> Task:
         if line.strip():
             try:
                 items.append(_item(parse_json(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as fault:
+            except KeyError as fault:
                 raise FileFormatError(
-                    f"{path}, row {row}: is no task ({fault})",
-                    'Write {"prompt": "...", "answer": "..."}, with "choices": [...] if any',
+                    f"{path}, row {row}: has no {fault.args[0]!r}", _A_TASK
+                ) from fault
+            except (ValueError, TypeError, AttributeError, IndexError) as fault:
+                raise FileFormatError(
+                    f"{path}, row {row}: is no task ({fault})", _A_TASK
                 ) from fault
     if not items:
         raise FileFormatError(f"{path}: holds no tasks")

@@ -48,6 +48,11 @@ def verdict(report: Json) -> Summary:
     )
 
 
+def cost_warnings(report: Json) -> list[str]:
+    """What the refusals cost, where that is much or not known."""
+    return list(_cost_warnings(refusals(report), over_refusals(report)))
+
+
 def _sentence(refused: Outcome | None, over: Outcome | None) -> str:
     parts = []
     if refused is not None:
