@@ -25,12 +25,14 @@ SECRETS = --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntro
 demo: $(VENV)/demo
 	$(BIN)/python examples/demo.py
 
+# Files of tests side by side, one a processor, four at most: each process holds torch. Threads of
+# llama.cpp that wait must not spin, or they would take the processor from the other files' tests.
 test: $(VENV)/dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(TYPES)
 	$(BIN)/python tests/prose.py
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # 10,000 mutations of each file, some ten minutes; another seed each time, named where one fails.
 fuzz: $(VENV)/dev

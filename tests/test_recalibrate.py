@@ -340,15 +340,16 @@ def test_an_unrelated_model_of_the_same_shape_is_refused(smollm, tmp_path, seed)
     if seed is not None:
         model = Path(shutil.copyfile(smollm, tmp_path / "unrelated.gguf"))
         shuffle_blocks(model, seed)
-    gene = SafetyGene.shipped()
+    gene, all_ = SafetyGene.shipped(), Examples.shipped()
+    few = Examples(all_.harmful[::3], all_.harmless[::3])
     with SafeLlama(str(model), n_ctx=512) as llama, Engine(llama, flash_attn=True) as engine:
         handles = [llama.attach(part, 0.0) for part in gene.split().values()]
-        reader = reader_of(engine, handles, gene, Examples.shipped(), 1)
+        reader = reader_of(engine, handles, gene, few, 1)
         readings = [reader.without(), reader.at(1.0)]
     if seed is None:  # the family's own model passes
         fit._require_labels(readings)
     else:
-        with pytest.raises(SettingError, match="of 2304 pairs"):
+        with pytest.raises(SettingError, match="of 256 pairs"):
             fit._require_labels(readings)
 
 
