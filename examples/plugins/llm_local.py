@@ -1,6 +1,6 @@
 """simonw's `llm`: a model with a gene under a name of its own.
 
-    pip install llm safegene-edge
+    pip install llm     # beside this package
     python examples/plugins/llm_local.py MODEL.gguf --gene FITTED.gguf
 
 On the command line the same is
