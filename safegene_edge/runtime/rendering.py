@@ -164,6 +164,8 @@ class ChattingLlama(SharedLlama):
 
     def _begins_with_a_thought(self, variables: Mapping[str, Any]) -> bool:
         tokens = self.render([{"role": "user", "content": _SUM}], **variables)
+        if len(tokens) + _BEGINNING > self.n_ctx():  # as a template's own long system message is
+            return False
         llama: Any = self  # whose method is wrapped
         said = list(islice(llama.generate(tokens, temp=0.0), _BEGINNING))
         return self.text(said, special=True).lstrip().startswith(OPEN)
