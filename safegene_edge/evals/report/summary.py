@@ -49,8 +49,9 @@ def verdict(report: Json) -> Summary:
 
 
 def cost_warnings(report: Json) -> list[str]:
-    """What the refusals cost, where that is much or not known."""
-    return list(_cost_warnings(refusals(report), over_refusals(report)))
+    """What the second column's refusals cost, where that is much or not known."""
+    rows = refusals(report), over_refusals(report)
+    return list(_cost_warnings(*rows)) if any(row and row.after for row in rows) else []
 
 
 def _sentence(refused: Outcome | None, over: Outcome | None) -> str:
