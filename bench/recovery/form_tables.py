@@ -237,7 +237,8 @@ def _fits(entries: dict[str, Entry], column: str) -> str:
             line += ["", "", ""]
         lines.append([*line, f"{cell['tokens']:,}", f"{cell['seconds']:.0f}"])
     header = ["", "strength", "validation: refused", "over-refused", "KL", "tokens read", "s"]
-    return "What recalibration found and says\n\n" + table(header, lines)
+    note = "What recalibration found and says; seconds as below: upper bounds"
+    return f"{note}\n\n{table(header, lines)}"
 
 
 def _learning(entries: dict[str, Entry], column: str) -> str:
