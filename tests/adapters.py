@@ -12,6 +12,7 @@ import numpy as np
 
 from safegene_edge.gene import Pair, SafetyGene
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
+from safegene_edge.merge import MergeSettings, merge
 from safegene_edge.runtime.engine import Engine
 from safegene_edge.runtime.llama import SafeLlama
 
@@ -87,3 +88,9 @@ def stored_tensors(folder: Path) -> Any:
 
 def copy_of(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "peft"))
+
+
+def merge_plain(model, adapters, output, settings=None, **more):
+    """A merge that does not run the model: what the update alone tells."""
+    settings = replace(settings or MergeSettings(), run=False)
+    return merge(model, adapters, output, settings=settings, **more)

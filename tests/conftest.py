@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import tiny as tiny_models
 from browser import chromium, visit
+from llamas import llama, model
 from shelf import few, place, shelf
 
 from safegene_edge.runtime.llama import SafeLlama
 
-__all__ = ["chromium", "few", "place", "shelf", "visit"]  # fixtures
+__all__ = ["chromium", "few", "llama", "model", "place", "shelf", "visit"]  # fixtures
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As a shell leaves it in the background. Tests send Ctrl-C to themselves and to children.

@@ -15,7 +15,7 @@ from listener import Listener, answer
 from safegene_edge import Engine, SafeLlama
 from safegene_edge.errors import LlamaCppError, SettingError
 from safegene_edge.runtime.batcher import Ask, Batcher, QueueFullError
-from safegene_edge.runtime.sampling import Sampling, TextStream
+from safegene_edge.runtime.sampling import Sampling
 
 F32 = 0
 
@@ -466,34 +466,6 @@ def test_a_model_may_be_closed_in_the_midst_of_everything(model, gene):
     for name in ("submit", "attach", "set_scale", "run", "chat", "tokenize"):
         assert found["seen"].get(name) and found["seen"].get(f"{name} refused")
     assert not found["odd"] and not found["stderr"]
-
-
-# -- text ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stop", [(), ("END",), ("é→", "x")])
-def test_text_comes_out_whole_whatever_the_pieces(stop):
-    text = "naïve → EN 日本 E"
-    data = text.encode()
-    for size in (1, 2, 3, 5):
-        stream, found = TextStream(stop), ""
-        for start in range(0, len(data), size):
-            piece, stopped = stream.push(data[start : start + size])
-            assert not stopped
-            found += piece
-            assert text.startswith(found)
-        assert found + stream.rest() == text
-
-
-def test_the_first_stop_string_wins():
-    stream = TextStream(("STOP", "P!"))
-    assert stream.push(b"say ST") == ("say ", False)
-    assert stream.push(b"UT") == ("STUT", False)
-    assert stream.push(b" STOP! more") == (" ", True)
-    assert TextStream().push(b"\xff\xfe") == ("\ufffd\ufffd", False)
-    begun = TextStream()
-    assert begun.push("a\U0001f600".encode()[:3]) == ("a", False)
-    assert begun.rest() == ""  # of a character that was begun, nothing is shown
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-39, 1e-9])

@@ -13,6 +13,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from adapters import random_adapter
+from llamas import PROMPT, answer, logits
 
 from safegene_edge import SafeLlama
 from safegene_edge.errors import (
@@ -25,32 +26,6 @@ from safegene_edge.errors import (
 )
 from safegene_edge.gene import INVOCATION, Adapter, Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile
-
-PROMPT = "What is it that the weather is like in an old town by the sea?"
-
-
-def logits(llama, text=PROMPT):
-    llama.clear()
-    tokens = llama.tokenize(text.encode())
-    llama.eval(tokens)
-    pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-    return np.array(np.ctypeslib.as_array(pointer, shape=(llama.n_vocab(),)))
-
-
-def answer(llama, prompt=PROMPT):
-    return llama.create_completion(prompt, max_tokens=24, temperature=0.0)["choices"][0]["text"]
-
-
-@pytest.fixture()
-def model(tiny):
-    return tiny("llama").gguf_path
-
-
-@pytest.fixture()
-def llama(model):
-    with_model = SafeLlama(model, n_ctx=256)
-    yield with_model
-    with_model.close()
 
 
 def test_it_is_a_llama_that_stays_mapped(llama, model):

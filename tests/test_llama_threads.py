@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import llama_cpp
-import numpy as np
 import pytest
 from adapters import random_adapter
 from child import in_child
+from llamas import PROMPT, answer
 
 from safegene_edge import SafeLlama
 from safegene_edge.errors import (
@@ -14,33 +14,6 @@ from safegene_edge.errors import (
     SafeGeneError,
     SettingError,
 )
-
-PROMPT = "What is it that the weather is like in an old town by the sea?"
-
-
-def logits(llama, text=PROMPT):
-    llama.clear()
-    tokens = llama.tokenize(text.encode())
-    llama.eval(tokens)
-    pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-    return np.array(np.ctypeslib.as_array(pointer, shape=(llama.n_vocab(),)))
-
-
-def answer(llama, prompt=PROMPT):
-    return llama.create_completion(prompt, max_tokens=24, temperature=0.0)["choices"][0]["text"]
-
-
-@pytest.fixture()
-def model(tiny):
-    return tiny("llama").gguf_path
-
-
-@pytest.fixture()
-def llama(model):
-    with_model = SafeLlama(model, n_ctx=256)
-    yield with_model
-    with_model.close()
-
 
 ENDLESS = {"stream": True, "logit_bias": {70: 100.0}, "temperature": 0.0}
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from adapters import adapter_for, random_adapter
+from adapters import merge_plain as merge
 
 from safegene_edge import export
 from safegene_edge.compat import open_model
@@ -19,18 +20,16 @@ from safegene_edge.errors import (
 )
 from safegene_edge.gene import Pair, SafetyGene
 from safegene_edge.gguf_file import GGUFFile
-from safegene_edge.merge import MergeSettings, merge
+from safegene_edge.merge import MergeSettings
 from safegene_edge.merge.inputs import require_mergeable
 from safegene_edge.merge.plan import Plan
-
-PLAIN = MergeSettings(run=False)
 
 
 def test_an_update_that_changes_nothing_is_refused(quantised, tmp_path):
     source = quantised("Q4_0")
     gene = adapter_for(source, tmp_path, size=1e-9)
     with pytest.raises(NoEffectError, match="nothing would change"):
-        merge(source, [gene], tmp_path / "out.gguf", settings=PLAIN)
+        merge(source, [gene], tmp_path / "out.gguf")
     assert list(tmp_path.iterdir()) == [gene]
 
 
@@ -40,7 +39,7 @@ def test_an_infinite_update_names_its_tensor(quantised, tmp_path):
     name, pair = next(iter(huge.pairs.items()))
     huge = SafetyGene("llama", 8.0, {name: Pair(pair.a * 1e30, pair.b * 1e30)})
     with pytest.raises(Exception, match=name):
-        merge(source, [huge], tmp_path / "out.gguf", settings=PLAIN)
+        merge(source, [huge], tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -64,7 +63,7 @@ def test_an_adapter_of_zeros_is_refused(quantised, tmp_path, options):
     pairs = {name: Pair(pair.a, 0 * pair.b) for name, pair in whole.pairs.items()}
     nothing = replace(whole, pairs=pairs)
     assert nothing.zero_pairs == len(pairs) and whole.zero_pairs == 0
-    settings = replace(PLAIN, **options)
+    settings = MergeSettings(**options)
     with pytest.raises(NoEffectError, match="every update in it is zero"):
         merge(model, [nothing], tmp_path / "m.gguf", settings=settings)
     with pytest.raises(NoEffectError, match="every update in it is zero"):
@@ -76,12 +75,12 @@ def test_ggml_is_not_asked_for_what_would_end_the_process(quantised, tmp_path):
     model = quantised("IQ3_S")
     huge = random_adapter(model, size=1e16)
     with pytest.raises(SafeGeneError, match=r"the update of 'blk.* is not finite"):
-        merge(model, [huge], tmp_path / "m.gguf", settings=PLAIN)
+        merge(model, [huge], tmp_path / "m.gguf")
     info = GGUFFile(model).tensors["blk.0.attn_q.weight"]
     broken = tmp_path / "broken.gguf"
     data = bytearray(model.read_bytes())
     data[info.offset : info.offset + 2] = b"\x00\x7e"  # the first scale: NaN
     broken.write_bytes(data)
     with pytest.raises(FileFormatError, match=r"its tensor 'blk.0.attn_q.weight' holds NaN"):
-        merge(broken, [random_adapter(model)], tmp_path / "m.gguf", settings=PLAIN)
+        merge(broken, [random_adapter(model)], tmp_path / "m.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf"]
