@@ -38,6 +38,7 @@ _KEPT = ("safegene.peft.", "safegene.learn.")
 INVOCATION = "adapter.alora.invocation_tokens"
 _ALPHA = "adapter.lora.alpha"
 _RESERVED = {"general.architecture", "general.type", "general.alignment", "adapter.type", _ALPHA}
+_ROUNDING = 2.0**-11  # of a float16, relative, but for numbers near its smallest
 AdapterT = TypeVar("AdapterT", bound="Adapter")
 
 
@@ -103,7 +104,7 @@ class Adapter:
         if self.zero_pairs == len(self.pairs):
             raise NoEffectError(
                 f"{name}: every update in it is zero, so that it would do nothing",
-                "It was saved before it was trained: save it again",
+                "It may have been saved before it was trained: give the trained one",
             )
 
     @property
@@ -372,14 +373,14 @@ class SafetyGene(Adapter):
 
 
 def _times(b: npt.NDArray[Any], factor: float, name: str) -> npt.NDArray[Any]:
-    """B times a factor, as float16 only where that loses nothing but a rounding."""
+    """B times a factor, in float32 where float16 would lose more of it than it rounds off."""
     with np.errstate(over="ignore", under="ignore"):
         wide = b.astype(np.float32) * np.float32(factor)
         narrow = wide.astype(b.dtype)
     if not np.isfinite(wide).all():
         raise SettingError(f"the factor of '{name}' is {factor}: too large", "Give a smaller one")
-    exact = np.allclose(narrow, wide, rtol=1e-3, atol=0.0)
-    return np.asarray(narrow if exact else wide)
+    lost = np.linalg.norm(wide - narrow) if np.isfinite(narrow).all() else np.inf
+    return np.asarray(narrow if lost <= _ROUNDING * np.linalg.norm(wide) else wide)
 
 
 def listed(adapters: Any) -> list[Any]:

@@ -156,28 +156,40 @@ def load_prompts(path: PathLike) -> tuple[Prompt, ...]:
         text = read_text(path)
     except ValueError as error:
         raise FileFormatError(f"{path}: is not UTF-8 text", "Give a text or JSONL file") from error
+    items = _items(text)
+    kind, rows = ("line", text.split("\n")) if items is None else ("item", items)
     found = []
-    for number, line in enumerate(_lines(text), 1):
-        if not line.strip():
+    for number, row in enumerate(rows, 1):
+        if items is None and not row.strip():
             continue
         try:
-            found.append(from_record(_record(line.strip()), str(number)))
+            record = _record(row.strip()) if items is None else _item(row)
+            found.append(from_record(record, str(number)))
         except (ValueError, TypeError) as error:
             raise FileFormatError(
-                f"{path}: line {number} is no prompt",
-                'A line is the text itself, or {"prompt": "…"}',
+                f"{path}: {kind} {number} is no prompt",
+                'One is the text itself, or {"prompt": "…"}',
             ) from error
     if not found:
         raise FileFormatError(f"{path}: holds no prompts", "Give a prompt a line")
     return tuple(found)
 
 
-def _lines(text: str) -> list[str]:
-    """The rows of a file; of one that is a JSON array, its items."""
+def _items(text: str) -> list[Any] | None:
+    """Those of a file that is one JSON array."""
     with suppress(ValueError):  # no JSON: lines, of which the first one opens with a bracket
         if text.lstrip().startswith("[") and isinstance(items := parse_json(text), list):
-            return [json.dumps(item) for item in items]
-    return text.split("\n")
+            return items
+    return None
+
+
+def _item(item: Any) -> dict[str, Any]:
+    """An item of an array as a row: a text, or an object."""
+    if isinstance(item, dict):
+        return item
+    if isinstance(item, str):
+        return {"prompt": item}
+    raise TypeError
 
 
 def _record(line: str) -> Any:

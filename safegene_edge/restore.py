@@ -344,8 +344,8 @@ class _Work:
             return SafetyGene.load(gene)
         kept = self.folder / "gene.gguf"
         if not kept.exists():
-            require_prompts(self.inputs, self.task)
-            learnt, _ = self._task_parts()
+            learnt, held = self._task_parts()
+            require_prompts(self.inputs, held, learning.tokens)  # `learn` looks at its own
             learn(
                 [self.inputs], teacher or None, task=learnt, settings=learning,
                 progress=self.progress,

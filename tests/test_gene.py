@@ -460,3 +460,10 @@ def test_a_factor_is_not_lost_in_half_precision(factor):
     scaled = adapter.scaled(factor).delta("blk.0.attn_q.weight")
     wanted = factor * adapter.delta("blk.0.attn_q.weight")
     assert np.abs(scaled - wanted).max() <= 1e-3 * np.abs(wanted).max()
+
+
+def test_a_usual_adapter_stays_in_half_precision():
+    b = np.random.default_rng(0).normal(0, 1e-2, (64, 8)).astype(np.float16)
+    pairs = {"blk.0.attn_q.weight": Pair(b.T, b)}
+    for factor in (0.8, 1.3):
+        assert Adapter("llama", 0.0, pairs).scaled(factor).pairs.popitem()[1].b.dtype == np.float16

@@ -109,7 +109,7 @@ def test_task_prompts_that_do_not_fit_are_named(
     monkeypatch.setattr(teachers, "refused", lambda llama, prompts, said: [True] * len(prompts))
     monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
     path = tiny("llama", num_hidden_layers=5).gguf_path
-    with pytest.raises(SettingError, match=r"task prompt 2 needs \d+ .* has 512"):
+    with pytest.raises(SettingError, match=r"the task prompt .aaa.*needs \d+ .* has 512"):
         learn([path], path, task=["Hello", "a" * 600], settings=FEW)
     monkeypatch.setattr(sys.modules["safegene_edge.learn.run"], "memory_bytes", lambda: 1 << 20)
     with pytest.raises(SettingError, match=r"takes at least \d+\.\d GiB .* shorter or fewer task"):
@@ -131,7 +131,9 @@ def test_a_base_model_and_a_template_without_system_prompts_are_named(
     with pytest.raises(SettingError, match="its template takes no system prompt"):
         learn([other], settings=FEW)
     spoken = Prompt("", "Hello", history=(("system", "Be kind."),))
-    with pytest.raises(SettingError, match=r"task prompt 2: .*its chat template failed \(no\)"):
+    with pytest.raises(
+        SettingError, match=r"the task prompt .Hello.: .*its chat template failed \(no\)"
+    ):
         learn([other], path, task=["Hello", spoken], settings=FEW)
 
 
@@ -226,8 +228,12 @@ def test_prompts_may_be_one_json_array_or_texts_in_quotes(tmp_path: Path) -> Non
         file.write_text(text)
         assert [p.text for p in load_prompts(file)] == wanted
     file.write_text('["Say hello", {"text": "Say bye"}]')
-    with pytest.raises(FileFormatError, match="line 2 is no prompt"):
+    with pytest.raises(FileFormatError, match="item 2 is no prompt"):
         load_prompts(file)
+    for item in ("null", "3", '["a"]', '""'):
+        file.write_text(f'["Say hello", {item}]')
+        with pytest.raises(FileFormatError, match="item 2 is no prompt"):
+            load_prompts(file)
 
 
 def test_a_path_is_no_list_of_prompts(tiny: Callable[..., Any]) -> None:

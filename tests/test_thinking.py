@@ -330,6 +330,9 @@ def test_an_empty_thought_stands_where_the_model_would_think(tiny, tmp_path):
         assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     with SafeLlama(answers) as llama:
         assert llama.render_answer(HELLO) == llama.render(HELLO)
+    for model, missing in ((thinks, "<think>\n\n</think>\n\n"), (answers, "")):
+        with SafeLlama(model, guard=True) as llama:  # whose own tokens are no answer to guard
+            assert llama.guard is not None and llama.thinking.missing == missing
 
 
 def test_other_marks_of_thoughts_are_named_with_their_file(tiny, tmp_path):

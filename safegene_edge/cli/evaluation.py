@@ -433,6 +433,12 @@ def _journal(chosen: _Options) -> Iterator[Journal]:
     source = chosen.endpoint or str(Path(chosen.model or "").resolve())
     path = journal_folder() / f"{fingerprint(source)[:24]}.jsonl"
     with _alone(path) as alone, Journal(path if alone else None) as journal:
+        if not alone:
+            click.echo(
+                "another eval of this model is running: what this one finds is not kept for a "
+                "stop; --resume FILE keeps it",
+                err=True,
+            )
         if journal.count:
             click.echo(f"going on: {journal.count} results of a stopped run are kept", err=True)
         try:

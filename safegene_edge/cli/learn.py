@@ -47,8 +47,8 @@ from .terminal import printable
 @file_option(
     "--task",
     metavar="FILE",
-    help="Prompts of the degraded model's own job, a line each, or JSONL with a "
-    '"prompt"; no answers are needed.',
+    help="Prompts of the degraded model's own job, a line each, or JSON with a "
+    '"prompt" each; no answers are needed.',
 )
 @file_option("-o", "--output", required=True, metavar="GENE.gguf", help="Where to write it.")
 @click.option("--family", default="", help="The family's name; default: the model's.")

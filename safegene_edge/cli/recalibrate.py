@@ -166,8 +166,8 @@ def _said(model: str, found: Recalibration, outputs: list[str]) -> list[str]:
         lines.append(f"    {form:<{width}}  {harmful};  {harmless}")
     if found.guard:
         lines.append(
-            f"guard: it ends an answer whose margin, asked again midway, is above "
-            f"{found.guard.threshold:.1f} nats; above 0 lay {found.guard.ended} of "
-            f"{found.guard.answers} harmless answers"
+            f"guard: it ends an answer when its refusal margin, looked at midway, is above "
+            f"{found.guard.threshold:.1f} nats; {found.guard.ended} of {found.guard.answers} "
+            "harmless answers were above 0"
         )
     return lines

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     "--gene",
     metavar="GENE.gguf",
     help='A gene of the family, or where to look for one: a folder, hf:OWNER/REPO, or "auto" for '
-    "the package and what `pull` keeps; default: the package's own if it fits, else learn one.",
+    "the package and what `pull` keeps; default: the package's own if it fits and neither "
+    "--aligned nor --prompts is given, else learn one.",
 )
 @file_option(
     "--adapter",
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 @file_option(
     "--task",
     metavar="FILE",
-    help='Prompts that TARGET gets in its job, a line each, or JSONL with a "prompt"; '
+    help='Prompts that TARGET gets in its job, a line each, or JSON with a "prompt" each; '
     "no answers are needed. What it answers there is kept.",
 )
 @click.option("--merge", "merged", is_flag=True, help="Write the whole model.")

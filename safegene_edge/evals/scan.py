@@ -150,19 +150,14 @@ def scan(
     Raises:
         SafeGeneError: the model cannot be read, or an adapter does not fit.
     """
-    from ..runtime.chat import has_template, require_chat
+    from ..runtime.chat import require_chat, require_template
     from ..runtime.engine import Engine
     from ..runtime.llama import SafeLlama
 
     start = time.perf_counter()
     with ExitStack() as stack:
         llama = stack.enter_context(SafeLlama(model, n_ctx=256))
-        if not has_template(llama):
-            raise SettingError(
-                f"{llama.model_path}: has no chat template: a base model, which neither refuses "
-                "nor answers",
-                "Give a chat model",
-            )
+        require_template(llama)
         require_chat(llama)
         own = dict.fromkeys(llama.attach_each(adapters), 1.0)
         genes = [handle.content for handle in own if isinstance(handle.content, SafetyGene)]

@@ -22,7 +22,7 @@ from ..gguf_file import GGUFFile
 from ..prompts import Prompt, listed_prompts
 from ..recalibrate.aligned import measured
 from ..runtime.batch import common_prefix
-from ..runtime.chat import has_template, require_chat
+from ..runtime.chat import require_chat, require_template
 from ..runtime.devices import activation_bytes, cache_bytes, memory_bytes, physical_cores
 from ..runtime.engine import Engine
 from ..runtime.llama import SafeLlama
@@ -77,37 +77,43 @@ def learn(
     teacher = files_of(aligned, models[0][0]) or None
     every = [*models, *([teacher] if teacher else [])]
     _require_family(every)
-    prompts = listed_prompts(task)
-    require_prompts(models[0], prompts)
+    prompts, settings = listed_prompts(task), settings or LearnSettings()
+    for files in models:
+        require_prompts(files, prompts, settings.tokens)
     with ExitStack() as stack:
-        work = _Learning(stack, models, teacher, prompts, settings or LearnSettings(), progress)
+        work = _Learning(stack, models, teacher, prompts, settings, progress)
         gene = work.run(family)
     return gene if teacher is None else work.with_aligned_facts(gene, teacher)
 
 
-def require_prompts(files: Sequence[PathLike], prompts: Sequence[Prompt | str]) -> None:
-    """Raise SettingError, before minutes of work, for a prompt that a model cannot read.
+def require_prompts(
+    files: Sequence[PathLike], prompts: Sequence[Prompt | str], tokens: int
+) -> None:
+    """Raise SettingError, before minutes of work, for a task prompt that a model cannot read.
 
-    Its template refuses it, or it is longer than the model's context.
+    Its template refuses it, or there is no room for so many tokens of an answer.
     """
     if not prompts:
         return
     with ExitStack() as stack:
         llama = _Model.load(stack, files).llama
-        trained = int(llama._model.n_ctx_train())
-        for number, one in enumerate(prompts, 1):
+        for one in prompts:
+            prompt = one if isinstance(one, Prompt) else Prompt("", one)
             try:
-                asked = rendered(llama, [one if isinstance(one, Prompt) else Prompt("", one)])[0]
+                _require_context(llama, rendered(llama, [prompt])[0], tokens)
             except SettingError as error:
-                error.message = f"task prompt {number}: {error.message}"
+                error.message = f"the task prompt {prompt.text[:60]!r}: {error.message}"
                 raise
-            needed = len(asked) + LearnSettings.tokens
-            if 0 < trained < needed:
-                raise SettingError(
-                    f"task prompt {number} needs {needed} tokens, the context of "
-                    f"{llama.model_path} has {trained}",
-                    "Give shorter task prompts",
-                )
+
+
+def _require_context(llama: SafeLlama, asked: Sequence[int], tokens: int) -> None:
+    needed, trained = len(asked) + tokens, int(llama._model.n_ctx_train())
+    if 0 < trained < needed:
+        raise SettingError(
+            f"a prompt to learn from needs {needed} tokens, the context of {llama.model_path} has "
+            f"{trained}",
+            "Give shorter task prompts",
+        )
 
 
 def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
@@ -158,12 +164,7 @@ class _Model:
     @classmethod
     def load(cls, stack: ExitStack, files: Sequence[PathLike]) -> _Model:
         llama = stack.enter_context(SafeLlama(str(files[0]), n_ctx=_CONTEXT))
-        if not has_template(llama):
-            raise SettingError(
-                f"{llama.model_path}: has no chat template: a base model, which neither refuses "
-                "nor answers",
-                "Give a chat model",
-            )
+        require_template(llama)
         require_chat(llama)  # before minutes of learning
         llama.attach_each(files[1:])
         return cls(llama, {handle: handle.scale for handle in llama.adapters})
@@ -268,13 +269,14 @@ class _Learning:
 
     def _require_room(self, llama: SafeLlama, asked: Sequence[Sequence[int]]) -> None:
         """All prompts of all models are read at once, on as many contexts as they fill."""
+        _require_context(llama, max(asked, key=len), self.settings.tokens)
         cells = sum(map(len, asked)) - (len(asked) - 1) * common_prefix(asked)
         model = open_model(llama.model_path)
         self._needed += (cache_bytes(model, cells) or 0) + (activation_bytes(model, cells) or 0)
         if (memory := memory_bytes()) and self._needed > _SHARE * memory:
             raise SettingError(
                 f"reading the prompts to learn from takes at least {self._needed / 2**30:.1f} GiB "
-                f"beside {llama.model_path}, and the machine has {memory / 2**30:.0f}",
+                f"beside {llama.model_path}, and there are {memory / 2**30:.0f}",
                 "Give shorter or fewer task prompts, or fewer --prompts",
             )
 

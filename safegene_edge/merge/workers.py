@@ -124,7 +124,8 @@ class Job:
                     "Download or convert the model again",
                 ) from None
             raise SafeGeneError(
-                f"{self.model}: the update of '{self.place.info.name}' is not finite",
+                f"{self.model}: the update of '{self.place.info.name}' is not finite, "
+                "or too large for its type",
                 "The adapter is broken, or its scale far too large",
             ) from None
 

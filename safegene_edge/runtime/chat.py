@@ -137,9 +137,14 @@ def template_fault(template: str) -> str:
     return ""
 
 
-def has_template(llama: Any) -> bool:
-    """Whether a model's file has a chat template. Base models have none."""
-    return bool(llama.metadata.get("tokenizer.chat_template", "").strip())
+def require_template(llama: Any) -> None:
+    """SettingError for a model whose file has no chat template."""
+    if not llama.metadata.get("tokenizer.chat_template", "").strip():
+        raise SettingError(
+            f"{llama.model_path}: has no chat template: a base model, which neither refuses nor "
+            "answers",
+            "Give a chat model",
+        )
 
 
 def require_chat(llama: Any, *, system: bool = False) -> None:

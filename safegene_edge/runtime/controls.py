@@ -63,7 +63,9 @@ class ControlTexts:
         Many a fine-tune has added its marks of turns as plain tokens. In a message such a text is
         tokenised in two halves, or llama.cpp would find the token there, too.
         """
-        markers = frozenset(text for text in self.others if text in shown and text.strip())
+        markers = frozenset(
+            text for text in self.others if text in shown and text.strip() and not text.isalnum()
+        )
         if not markers:
             return self
         found = ControlTexts([*self.texts, *markers], self.others - markers)

@@ -137,7 +137,7 @@ def require_cells(model: GGUFFile, n_ctx: int) -> None:
     needed, memory = cache_bytes(model, n_ctx), memory_bytes()
     if needed and memory and needed > _TIMES * memory:
         raise SettingError(
-            f"a context of {n_ctx:,} tokens takes {needed >> 30:,} GiB, and the machine has "
+            f"a context of {n_ctx:,} tokens takes {needed >> 30:,} GiB, and there are "
             f"{memory >> 30}",
             "Give a smaller --ctx (n_ctx)",
         )

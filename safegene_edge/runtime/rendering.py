@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from ..errors import (
@@ -23,17 +23,23 @@ from .shared import SharedLlama
 from .thinking import CLOSE, OPEN, Thinking
 
 _TEMPLATE = "tokenizer.chat_template"
+_DIALOGUES = ("user", "system user", "user assistant user", "system user assistant user",
+              "user assistant tool")  # fmt: skip
 _SUM, _BEGINNING = "What is 17 times 24?", 8  # tokens of an answer: <think> may be several
 
 
-def _marks(template: ChatTemplate) -> str:
-    """What a template shows between messages; marks of thoughts are not of turns."""
-    turns = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
-    try:
-        parts = template.parts(turns, add_generation_prompt=True, variables={})
-    except Exception:  # a template may raise anything, and does so again where it is asked
-        return ""
-    return "".join(text for text, _ in parts).replace(OPEN, " ").replace(CLOSE, " ")
+def _marks(source: str, template: ChatTemplate) -> str:
+    """What a template has in its source, and what it shows between messages of every role.
+
+    Marks of thoughts are left out: templates look for them in messages.
+    """
+    found = [source]
+    for dialogue in _DIALOGUES:
+        turns = [{"role": role, "content": "?"} for role in dialogue.split()]
+        with suppress(Exception):  # a template may refuse a role, and raises what it likes
+            parts = template.parts(turns, add_generation_prompt=True, variables={})
+            found += [text for text, _ in parts]
+    return " ".join(found).replace(OPEN, " ").replace(CLOSE, " ")
 
 
 class ChattingLlama(SharedLlama):
@@ -166,8 +172,7 @@ class ChattingLlama(SharedLlama):
         tokens = self.render([{"role": "user", "content": _SUM}], **variables)
         if len(tokens) + _BEGINNING > self.n_ctx():  # as a template's own long system message is
             return False
-        llama: Any = self  # whose method is wrapped
-        said = list(islice(llama.generate(tokens, temp=0.0), _BEGINNING))
+        said = self.first_tokens(tokens, _BEGINNING)
         return self.text(said, special=True).lstrip().startswith(OPEN)
 
     def render_answer(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
@@ -273,7 +278,8 @@ class ChattingLlama(SharedLlama):
                 SafeGeneWarning, stacklevel=2,
             )  # fmt: skip
         made = partial(ChatTemplate, template, bos=bos, eos=eos)
-        return made(controls=self._controls.with_markers(_marks(made(controls=self._controls))))
+        shown = _marks(template, made(controls=self._controls))
+        return made(controls=self._controls.with_markers(shown))
 
     def _token_text(self, token: int) -> str:
         return str(self._model.token_get_text(token)) if token >= 0 else ""

@@ -10,9 +10,10 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,6 +197,11 @@ class SharedLlama(llama_cpp.Llama):  # type: ignore[misc]
     embed = _alone(llama_cpp.Llama.embed)
     _save_state = _alone(llama_cpp.Llama.save_state, spoils_streams=False)
     _load_state = _alone(llama_cpp.Llama.load_state)
+
+    @_alone
+    def first_tokens(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The first tokens of a greedy answer, in the own context; no guard looks at them."""
+        return list(islice(super().generate(tokens, temp=0.0), count))
 
     @functools.wraps(llama_cpp.Llama.generate)
     def generate(self, *args: Any, **options: Any) -> Any:

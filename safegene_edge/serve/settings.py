@@ -10,7 +10,7 @@ from ..errors import SettingError
 from ..files import no_constant, parse_json
 
 # A web page's, or that of an app made of web pages: app://obsidian.md, tauri://localhost.
-_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@]+")
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/\s?#@*]+")
 _HOST = re.compile(r"[A-Za-z0-9_.-]+|[0-9A-Fa-f:]+")
 _KEY = re.compile(r"[!-~]+")  # what a header can hold
 
