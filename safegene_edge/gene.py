@@ -379,7 +379,9 @@ def _times(b: npt.NDArray[Any], factor: float, name: str) -> npt.NDArray[Any]:
         narrow = wide.astype(b.dtype)
     if not np.isfinite(wide).all():
         raise SettingError(f"the factor of '{name}' is {factor}: too large", "Give a smaller one")
-    lost = np.linalg.norm(wide - narrow) if np.isfinite(narrow).all() else np.inf
+    if narrow.dtype == wide.dtype or not np.isfinite(narrow).all():
+        return np.asarray(wide)  # whose norm float32 may not hold
+    lost = np.linalg.norm(wide - narrow)
     return np.asarray(narrow if lost <= _ROUNDING * np.linalg.norm(wide) else wide)
 
 
