@@ -18,6 +18,7 @@ from .gene import INVOCATION, Adapter, SafetyGene
 from .gguf_file import GGUFFile
 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_TEXT = (1, 6)  # gguf.TokenType: NORMAL, BYTE
 _HASHED = 2 << 30  # bytes; a larger model is not hashed for a warning
 SHOWN = 5  # problems named in an error message; `check` returns all
 
@@ -154,9 +155,25 @@ def require_fit(adapter: Adapter, model: GGUFFile, source: PathLike = "the adapt
 
 
 def tokenizer_digest(model: GGUFFile) -> str:
-    """SHA-256 of a model's tokens and merges: the same in a model and its fine-tunes."""
-    words = [model.strings(f"tokenizer.ggml.{key}") for key in ("tokens", "merges")]
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    """SHA-256 of what a model reads text by: the same in a model and its fine-tunes."""
+    read_by = [text_tokens(model), model.strings("tokenizer.ggml.merges")]
+    return hashlib.sha256(json.dumps(read_by).encode()).hexdigest()
+
+
+def text_tokens(model: GGUFFile) -> list[str]:
+    """A model's tokens in their order, with "" for those that are not of text.
+
+    Fine-tunes add or rename special tokens, to pad or to mark turns; a gene is none of theirs.
+    """
+    tokens = model.strings("tokenizer.ggml.tokens")
+    types = model.numbers("tokenizer.ggml.token_type")
+    words = [
+        token if number >= len(types) or types[number] in _TEXT else ""
+        for number, token in enumerate(tokens)
+    ]
+    while words and not words[-1]:
+        words.pop()
+    return words
 
 
 def unfitted(gene: PathLike, model: PathLike) -> str:

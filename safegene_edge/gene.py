@@ -30,7 +30,7 @@ from .gguf_file.values import FLOAT32
 
 SHIPPED = "smollm2-135m.gene.gguf"
 # Of SmolLM2, whose shape SmolLM has, too; the file is older than the rule that genes name theirs.
-_TOKENIZER = "466c712f05bc8cf87141b44b671342255af7984e589ef2ec677bda2c341fbfca"
+_TOKENIZER = "31898b96758d4244350987e26fe623cd8f27fc7e8bd9fb5c1a33bcde6bc89d18"
 FORMAT_VERSION = 1
 MAX_METADATA = 16 << 20  # bytes; all of it is decoded, and an adapter's is a few KB
 _BLOCK = re.compile(r"blk\.([0-9]{1,9})\.")

@@ -252,6 +252,27 @@ def test_a_tokenizer_is_its_tokens_and_merges(tmp_path):
     assert len({own, digest(tokens=["a", "b"]), digest(tokens=["b"], merges=["a b"])}) == 3
 
 
+@pytest.mark.parametrize(
+    ("tokens", "types", "same"),
+    [
+        (["a", "b", "<s>", "<pad>"], [1, 1, 3, 3], True),  # one more to pad with
+        (["a", "b", "<bos>"], [1, 1, 3], True),  # another name
+        (["a", "b", "<s>", "<im>"], [1, 1, 3, 4], True),  # one that text may hold
+        (["a", "b", "<s>", "[PAD]"], [1, 1, 3, 5], True),  # unused
+        (["a", "b", "<s>", "c"], [1, 1, 3, 1], False),  # a word
+        (["a", "<s>", "b"], [1, 3, 1], False),  # another number
+        (["a", "b", "<s>", "c"], [1, 1, 3], False),  # of a kind that the file does not say
+    ],
+)
+def test_special_tokens_may_differ_in_a_family(tokens, types, same, tmp_path):
+    def digest(tokens, types):
+        facts = {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+        write_gguf(tmp_path / "m.gguf", "llama", facts, [("t", np.ones((2, 2), np.float32))])
+        return tokenizer_digest(GGUFFile(tmp_path / "m.gguf"))
+
+    assert (digest(["a", "b", "<s>"], [1, 1, 3]) == digest(tokens, types)) is same
+
+
 @pytest.mark.parametrize(("room", "known"), [(0, True), (-1, False)])
 def test_a_large_model_is_not_hashed_for_a_warning(room, known, tiny, tmp_path, monkeypatch):
     model, gene = tiny("llama").gguf_path, tmp_path / "gene.gguf"

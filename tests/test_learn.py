@@ -17,8 +17,10 @@ from adapters import random_adapter
 from tiny import ARCHITECTURES
 
 from safegene_edge import Engine, SafeLlama, SafetyGene, learn
+from safegene_edge.compat import tokenizer_digest
 from safegene_edge.errors import (
     LlamaCppError,
+    MismatchError,
     SettingError,
 )
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
@@ -27,6 +29,7 @@ from safegene_edge.learn.fit import Fit, Target
 from safegene_edge.learn.run import _Learning
 from safegene_edge.learn.samples import choose
 from safegene_edge.learn.states import Captured, Sample, capture, header_goals
+from safegene_edge.recalibrate.reading import _Kept
 from safegene_edge.runtime import lockstep
 from safegene_edge.runtime.lockstep import WRITER, Lane, run
 
@@ -346,3 +349,55 @@ def test_learn_gives_a_gene_that_a_stock_loader_takes(
         llama.attach(file)  # which proves that the logits moved
     learn([[path, task]], path, task=["One two three"], settings=made).save(tmp_path / "b.gguf")
     assert SafetyGene.load(tmp_path / "b.gguf").sha256 == gene.sha256
+
+
+def with_added_token(model: Path, output: Path, size: float) -> Path:
+    """A fine-tune that has a token more, as one to pad with, and says it as often as size asks."""
+    file = GGUFFile(model)
+    facts = {
+        key: value.values() if isinstance(value, ArrayValue) else value
+        for key, value in file.metadata.items()
+        if key != "general.architecture"
+    }
+    facts["tokenizer.ggml.tokens"] = [*facts["tokenizer.ggml.tokens"], "<|added|>"]
+    facts["tokenizer.ggml.token_type"] = [*facts["tokenizer.ggml.token_type"], 3]  # control
+    facts["llama.vocab_size"] = len(facts["tokenizer.ggml.tokens"])
+    tensors = {name: np.array(file.floats(name)) for name in file.tensors}
+    row = np.random.default_rng(0).normal(size=(1, tensors["output.weight"].shape[1]))
+    for name, times in (("token_embd.weight", 0.0), ("output.weight", size)):
+        tensors[name] = np.concatenate([tensors[name], (times * row).astype(np.float32)])
+    write_gguf(output, file.architecture, facts, tensors.items())
+    return output
+
+
+@pytest.mark.usefixtures("everything_refuses")
+@pytest.mark.parametrize("longer", ["degraded", "aligned"])
+def test_a_fine_tune_may_have_added_a_token(
+    longer: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, task = tiny("llama", num_hidden_layers=5).gguf_path, tmp_path / "task.gguf"
+    writer_change(path, 0.3).save(task)
+    loud = longer == "degraded"
+    added = with_added_token(path, tmp_path / "added.gguf", 5.0 * loud)
+    said: list[bool] = []
+    take = _Kept.take
+
+    def watched(self: _Kept, answers: Sequence[list[int]], n_vocab: int) -> None:
+        take(self, answers, n_vocab)
+        said.append(any(max(answer, default=0) >= n_vocab for answer in answers))
+
+    monkeypatch.setattr(_Kept, "take", watched)
+    model, teacher = (added, path) if loud else (path, added)
+    gene = learn([[model, task]], teacher, settings=LearnSettings(prompts=16, rank=2))
+    assert np.isfinite(gene.aligned_kl) and said == [loud]
+    assert gene.tokenizer == tokenizer_digest(GGUFFile(path)) == tokenizer_digest(GGUFFile(added))
+
+
+@pytest.mark.usefixtures("everything_refuses")
+def test_a_teacher_may_not_say_what_the_target_lacks(
+    tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    teacher = with_added_token(path, tmp_path / "added.gguf", 5.0)
+    with pytest.raises(MismatchError, match=r"lacks the token 300, which the aligned model's"):
+        learn([path], teacher, settings=LearnSettings(prompts=16, rank=2))

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
-from ..compat import model_hash, open_model, tokenizer_digest
+from ..compat import model_hash, open_model, text_tokens, tokenizer_digest
 from ..errors import MismatchError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
@@ -134,7 +134,7 @@ def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
 
 def _first_token(first: GGUFFile, other: GGUFFile) -> str:
     """The first one that two vocabularies do not share: often one that a trainer has added."""
-    one, two = (file.strings("tokenizer.ggml.tokens") for file in (first, other))
+    one, two = text_tokens(first), text_tokens(other)
     for number, (ours, theirs) in enumerate(zip_longest(one, two, fillvalue="no token")):
         if ours != theirs:
             return f"token {number} is '{theirs[:64]}' in place of '{ours[:64]}'"
@@ -337,7 +337,7 @@ class _Learning:
 
 
 def _require_alike(llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[int]]) -> None:
-    """Rows are counted from where an answer begins, so both models must open it alike."""
+    """Rows are counted from where an answer begins, and the target reads what the teacher says."""
     count = taught.captured.header
     pairs = zip(taught.kept, asked, strict=True)
     if header_of(llama) != count or any(
@@ -349,6 +349,14 @@ def _require_alike(llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[in
             "model's",
             "Give files with the same chat template; `gguf-new-metadata --chat-template` puts one "
             "in",
+        )
+    said = max(
+        (max(taught.captured.answers[number], default=0) for number in taught.kept), default=0
+    )
+    if said >= llama.n_vocab():
+        raise MismatchError(
+            f"{llama.model_path}: lacks the token {said}, which the aligned model's refusals have",
+            "Give files with the same special tokens",
         )
 
 

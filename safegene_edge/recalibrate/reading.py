@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,6 +103,13 @@ class _Kept:
         """Take the target's own logits that a token is chosen from."""
         self._rows[index][position] = log_softmax(row)
 
+    def take(self, answers: Sequence[list[int]], n_vocab: int) -> None:
+        """Take the answers, each up to a token that a model of so many tokens lacks."""
+        for number, answer in enumerate(answers):
+            self.answers[number] = list(takewhile(lambda token: token < n_vocab, answer))
+            end = len(self.prompts[number]) + len(self.answers[number])
+            self._rows[number] = {at: row for at, row in self._rows[number].items() if at < end}
+
     def sequences(self) -> tuple[list[list[int]], list[Sequence[int]]]:
         """Each prompt with its answer, and the positions whose rows are kept."""
         whole = [prompt + answer for prompt, answer in zip(self.prompts, self.answers, strict=True)]
@@ -112,7 +120,9 @@ class _Kept:
         sums, kept = np.zeros(len(self.prompts)), self._rows
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            value = kl_from_logits(kept[index][position], log_softmax(row))
+            own = kept[index][position]
+            both = min(own.size, row.size)  # a fine-tune may have added tokens
+            value = kl_from_logits(own[:both], log_softmax(row)[:both])
             sums[index] += value / len(kept[index])
 
         return visit, sums
@@ -212,14 +222,14 @@ class Reader:
     def kl_to(self, other: Reader, step: int = 4) -> Values:
         """KL(this model ‖ another one) along its own answers to every `step`-th harmless prompt.
 
-        A prompt's mean over its tokens, nats. The other model has the same vocabulary.
+        A prompt's mean over its tokens, nats. Of tokens that one of both lacks nothing is seen.
         """
         kept = _Kept(self.asked.harmless[::step])
         said = self.engine.answer_and_visit(
             kept.prompts, [], [], _ignore, kept.keep,
             max_tokens=self.tokens, adapters=self.scales(0.0),
         )  # fmt: skip
-        kept.answers = [answer.tokens for answer in said]
+        kept.take([answer.tokens for answer in said], other.engine.n_vocab)
         see, sums = kept.compare()
         other.engine.visit_logits(*kept.sequences(), see, adapters=other.scales(0.0))
         return sums
