@@ -373,6 +373,18 @@ def test_more_than_may_wait_learn_when_to_come_again(model):
     assert waiting.result().status == 200  # who hung up freed the slot
 
 
+def test_of_several_prompts_all_wait_or_none(model):
+    with running(model, slots=1, queue=2, max_tokens=8) as small:
+        refused = small.post("/v1/completions", {"prompt": ["a"] * 9, "max_tokens": 8})
+        assert refused.status == 429
+        while small.ask("GET", "/health").status != 200 or (
+            "requests_active 0" not in small.ask("GET", "/metrics").body.decode()
+        ):
+            time.sleep(0.01)
+        answer = small.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2})
+        assert [c["index"] for c in answer.json["choices"]] == [0, 1]
+
+
 def test_time_is_limited(model):
     with running(model, slots=1, ctx=8192, max_tokens=LONG, seconds=0.5) as hasty:
         answer = hasty.post(CHAT, {"messages": HELLO, "max_tokens": LONG}).json

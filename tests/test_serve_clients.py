@@ -69,6 +69,22 @@ def said(client, messages=HELLO, **options):
     return answer.choices[0], answer.usage
 
 
+def test_several_prompts_are_answered_in_their_order(client):
+    texts, options = ["Hello", "A list of", "Hello", "1 2 3"], {"max_tokens": 6, "temperature": 0}
+    create = client.completions.create
+    model = client.models.list().data[0].id
+    together = create(model=model, prompt=texts, **options)
+    alone = [create(model=model, prompt=text, **options) for text in texts]
+    assert [c.index for c in together.choices] == [0, 1, 2, 3]
+    assert [c.text for c in together.choices] == [one.choices[0].text for one in alone]
+    for name in ("prompt_tokens", "completion_tokens", "total_tokens"):
+        counts = [getattr(one.usage, name) for one in alone]
+        assert getattr(together.usage, name) == sum(counts)
+    with pytest.raises(openai.BadRequestError, match="not streamed") as found:
+        create(model=model, prompt=texts, stream=True)
+    assert found.value.param == "stream"
+
+
 # -- limits of an answer ------------------------------------------------------
 
 

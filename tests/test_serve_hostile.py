@@ -223,7 +223,10 @@ def test_what_is_odd_but_allowed_is_answered(server, name):
 RAW_BODIES = {
     "no prompt": ({}, 400),
     "an empty prompt": ({"prompt": ""}, 400),
-    "two prompts": ({"prompt": ["a", "b"]}, 400),
+    "two streamed prompts": ({"prompt": ["a", "b"], "stream": True}, 400),
+    "an empty prompt of two": ({"prompt": ["a", ""]}, 400),
+    "too many prompts": ({"prompt": ["a"] * 65}, 400),
+    "no prompts": ({"prompt": []}, 400),
     "tokens": ({"prompt": [296, 297]}, 400),
     "echo": ({"prompt": "x", "echo": True}, 400),
     "best_of": ({"prompt": "x", "best_of": 5}, 400),

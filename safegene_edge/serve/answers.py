@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -167,6 +167,17 @@ def usage_of(ask: Ask) -> dict[str, Any]:
         "total_tokens": len(ask.prompt) + ask.n_new,
         "prompt_tokens_details": {"cached_tokens": ask.reused},
     }
+
+
+def together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several prompts' completions as one, its choices in the prompts' order."""
+    choices = [{**part["choices"][0], "index": number} for number, part in enumerate(parts)]
+    usages = [part["usage"] for part in parts]
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    usage = {name: sum(one[name] for one in usages) for name in names}
+    cached = sum(one["prompt_tokens_details"]["cached_tokens"] for one in usages)
+    usage["prompt_tokens_details"] = {"cached_tokens": cached}
+    return {**parts[0], "choices": choices, "usage": usage}
 
 
 def reason_of(finish: AskFinish, ask: Ask) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Any, TypeAlias
 
@@ -17,8 +18,8 @@ from starlette.types import ASGIApp
 
 from ..errors import LlamaCppError, SettingError
 from ..runtime.batcher import Ask, AskFinish, Batcher, QueueFullError
-from .answers import CompletionForm, Events, Form, Inbox, Relay, collect, reason_of
-from .errors import ApiError
+from .answers import CompletionForm, Events, Form, Inbox, Relay, collect, reason_of, together
+from .errors import ApiError, wrong
 from .guard import FILES, Guard, error_response
 from .messages import Turn
 from .metrics import Metrics
@@ -135,15 +136,21 @@ class _App:
         if self.settings.chat_only:
             raise ApiError(404, "this server answers chats alone (--chat-only)", code="policy")
         body = await self._read(request, CompletionRequest)
+        if body.stream and len(body.prompt) > 1:
+            raise wrong("stream", "several prompts in one request are not streamed")
         served = self._served(body.model)
         tokenize = served.batcher.engine.llama.tokenize
 
-        def plain() -> _Asked:  # no text of a prompt is ever a control token
-            return list(tokenize(body.text.encode(), add_bos=True, special=False)), None
+        def plain(text: str) -> _Asked:  # no text of a prompt is ever a control token
+            return list(tokenize(text.encode(), add_bos=True, special=False)), None
 
-        asked = await self._tokens(plain, len(body.text), body.source)
         form = CompletionForm(False, served.name, served.fingerprint, body.wants_usage)
-        return await self._answer(request, body, served, asked, form)
+        asked = [
+            await self._tokens(partial(plain, text), len(text), body.source) for text in body.prompt
+        ]
+        if len(asked) > 1:
+            return await self._answer_all(request, body, served, asked, form)
+        return await self._answer(request, body, served, asked[0], form)
 
     # -- how it is answered -----------------------------------------------
 
@@ -193,17 +200,7 @@ class _App:
     async def _answer(
         self, request: Request, body: AnyRequest, served: Served, asked: _Asked, form: Form
     ) -> Response:
-        inbox, (tokens, alone) = Inbox(), asked
-        ask = Ask(
-            tokens,
-            self._limit(served, tokens, body),
-            inbox.put,
-            sampling=body.sampling(self.settings.temperature),
-            stop=body.stops,
-            stream=bool(body.stream),
-            alone=alone,
-            deadline=time.monotonic() + self.settings.seconds,
-        )
+        ask, inbox = self._ask(served, asked, body)
         start = time.monotonic()
 
         def done(finish: AskFinish | None) -> None:
@@ -222,6 +219,47 @@ class _App:
             return JSONResponse(form.whole(text, reason_of(finish, ask), ask))
         finally:
             done(finish)
+
+    async def _answer_all(
+        self,
+        request: Request,
+        body: AnyRequest,
+        served: Served,
+        asked: Sequence[_Asked],
+        form: Form,
+    ) -> Response:
+        """Several prompts' answers, made at the same time, in one object."""
+        asks, start = [self._ask(served, one, body) for one in asked], time.monotonic()
+        parts, sent, finishes = [], list[Ask](), dict[int, AskFinish]()
+        try:
+            for ask, _ in asks:
+                self._submit(served.batcher, ask)
+                sent.append(ask)
+            for number, (ask, inbox) in enumerate(asks):
+                answer = await collect(inbox, request.receive)
+                if answer is None:
+                    return Response(status_code=499)
+                text, finishes[number] = answer
+                parts.append(form.whole(text, reason_of(finishes[number], ask), ask))
+            return JSONResponse(together(parts))
+        finally:
+            for number, ask in enumerate(sent):
+                served.batcher.cancel(ask)
+                self._count(ask, finishes.get(number), time.monotonic() - start)
+
+    def _ask(self, served: Served, asked: _Asked, body: AnyRequest) -> tuple[Ask, Inbox]:
+        inbox, (tokens, alone) = Inbox(), asked
+        ask = Ask(
+            tokens,
+            self._limit(served, tokens, body),
+            inbox.put,
+            sampling=body.sampling(self.settings.temperature),
+            stop=body.stops,
+            stream=bool(body.stream),
+            alone=alone,
+            deadline=time.monotonic() + self.settings.seconds,
+        )
+        return ask, inbox
 
     def _submit(self, batcher: Batcher, ask: Ask) -> None:
         self.relay.start()

@@ -30,6 +30,7 @@ from .messages import Turn, turn_of, turns_of_items
 POLICY = ("adapter", "chat_template", "control_vector", "gene", "grammar", "guided", "ignore_eos",
           "json_schema", "logit", "lora", "prefill", "safe")  # fmt: skip
 _POLICY = re.compile(rf"(?:{'|'.join(POLICY)})s?(?:_|$)")
+MOST_PROMPTS = 64  # in one request for completions
 # Known to clients of OpenAI's API, and without a meaning here.
 IGNORED = frozenset([
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -237,16 +238,13 @@ def _require_no_prefill(turns: list[Turn], where: str) -> list[Turn]:
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions: raw text, one prompt."""
+    """POST /v1/completions: raw text, of one prompt or of several that are not streamed."""
 
     source: ClassVar[str] = "prompt"
 
-    prompt: Annotated[list[str], Field(min_length=1, max_length=1), BeforeValidator(_listed)]
-
-    @property
-    def text(self) -> str:
-        """The prompt."""
-        return self.prompt[0]
+    prompt: Annotated[
+        list[str], Field(min_length=1, max_length=MOST_PROMPTS), BeforeValidator(_listed)
+    ]
 
 
 AnyRequest = ChatRequest | CompletionRequest | ResponseRequest
