@@ -161,9 +161,10 @@ def tokenizer_digest(model: GGUFFile) -> str:
 
 
 def text_tokens(model: GGUFFile) -> list[str]:
-    """A model's tokens in their order, with "" for those that are not of text.
+    """A model's tokens in their order, with "" for special, added and unused ones.
 
-    Fine-tunes add or rename special tokens, to pad or to mark turns; a gene is none of theirs.
+    Fine-tunes add such tokens, or rename them, to pad or to mark turns; all that is read without
+    them is read as before.
     """
     tokens = model.strings("tokenizer.ggml.tokens")
     types = model.numbers("tokenizer.ggml.token_type")

@@ -247,7 +247,7 @@ class SafetyGene(Adapter):
         aligned_kl: KL(degraded ‖ aligned) on the harmless ones, nats a token, of the degraded
             model that is nearest to it; 0 where it was not measured.
         target: SHA-256 of the model that the folded coefficients were found for; may be empty.
-        tokenizer: digest of the family's tokenizer (see `compat`); may be empty.
+        tokenizer: digest of the family's tokens of text (see `compat`); may be empty.
         guard_threshold: the margin (nats) from which on a guard ends an answer of `target`; None
             where it was not measured. See `recalibrate.guard`.
     """
@@ -340,7 +340,7 @@ class SafetyGene(Adapter):
             aligned_examples=file.text("safegene.aligned_examples", ""),
             aligned_kl=gene_facts.not_negative(file, "safegene.aligned_kl"),
             target=file.text("safegene.target", ""),
-            tokenizer=file.text("safegene.tokenizer", ""),
+            tokenizer=file.text("safegene.text_tokens", ""),
             guard_threshold=gene_facts.given(file, "safegene.guard_threshold"),
             **aligned,
         )
@@ -359,7 +359,7 @@ class SafetyGene(Adapter):
             "safegene.aligned_examples": self.aligned_examples,
             "safegene.aligned_kl": float(self.aligned_kl),
         }
-        digests = {"target": self.target, "tokenizer": self.tokenizer}
+        digests = {"target": self.target, "text_tokens": self.tokenizer}
         facts |= {f"safegene.{name}": digest for name, digest in digests.items() if digest}
         if self.guard_threshold is not None:
             facts["safegene.guard_threshold"] = float(self.guard_threshold)

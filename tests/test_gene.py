@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -88,6 +89,14 @@ def test_a_factor_that_overflows_is_refused():
     with pytest.raises(SettingError, match="is 1e\\+39: too large"):
         random_gene(dtype=np.float16).scaled(1e39)
     assert random_gene(dtype=np.float16).scaled(1e6).pairs["blk.0.attn_q.weight"].b.max() > 1e5
+
+
+def test_a_large_factor_warns_of_nothing():
+    gene = random_gene()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scaled = gene.scaled(1e30)
+    assert np.isfinite(scaled.pairs["blk.0.attn_q.weight"].b).all()
 
 
 def test_an_expression_scales_each_layers_delta_and_drops_zeros():
@@ -312,7 +321,7 @@ def test_a_file_holds_each_fact_under_its_key(tmp_path):
         "safegene.aligned_examples": "ef" * 32,
         "safegene.aligned_kl": 0.375,
         "safegene.target": "aa" * 32,
-        "safegene.tokenizer": "bb" * 32,
+        "safegene.text_tokens": "bb" * 32,
         "safegene.guard_threshold": -2.5,
     }
     assert list(file.tensors)[:2] == ["blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b"]

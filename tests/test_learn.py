@@ -30,6 +30,7 @@ from safegene_edge.learn.fit import Fit, Target
 from safegene_edge.learn.run import _Learning
 from safegene_edge.learn.samples import choose
 from safegene_edge.learn.states import Captured, Sample, capture, header_goals
+from safegene_edge.recalibrate.aligned import _reader
 from safegene_edge.recalibrate.reading import _Kept
 from safegene_edge.runtime import lockstep
 from safegene_edge.runtime.lockstep import WRITER, Lane, run
@@ -319,7 +320,8 @@ def test_more_prompts_than_there_are_are_refused(tiny: Callable[..., Any]) -> No
         learn(path, path, settings=LearnSettings(prompts=1000))
     most = int(found.value.remedy.split()[-1])
     chosen = choose(most, 2 / 3)
-    assert len(chosen.harmful) == len(chosen.harmless()) == most > 300
+    taught = chosen.borderline
+    assert len(chosen.harmful) == len(chosen.harmless(taught)) == most > 200
     with pytest.raises(SettingError):
         choose(most + 1, 2 / 3)
 
@@ -386,16 +388,22 @@ def test_borderline_prompts_that_an_aligned_model_answers_are_harmless(
     assert own[-1][:20] == (*chosen.borderline, *chosen.plain[:7])
 
 
-def with_added_token(model: Path, output: Path, size: float) -> Path:
-    """A fine-tune that has a token more, as one to pad with, and says it as often as size asks."""
+def with_added_token(
+    model: Path, output: Path, size: float, token: str = "<|added|>", kind: int = 3
+) -> Path:
+    """A fine-tune that has a token more, as one to pad with, and says it as often as size asks.
+
+    Args:
+        kind: 3, a control token; 4, one that is found in text.
+    """
     file = GGUFFile(model)
     facts = {
         key: value.values() if isinstance(value, ArrayValue) else value
         for key, value in file.metadata.items()
         if key != "general.architecture"
     }
-    facts["tokenizer.ggml.tokens"] = [*facts["tokenizer.ggml.tokens"], "<|added|>"]
-    facts["tokenizer.ggml.token_type"] = [*facts["tokenizer.ggml.token_type"], 3]  # control
+    facts["tokenizer.ggml.tokens"] = [*facts["tokenizer.ggml.tokens"], token]
+    facts["tokenizer.ggml.token_type"] = [*facts["tokenizer.ggml.token_type"], kind]
     facts["llama.vocab_size"] = len(facts["tokenizer.ggml.tokens"])
     tensors = {name: np.array(file.floats(name)) for name in file.tensors}
     row = np.random.default_rng(0).normal(size=(1, tensors["output.weight"].shape[1]))
@@ -436,3 +444,52 @@ def test_a_teacher_may_not_say_what_the_target_lacks(
     teacher = with_added_token(path, tmp_path / "added.gguf", 5.0)
     with pytest.raises(MismatchError, match=r"lacks the token 300, which the aligned model's"):
         learn([path], teacher, settings=LearnSettings(prompts=16, rank=2))
+
+
+@pytest.mark.parametrize("loud", ["one", "other"])
+def test_an_added_token_is_no_difference(
+    loud: str, tiny: Callable[..., Any], tmp_path: Path, stack: ExitStack
+) -> None:
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    gene = replace(writer_change(path, 0.3), refusal_openers=("I cannot",))
+    added = with_added_token(path, tmp_path / "added.gguf", 5.0)
+    files = [added, path] if loud == "one" else [path, added]
+    one, other = (_reader(stack, gene, [file], 4) for file in files)
+    assert one.kl_to(other).max() < 1e-4
+
+
+def test_prompts_with_an_added_token_are_not_compared(
+    tiny: Callable[..., Any], tmp_path: Path, stack: ExitStack
+) -> None:
+    path = tiny("llama", num_hidden_layers=5).gguf_path
+    gene = replace(writer_change(path, 0.3), refusal_openers=("I cannot",))
+    for number, word in enumerate(["you", "user"]):  # in some prompts, in all
+        added = with_added_token(path, tmp_path / f"{number}.gguf", 0.0, word, 4)
+        one, other = (_reader(stack, gene, [file], 4) for file in (added, path))
+        count, left = len(one.asked.harmless[::4]), len(one.kl_to(other))
+        assert (0 < left < count) if number == 0 else left == 0
+        assert len(other.kl_to(one)) == count
+
+
+@pytest.mark.usefixtures("everything_refuses")
+def test_headers_are_compared_on_the_same_prompts(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a contrast, the teacher's header of each harmless prompt that the target reads."""
+    path, task = tiny("llama", num_hidden_layers=5).gguf_path, tmp_path / "task.gguf"
+    writer_change(path, 0.3).save(task)
+    seen: list[Target] = []
+    make = _Learning._target
+
+    def watched(self: _Learning, *given: Any) -> Target:
+        seen.append(make(self, *given))
+        return seen[-1]
+
+    monkeypatch.setattr(_Learning, "_target", watched)
+    made = LearnSettings(prompts=16, rank=2, contrast=1.0)
+    learn([[path, task]], path, task=["One two three"], settings=made)
+    target = seen[0]
+    header = target.headers[False]
+    assert header is not None
+    own = [sample.prompt for sample in target.samples if not sample.taught][: len(header.prompts)]
+    assert [list(one) for one in own] == [list(one) for one in header.prompts]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -128,17 +128,21 @@ def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
                 token = f" ({_first_token(first, other)})" if name == "tokenizer" else ""
                 raise MismatchError(
                     f"{other.path} is not of the family of {first.path}: another {name}{token}",
-                    "Give models of one family: the same base, fine-tuned, with the same tokens",
+                    "Give models of one family: the same base, fine-tuned",
                 )
 
 
 def _first_token(first: GGUFFile, other: GGUFFile) -> str:
-    """The first one that two vocabularies do not share: often one that a trainer has added."""
+    """The first token of text that two vocabularies do not share."""
     one, two = text_tokens(first), text_tokens(other)
-    for number, (ours, theirs) in enumerate(zip_longest(one, two, fillvalue="no token")):
+    for number, (ours, theirs) in enumerate(zip_longest(one, two, fillvalue="")):
         if ours != theirs:
-            return f"token {number} is '{theirs[:64]}' in place of '{ours[:64]}'"
+            return f"token {number} is {_shown(theirs)} in place of {_shown(ours)}"
     return "other merges"
+
+
+def _shown(token: str) -> str:
+    return f"'{token[:64]}'" if token else "a special one"
 
 
 def _architecture(file: GGUFFile) -> str:
@@ -230,10 +234,12 @@ class _Learning:
             captured = self._captured(
                 "asking the teacher", model, asked, layers, look=LOOK, text=not system
             )
-            asked = rendered(model.llama, self.chosen.harmless(), system)
-            header = self._header(model, asked, layers) if self.settings.contrast else None
             count = len(self.chosen.harmful)
-            return Taught.of(model.llama, prompts, captured, header, system, count)
+            taught = Taught.of(model.llama, prompts, captured, system, count)
+            if not self.settings.contrast:
+                return taught
+            asked = rendered(model.llama, self.chosen.harmless(taught.prompts), system)
+            return replace(taught, header=self._header(model, asked, layers))
 
     def _target(self, files: list[PathLike], taught: Taught, layers: Sequence[int]) -> Target:
         """What a degraded model reads; it stays loaded for the fit."""
@@ -242,7 +248,7 @@ class _Learning:
             self._require_lost(model, taught)
         asked = rendered(model.llama, self._harmless(taught))
         harmful = rendered(model.llama, taught.prompts)
-        _require_alike(model.llama, taught, harmful)
+        _require_alike(model.llama, taught, harmful, self.settings.tokens)
         self._require_room(model.llama, [*harmful, *asked])
         own = self._captured("asking the degraded model", model, asked, layers, text=True)
         header = self._header(model, harmful, layers) if self.settings.overshoot != 1 else None
@@ -343,7 +349,9 @@ class _Learning:
             self.progress(*self._ticks)
 
 
-def _require_alike(llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[int]]) -> None:
+def _require_alike(
+    llama: SafeLlama, taught: Taught, asked: Sequence[Sequence[int]], tokens: int
+) -> None:
     """Rows are counted from where an answer begins, and the target reads what the teacher says."""
     count = taught.captured.header
     pairs = zip(taught.kept, asked, strict=True)

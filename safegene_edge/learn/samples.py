@@ -54,9 +54,11 @@ def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chose
     known = {kind: _shuffled(_shorter(prompts)) for kind, prompts in training_prompts().items()}
 
     def enough(count: int) -> bool:
-        most, twins = {kind: len(prompts) for kind, prompts in known.items()}, round(count * share)
-        plain = count - twins
-        return count <= most["harmful"] and twins <= most["borderline"] and plain <= most["plain"]
+        most = {kind: len(prompts) for kind, prompts in known.items()}
+        return (
+            count <= min(most["harmful"], most["plain"])
+            and round(count * share) <= most["borderline"]
+        )
 
     if not enough(count):
         most = max(filter(enough, range(count)))

@@ -32,7 +32,8 @@ class LearnSettings:
             0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
             prompt it refuses much that is harmless.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones; by default
-            96, or 128 where a model teaches itself. Memory and time go with it.
+            96, or 128 where a model teaches itself. Borderline ones come on top where an aligned
+            model is asked. Memory and time go with it.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most, or 1 % of the model's if that is less, where no rank is given;
             rank 1 is the least.
@@ -60,7 +61,9 @@ class LearnSettings:
                 raise SettingError(f"{name} is {value}", "Give a positive number")
         for name in ("borderline", "lowest"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            if value is None and name == "lowest":
+                continue
+            if value is None or not 0 <= value <= 1:
                 raise SettingError(f"{name} is {value}", "Give a share, 0 to 1")
         if self.contrast is not None and not (self.contrast >= 0 and isfinite(self.contrast)):
             raise SettingError(f"contrast is {self.contrast}", "Give 0 or more")

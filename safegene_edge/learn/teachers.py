@@ -55,8 +55,8 @@ class Taught:
 
     @classmethod
     def of(
-        cls, llama: SafeLlama, prompts: Sequence[Prompt], captured: Captured,
-        header: Captured | None, system: str, harmful: int,
+        cls, llama: SafeLlama, prompts: Sequence[Prompt], captured: Captured, system: str,
+        harmful: int,
     ) -> Taught:  # fmt: skip
         """What a model said to these prompts, of which the first ones are harmful.
 
@@ -73,7 +73,7 @@ class Taught:
             )
         said = tuple(llama.text(captured.answers[number]) for number in kept)
         of = tuple(prompts[number] for number in kept)
-        return cls(captured, header, kept, of, said, system, len(prompts))
+        return cls(captured, None, kept, of, said, system, len(prompts))
 
     def samples(self, asked: Sequence[list[int]], header: Captured | None) -> list[Sample]:
         """What a target reads, and where the teacher's states are kept.

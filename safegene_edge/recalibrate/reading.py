@@ -122,7 +122,7 @@ class _Kept:
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
             own = kept[index][position]
             both = min(own.size, row.size)  # a fine-tune may have added tokens
-            value = kl_from_logits(own[:both], log_softmax(row)[:both])
+            value = kl_from_logits(log_softmax(own[:both]), log_softmax(row[:both]))
             sums[index] += value / len(kept[index])
 
         return visit, sums
@@ -222,14 +222,18 @@ class Reader:
     def kl_to(self, other: Reader, step: int = 4) -> Values:
         """KL(this model ‖ another one) along its own answers to every `step`-th harmless prompt.
 
-        A prompt's mean over its tokens, nats. Of tokens that one of both lacks nothing is seen.
+        A prompt's mean over its tokens, nats. Tokens that one of both lacks are left out, and
+        prompts that have one.
         """
-        kept = _Kept(self.asked.harmless[::step])
+        known = other.engine.n_vocab
+        kept = _Kept([prompt for prompt in self.asked.harmless[::step] if max(prompt) < known])
+        if not kept.prompts:
+            return np.zeros(0)
         said = self.engine.answer_and_visit(
             kept.prompts, [], [], _ignore, kept.keep,
             max_tokens=self.tokens, adapters=self.scales(0.0),
         )  # fmt: skip
-        kept.take([answer.tokens for answer in said], other.engine.n_vocab)
+        kept.take([answer.tokens for answer in said], known)
         see, sums = kept.compare()
         other.engine.visit_logits(*kept.sequences(), see, adapters=other.scales(0.0))
         return sums
