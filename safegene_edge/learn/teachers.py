@@ -40,7 +40,8 @@ class Taught:
     Attributes:
         captured: its answers to all prompts, and its states there.
         header: its states in the header of harmless prompts, if they are wanted.
-        kept: the numbers of those that it refused; prompts: these; answers: its words.
+        kept: the numbers of those that it refused; prompts: these.
+        answers: its words to the harmful ones of these: to borderline ones it refuses in many ways.
         system: the system prompt that it had, or "".
         asked: how many prompts it was asked.
     """
@@ -71,7 +72,7 @@ class Taught:
                 "is little to learn from it",
                 "Give a model of the family that refuses (--aligned)",
             )
-        said = tuple(llama.text(captured.answers[number]) for number in kept)
+        said = tuple(llama.text(captured.answers[number]) for number in kept if number < harmful)
         of = tuple(prompts[number] for number in kept)
         return cls(captured, None, kept, of, said, system, len(prompts))
 
