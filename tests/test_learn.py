@@ -379,8 +379,13 @@ def test_borderline_prompts_that_an_aligned_model_answers_are_harmless(
     monkeypatch.setattr(
         _Learning, "_harmless", lambda self, taught: own.append(asked(self, taught)) or own[-1]
     )
+    said: list[int] = []
+    monkeypatch.setattr(
+        run_module, "refusal_openers", lambda answers: said.append(len(answers)) or ("I cannot",)
+    )
     made = LearnSettings(prompts=20, rank=2)
     known = facts_of(learn([[path, task]], path, settings=made))
+    assert said == [20]  # to harmful prompts
     assert (known["refused"], known["asked"], known["harmless"]) == (26, 33, 20 + 20 // 4)
     assert own[0][:20] == (*chosen.borderline[6:], *chosen.plain[:13])
     known = facts_of(learn([[path, task]], settings=made))

@@ -365,10 +365,8 @@ def _require_alike(
             "Give files with the same chat template; `gguf-new-metadata --chat-template` puts one "
             "in",
         )
-    said = max(
-        (max(taught.captured.answers[number], default=0) for number in taught.kept), default=0
-    )
-    if said >= llama.n_vocab():
+    answers = [taught.captured.answers[number][:tokens] for number in taught.kept]
+    if (said := max((max(answer, default=0) for answer in answers), default=0)) >= llama.n_vocab():
         raise MismatchError(
             f"{llama.model_path}: lacks the token {said}, which the aligned model's refusals have",
             "Give files with the same special tokens",
