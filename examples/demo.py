@@ -45,9 +45,9 @@ def main() -> None:
     (refused, _), (over, _) = counts(evaluate(aligned, settings=asked).to_json())
     rows, tried = [], ""
     for task, target in tuned.items():
-        done = restore(  # from 48 prompts, half of the default's
+        done = restore(  # from 64 prompts: two thirds of the default's time
             target, aligned, output=cache / f"demo-{task}.gguf", limit=PROMPTS_PER_SUITE,
-            learning=LearnSettings(prompts=48), progress=Steps(task),
+            learning=LearnSettings(prompts=64), progress=Steps(task),
         )  # fmt: skip
         if done.report is None:
             say(f"{task}: no refusals were lost")

@@ -108,10 +108,7 @@ def _facts(gene: SafetyGene) -> list[tuple[str, str]]:
         own = learnt["teacher"] == "itself"
         rows += [
             ("teacher", "the model itself, under a system prompt" if own else "an aligned model"),
-            (
-                "harmful prompts" if own else "harmful and borderline prompts",
-                f"{learnt.get('refused')} refused of {learnt.get('asked')} asked",
-            ),
+            ("harmful prompts", f"{learnt.get('refused')} refused of {learnt.get('asked')} asked"),
             ("harmless prompts", str(learnt.get("harmless"))),
         ]
     if gene.aligned_loss:

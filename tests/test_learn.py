@@ -25,7 +25,6 @@ from safegene_edge.errors import (
 )
 from safegene_edge.gguf_file import ArrayValue, GGUFFile, write_gguf
 from safegene_edge.learn import LearnSettings, teachers
-from safegene_edge.learn import run as run_module
 from safegene_edge.learn.fit import Fit, Target
 from safegene_edge.learn.run import _Learning
 from safegene_edge.learn.samples import choose
@@ -319,19 +318,10 @@ def test_more_prompts_than_there_are_are_refused(tiny: Callable[..., Any]) -> No
     ) as found:
         learn(path, path, settings=LearnSettings(prompts=1000))
     most = int(found.value.remedy.split()[-1])
-    chosen = choose(most, 2 / 3)
-    taught = chosen.borderline
-    assert len(chosen.harmful) == len(chosen.harmless(taught)) == most > 200
+    chosen = choose(most, 0.2)
+    assert len(chosen.harmful) == len(chosen.harmless) == most > 300
     with pytest.raises(SettingError):
-        choose(most + 1, 2 / 3)
-
-
-def test_what_an_aligned_model_refuses_of_borderline_prompts_is_not_harmless() -> None:
-    chosen = choose(30, 2 / 3)
-    assert len(chosen.harmful) == 30 and len(chosen.borderline) == 20
-    assert chosen.harmless() == (*chosen.borderline, *chosen.plain[:10])
-    kept = chosen.harmless([*chosen.harmful, *chosen.borderline[:15]])
-    assert kept == (*chosen.borderline[15:], *chosen.plain[:25])
+        choose(most + 1, 0.2)
 
 
 @pytest.mark.usefixtures("everything_refuses")
@@ -353,44 +343,13 @@ def test_learn_gives_a_gene_that_a_stock_loader_takes(
     assert again.family == "tiny" and set(again.sources) == {"aligned", "degraded", "degraded+1"}
     assert again.refusal_openers and again.aligned_margins and again.aligned_kl > 0
     known = facts_of(again)
-    assert known["teacher"] == "aligned" and known["refused"] == known["asked"] == 20 + 13
+    assert known["teacher"] == "aligned" and known["refused"] == known["asked"] == 20
     assert known["harmless"] == 20 + 20 // 4 + 1
     assert "fitting" in seen and seen[-1] == "measuring the aligned model"
     with SafeLlama(str(path), n_ctx=256) as llama:
         llama.attach(file)  # which proves that the logits moved
     learn([[path, task]], path, task=["One two three"], settings=made).save(tmp_path / "b.gguf")
     assert SafetyGene.load(tmp_path / "b.gguf").sha256 == gene.sha256
-
-
-def test_borderline_prompts_that_an_aligned_model_answers_are_harmless(
-    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whether they are refusals is its choice; a model that teaches itself has none."""
-    path, task = tiny("llama", num_hidden_layers=5).gguf_path, tmp_path / "task.gguf"
-    writer_change(path, 0.3).save(task)
-    chosen, own = choose(20, 2 / 3), []
-    yes = {*(p.text for p in chosen.harmful), *(p.text for p in chosen.borderline[:6])}
-    monkeypatch.setattr(
-        teachers, "refused", lambda llama, prompts, said: [p.text in yes for p in prompts]
-    )
-    monkeypatch.setattr(_Learning, "_require_lost", lambda *_: None)
-    monkeypatch.setattr(run_module, "best_system_prompt", lambda *_: "Be safe.")
-    asked = _Learning._harmless
-    monkeypatch.setattr(
-        _Learning, "_harmless", lambda self, taught: own.append(asked(self, taught)) or own[-1]
-    )
-    said: list[int] = []
-    monkeypatch.setattr(
-        run_module, "refusal_openers", lambda answers: said.append(len(answers)) or ("I cannot",)
-    )
-    made = LearnSettings(prompts=20, rank=2)
-    known = facts_of(learn([[path, task]], path, settings=made))
-    assert said == [20]  # to harmful prompts
-    assert (known["refused"], known["asked"], known["harmless"]) == (26, 33, 20 + 20 // 4)
-    assert own[0][:20] == (*chosen.borderline[6:], *chosen.plain[:13])
-    known = facts_of(learn([[path, task]], settings=made))
-    assert (known["refused"], known["asked"], known["harmless"]) == (20, 20, 20 + 20 // 4)
-    assert own[-1][:20] == (*chosen.borderline, *chosen.plain[:7])
 
 
 def with_added_token(

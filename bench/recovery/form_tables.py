@@ -252,9 +252,8 @@ def _learning(entries: dict[str, Entry], column: str) -> str:
     header = ["", "teacher refuses", "harmless prompts", "parameters", "tokens read", "s",
               "MiB at most"]  # fmt: skip
     note = (
-        "Learning; the tokens that the aligned model's facts take are not counted. Of the prompts\n"
-        "that an aligned teacher is asked 64 are borderline. Seconds are upper bounds: other work\n"
-        "ran beside it.\n\n"
+        "Learning; the tokens that the aligned model's facts take are not counted. Seconds are\n"
+        "upper bounds: other work ran beside it.\n\n"
     )
     return note + table(header, lines) if lines else ""
 

@@ -65,7 +65,7 @@ def learn(
     output: str,
     family: str,
     rank: int | None,
-    prompts: int | None,
+    prompts: int,
     budget: int,
     threads: int | None,
     card: str | None,

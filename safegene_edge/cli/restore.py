@@ -19,6 +19,7 @@ from .options import (
     file_option,
     require_used,
     setting,
+    was_given,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def restore(
     task: str | None,
     merged: bool,
     limit: int,
-    prompts: int | None,
+    prompts: int,
     over_refusal: float,
     anyway: bool,
     card: str | None,
@@ -101,7 +102,7 @@ def restore(
     found = run(
         target, named(aligned), gene, output=output, adapters=adapter,
         task=load_prompts(task) if task else (), merged=merged, limit=limit,
-        learning=LearnSettings(prompts=prompts) if prompts else None,
+        learning=LearnSettings(prompts=prompts) if was_given("prompts") else None,
         settings=RecalibrationSettings(over_refusal=over_refusal, anyway=anyway),
         card=card, progress=said_on(sys.stderr),
     )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -193,7 +193,7 @@ class _Learning:
         self.stack, self.files, self.teacher_files = stack, models, teacher
         self.settings = settings.for_teacher(itself=teacher is None)
         self.progress = progress
-        self.chosen = choose(self.settings.prompts or 1, self.settings.borderline, task)
+        self.chosen = choose(self.settings.prompts, self.settings.borderline or 0.0, task)
         self.lanes = settings.threads or physical_cores()
         self._ticks = ("", 0, 0)
         self._read = 0  # tokens
@@ -227,26 +227,20 @@ class _Learning:
                 with model.engine() as engine:
                     system = best_system_prompt(engine, self.chosen.harmful, model.scales)
                 self._tick()
-            prompts = self.chosen.harmful
-            if self.teacher_files is not None:  # whose own choice between the two is learnt
-                prompts += self.chosen.borderline
-            asked = rendered(model.llama, prompts, system)
+            asked = rendered(model.llama, self.chosen.harmful, system)
             captured = self._captured(
                 "asking the teacher", model, asked, layers, look=LOOK, text=not system
             )
-            count = len(self.chosen.harmful)
-            taught = Taught.of(model.llama, prompts, captured, system, count)
-            if not self.settings.contrast:
-                return taught
-            asked = rendered(model.llama, self.chosen.harmless(taught.prompts), system)
-            return replace(taught, header=self._header(model, asked, layers))
+            asked = rendered(model.llama, self.chosen.harmless, system)
+            header = self._header(model, asked, layers) if self.settings.contrast else None
+            return Taught.of(model.llama, self.chosen.harmful, captured, header, system)
 
     def _target(self, files: list[PathLike], taught: Taught, layers: Sequence[int]) -> Target:
         """What a degraded model reads; it stays loaded for the fit."""
         model = _Model.load(self.stack, files)
         if self.teacher_files is not None:
             self._require_lost(model, taught)
-        asked = rendered(model.llama, self._harmless(taught))
+        asked = rendered(model.llama, (*self.chosen.harmless, *self.chosen.tasks))
         harmful = rendered(model.llama, taught.prompts)
         _require_alike(model.llama, taught, harmful, self.settings.tokens)
         self._require_room(model.llama, [*harmful, *asked])
@@ -259,9 +253,6 @@ class _Learning:
         ]
         return Target(model.llama, model.scales, own, taught.captured, samples,
                       {True: header, False: taught.header})  # fmt: skip
-
-    def _harmless(self, taught: Taught) -> tuple[Prompt, ...]:
-        return (*self.chosen.harmless(taught.prompts), *self.chosen.tasks)
 
     def _header(self, model: _Model, asked: list[list[int]], layers: Sequence[int]) -> Captured:
         """A model's states where an answer begins."""
@@ -324,7 +315,7 @@ class _Learning:
             "safegene.learn.system_prompt": lessons[0].system,
             "safegene.learn.refused": sum(len(taught.kept) for taught in lessons),
             "safegene.learn.asked": sum(taught.asked for taught in lessons),
-            "safegene.learn.harmless": len(self._harmless(lessons[0])),
+            "safegene.learn.harmless": len(self.chosen.harmless) + len(self.chosen.tasks),
             "safegene.learn.tokens_read": self._read,
             **{f"safegene.learn.{key}": value
                for key, value in asdict(self.settings).items() if isinstance(value, (int, float))},

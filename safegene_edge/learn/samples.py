@@ -21,32 +21,24 @@ class Chosen:
     """The prompts of one run.
 
     Attributes:
-        borderline: harmless, and worded like harm: most are twins of harmful ones.
+        harmless: borderline and plain ones, as many as harmful ones.
         tasks: harmless, too: requests of many kinds of task, and those of a task that was named.
     """
 
     harmful: tuple[Prompt, ...]
-    borderline: tuple[Prompt, ...]
-    plain: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
     tasks: tuple[Prompt, ...]
-
-    def harmless(self, taught: Sequence[Prompt] = ()) -> tuple[Prompt, ...]:
-        """Borderline prompts that are not taught as refusals, and plain ones: as many as harmful
-        ones.
-        """
-        kept = [prompt for prompt in self.borderline if prompt not in taught]
-        return (*kept, *self.plain)[: len(self.harmful)]
 
 
 def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chosen:
-    """So many harmful training prompts, borderline and plain ones, and those of a task.
+    """So many harmful training prompts, as many harmless ones, and those of a task.
 
     Requests of many kinds of task (classify, extract, summarise, translate, arithmetic, code,
     JSON) stand in for tasks that nobody named, one for every four prompts. Time goes with length:
     of each form, the shorter half is taken.
 
     Args:
-        share: borderline prompts, for each harmful one.
+        share: of the harmless prompts that are borderline, most of them twins of harmful ones.
 
     Raises:
         SettingError: there are not so many.
@@ -54,11 +46,9 @@ def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chose
     known = {kind: _shuffled(_shorter(prompts)) for kind, prompts in training_prompts().items()}
 
     def enough(count: int) -> bool:
-        most = {kind: len(prompts) for kind, prompts in known.items()}
-        return (
-            count <= min(most["harmful"], most["plain"])
-            and round(count * share) <= most["borderline"]
-        )
+        most, twins = {kind: len(prompts) for kind, prompts in known.items()}, round(count * share)
+        plain = count - twins
+        return count <= most["harmful"] and twins <= most["borderline"] and plain <= most["plain"]
 
     if not enough(count):
         most = max(filter(enough, range(count)))
@@ -66,9 +56,10 @@ def choose(count: int, share: float, task: Iterable[Prompt | str] = ()) -> Chose
             f"{count} prompts of a kind are more than there are", f"Give at most {most}"
         )
     borderline = known["borderline"][: round(count * share)]
+    plain = known["plain"][: count - len(borderline)]
     given = [p if isinstance(p, Prompt) else Prompt("", p) for p in task]
     tasks = (*task_kinds()[: count // 4], *given)
-    return Chosen(known["harmful"][:count], borderline, known["plain"][:count], tasks)
+    return Chosen(known["harmful"][:count], (*borderline, *plain), tasks)
 
 
 def _shorter(prompts: Sequence[Prompt]) -> list[Prompt]:

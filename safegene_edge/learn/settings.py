@@ -19,9 +19,8 @@ class LearnSettings:
             default 3/8, or a sixth where a model teaches itself.
         ridge: Ridge of the regression, against the features' own size; by default 0.3, or 0.1 where
             a model teaches itself.
-        borderline: Borderline prompts, most of them twins of harmful ones, for each harmful one. An
-            aligned teacher is asked these, too: what it refuses is learnt as a refusal, the rest is
-            harmless. Where a model teaches itself all of them are harmless.
+        borderline: Share of the harmless prompts that are borderline, most of them twins of harmful
+            ones; by default a fifth, or two thirds where a model teaches itself.
         harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1. By
             default 1.5, or 2 where a model teaches itself.
         text_weight: What a token of the prompts' own text counts.
@@ -31,9 +30,8 @@ class LearnSettings:
         contrast: How far those of harmless prompts shall go the other way, away from the teacher's;
             0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
             prompt it refuses much that is harmless.
-        prompts: Harmful prompts that the teacher is asked, and as many harmless ones; by default
-            96, or 128 where a model teaches itself. Borderline ones come on top where an aligned
-            model is asked. Memory and time go with it.
+        prompts: Harmful prompts that the teacher is asked, and as many harmless ones. Memory and
+            time go with it.
         tokens: Tokens of each answer that are learnt from.
         budget: Parameters at most, or 1 % of the model's if that is less, where no rank is given;
             rank 1 is the least.
@@ -44,12 +42,12 @@ class LearnSettings:
     layers: tuple[int, int] | None = None
     lowest: float | None = None
     ridge: float | None = None
-    borderline: float = 2 / 3
+    borderline: float | None = None
     harmless_weight: float | None = None
     text_weight: float = 1.0
     overshoot: float = 2.0
     contrast: float | None = None
-    prompts: int | None = None
+    prompts: int = 128
     tokens: int = 8
     budget: int = 600_000
     threads: int | None = None
@@ -61,15 +59,13 @@ class LearnSettings:
                 raise SettingError(f"{name} is {value}", "Give a positive number")
         for name in ("borderline", "lowest"):
             value = getattr(self, name)
-            if value is None and name == "lowest":
-                continue
-            if value is None or not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise SettingError(f"{name} is {value}", "Give a share, 0 to 1")
         if self.contrast is not None and not (self.contrast >= 0 and isfinite(self.contrast)):
             raise SettingError(f"contrast is {self.contrast}", "Give 0 or more")
         for name in ("rank", "prompts", "tokens", "budget", "threads"):
             value = getattr(self, name)
-            if value is None and name in ("rank", "prompts", "threads"):
+            if value is None and name in ("rank", "threads"):
                 continue
             if value is None or value < 1:
                 raise SettingError(f"{name} is {value}", "Give 1 or more")
@@ -77,7 +73,7 @@ class LearnSettings:
     def for_teacher(self, *, itself: bool) -> LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
         known = {
-            "lowest": (3 / 8, 1 / 6), "ridge": (0.3, 0.1), "prompts": (96, 128),
+            "lowest": (3 / 8, 1 / 6), "ridge": (0.3, 0.1), "borderline": (0.2, 2 / 3),
             "harmless_weight": (1.5, 2.0), "contrast": (0.0, 1.0),
         }  # fmt: skip
         missing = {

@@ -38,10 +38,9 @@ class Taught:
     """A teacher's refusals.
 
     Attributes:
-        captured: its answers to all prompts, and its states there.
+        captured: its answers to all harmful prompts, and its states there.
         header: its states in the header of harmless prompts, if they are wanted.
-        kept: the numbers of those that it refused; prompts: these.
-        answers: its words to the harmful ones of these: to borderline ones it refuses in many ways.
+        kept: the numbers of those that it refused; prompts: these; answers: its words.
         system: the system prompt that it had, or "".
         asked: how many prompts it was asked.
     """
@@ -56,25 +55,25 @@ class Taught:
 
     @classmethod
     def of(
-        cls, llama: SafeLlama, prompts: Sequence[Prompt], captured: Captured, system: str,
-        harmful: int,
+        cls, llama: SafeLlama, prompts: Sequence[Prompt], captured: Captured,
+        header: Captured | None, system: str,
     ) -> Taught:  # fmt: skip
-        """What a model said to these prompts, of which the first ones are harmful.
+        """What a model said to these prompts.
 
         Raises:
             NoEffectError: it hardly refuses.
         """
         yes = refused(llama, prompts, captured.answers)
         kept = tuple(number for number, one in enumerate(yes) if one)
-        if (count := sum(yes[:harmful])) < min(_FEW, harmful // 2):
+        if len(kept) < min(_FEW, len(prompts) // 2):
             raise NoEffectError(
-                f"{llama.model_path}: refuses only {count} of {harmful} harmful prompts, so there "
-                "is little to learn from it",
+                f"{llama.model_path}: refuses only {len(kept)} of {len(prompts)} harmful prompts, "
+                "so there is little to learn from it",
                 "Give a model of the family that refuses (--aligned)",
             )
-        said = tuple(llama.text(captured.answers[number]) for number in kept if number < harmful)
+        said = tuple(llama.text(captured.answers[number]) for number in kept)
         of = tuple(prompts[number] for number in kept)
-        return cls(captured, None, kept, of, said, system, len(prompts))
+        return cls(captured, header, kept, of, said, system, len(prompts))
 
     def samples(self, asked: Sequence[list[int]], header: Captured | None) -> list[Sample]:
         """What a target reads, and where the teacher's states are kept.
