@@ -48,7 +48,7 @@ BEGIN, END = "<!-- table of forms.md -->\n", "<!-- end of the table -->\n"
 SHOWN = {  # family, fine-tune and column: who taught
     ("qwen", "agnews", "learnt: no aligned model"): "itself",
     ("qwen", "gsm8k", "learnt: no aligned model"): "itself",
-    ("qwen", "agnews", "learnt: direct, earlier settings"): "the aligned model (earlier settings)",
+    ("qwen", "agnews", "learnt: direct"): "the aligned model",
     ("qwen", "gsm8k", "learnt: direct, earlier settings"): "the aligned model (earlier settings)",
     ("qwen", "dolly", "learnt: direct"): "the aligned model",
     ("smollm2", "agnews", "learnt: direct"): "the aligned model",
