@@ -160,6 +160,15 @@ def tokenizer_digest(model: GGUFFile) -> str:
     return hashlib.sha256(json.dumps(read_by).encode()).hexdigest()
 
 
+def same_tokenizer(one: GGUFFile, other: GGUFFile) -> bool:
+    """Whether two models read text alike, as far as their files say."""
+    lists = [
+        [file.strings(f"tokenizer.ggml.{key}") for key in ("tokens", "merges")]
+        for file in (one, other)
+    ]
+    return lists[0] == lists[1] or tokenizer_digest(one) == tokenizer_digest(other)
+
+
 def text_tokens(model: GGUFFile) -> list[str]:
     """A model's tokens in their order, with "" for special, added and unused ones.
 

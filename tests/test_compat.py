@@ -18,6 +18,7 @@ from safegene_edge.compat import (
     open_model,
     other_parts,
     require_fit,
+    same_tokenizer,
     tokenizer_digest,
     unfitted,
 )
@@ -250,6 +251,18 @@ def test_a_tokenizer_is_its_tokens_and_merges(tmp_path):
     assert own == hashlib.sha256(b'[["a", "b"], ["a b"]]').hexdigest()
     assert own == digest(tokens=["a", "b"], merges=["a b"], scores=[1.0])
     assert len({own, digest(tokens=["a", "b"]), digest(tokens=["b"], merges=["a b"])}) == 3
+
+
+def test_the_same_tokens_of_other_types_are_read_alike(tmp_path):
+    """Converters of an earlier day called special tokens plain, or named no types."""
+    files = []
+    for number, types in enumerate(([1, 1, 3], [1, 1, 1], [])):
+        facts = {"tokenizer.ggml.tokens": ["a", "b", "<s>"]}
+        facts |= {"tokenizer.ggml.token_type": types} if types else {}
+        path = tmp_path / f"{number}.gguf"
+        write_gguf(path, "llama", facts, [("t", np.ones((2, 2), np.float32))])
+        files.append(GGUFFile(path))
+    assert all(same_tokenizer(files[0], other) for other in files)
 
 
 @pytest.mark.parametrize(

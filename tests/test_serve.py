@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -373,16 +374,33 @@ def test_more_than_may_wait_learn_when_to_come_again(model):
     assert waiting.result().status == 200  # who hung up freed the slot
 
 
-def test_of_several_prompts_all_wait_or_none(model):
-    with running(model, slots=1, queue=2, max_tokens=8) as small:
-        refused = small.post("/v1/completions", {"prompt": ["a"] * 9, "max_tokens": 8})
-        assert refused.status == 429
-        while small.ask("GET", "/health").status != 200 or (
-            "requests_active 0" not in small.ask("GET", "/metrics").body.decode()
-        ):
-            time.sleep(0.01)
-        answer = small.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 2})
-        assert [c["index"] for c in answer.json["choices"]] == [0, 1]
+def idle(server):
+    """Wait until nothing is asked, and the counts of answers by how they ended."""
+    for _ in range(500):
+        shown = server.ask("GET", "/metrics").body.decode()
+        if "requests_active 0" in shown and "requests_waiting 0" in shown:
+            return dict(re.findall(r'answers_total{reason="(\w+)"} (\d+)', shown))
+        time.sleep(0.02)
+    raise AssertionError(shown)
+
+
+def test_more_prompts_than_slots_wait_for_their_turn(model):
+    with running(model, slots=2, queue=1, max_tokens=8) as small:
+        answer = small.post("/v1/completions", {"prompt": ["a"] * 9, "max_tokens": 3})
+        assert [c["index"] for c in answer.json["choices"]] == list(range(9))
+        assert idle(small) == {"length": "9"}
+
+
+def test_who_hangs_up_wants_no_prompt_answered(model):
+    with running(model, slots=2, ctx=8192, max_tokens=LONG) as small:
+        fields = json.dumps({"prompt": ["a"] * 5, "max_tokens": LONG}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost:{small.port}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(fields)}\r\n\r\n"
+        with closing(socket.create_connection(("127.0.0.1", small.port), 30)) as sock:
+            sock.sendall(head.encode() + fields)
+            while "requests_active 2" not in small.ask("GET", "/metrics").body.decode():
+                time.sleep(0.01)
+        assert int(idle(small)["cancelled"]) >= 2
 
 
 def test_time_is_limited(model):

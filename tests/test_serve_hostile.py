@@ -227,6 +227,7 @@ RAW_BODIES = {
     "an empty prompt of two": ({"prompt": ["a", ""]}, 400),
     "too many prompts": ({"prompt": ["a"] * 65}, 400),
     "no prompts": ({"prompt": []}, 400),
+    "one prompt of two is too long": ({"prompt": ["a", "a b " * 9000]}, 400),
     "tokens": ({"prompt": [296, 297]}, 400),
     "echo": ({"prompt": "x", "echo": True}, 400),
     "best_of": ({"prompt": "x", "best_of": 5}, 400),

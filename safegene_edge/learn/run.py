@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
 
-from ..compat import model_hash, open_model, text_tokens, tokenizer_digest
+from ..compat import model_hash, open_model, same_tokenizer, text_tokens, tokenizer_digest
 from ..errors import MismatchError, NoEffectError, SettingError
 from ..files import PathLike, sha256
 from ..gene import SafetyGene
@@ -123,8 +123,8 @@ def _require_family(models: Sequence[Sequence[PathLike]]) -> None:
         other = open_model(files[0])
         if other.path == first.path:
             continue
-        for name, what in _SHARED.items():
-            if what(first) != what(other):
+        for name, alike in _SHARED.items():
+            if not alike(first, other):
                 token = f" ({_first_token(first, other)})" if name == "tokenizer" else ""
                 raise MismatchError(
                     f"{other.path} is not of the family of {first.path}: another {name}{token}",
@@ -145,17 +145,15 @@ def _shown(token: str) -> str:
     return f"'{token[:64]}'" if token else "a special one"
 
 
-def _architecture(file: GGUFFile) -> str:
-    return file.architecture
-
-
 def _shapes(file: GGUFFile) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in file.tensors.items() if name.startswith("blk.")}
 
 
-_SHARED: dict[str, Callable[[GGUFFile], object]] = {
-    "architecture": _architecture, "shapes": _shapes, "tokenizer": tokenizer_digest
-}  # fmt: skip
+_SHARED: dict[str, Callable[[GGUFFile, GGUFFile], bool]] = {
+    "architecture": lambda one, other: one.architecture == other.architecture,
+    "shapes": lambda one, other: _shapes(one) == _shapes(other),
+    "tokenizer": same_tokenizer,
+}
 
 
 @dataclass

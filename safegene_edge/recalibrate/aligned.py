@@ -16,7 +16,6 @@ from ..runtime.llama import SafeLlama
 from ..runtime.refusal_margin import Openers, refusal_loss
 from .examples import Examples
 from .reading import Asked, Reader, Values, context_for
-from .search import mean
 
 _LEVEL = 0.05  # of the one-sided sign test that says whether refusals were lost
 
@@ -107,7 +106,8 @@ def measured(
         costs = []
         for one in degraded:
             with ExitStack() as inner:
-                costs.append(mean(_reader(inner, gene, one, tokens).kl_to(reader)))
+                if (kl := _reader(inner, gene, one, tokens).kl_to(reader)).size:
+                    costs.append(float(kl.mean()))
             tick()
     return replace(
         gene,

@@ -104,11 +104,19 @@ class _Kept:
         self._rows[index][position] = log_softmax(row)
 
     def take(self, answers: Sequence[list[int]], n_vocab: int) -> None:
-        """Take the answers, each up to a token that a model of so many tokens lacks."""
-        for number, answer in enumerate(answers):
-            self.answers[number] = list(takewhile(lambda token: token < n_vocab, answer))
-            end = len(self.prompts[number]) + len(self.answers[number])
-            self._rows[number] = {at: row for at, row in self._rows[number].items() if at < end}
+        """Take the answers, each up to a token that a model of so many tokens lacks.
+
+        The row that such a token was chosen from goes, too, and a prompt with no row left.
+        """
+        whole = list(zip(self.prompts, answers, self._rows, strict=True))
+        self.prompts, self.answers, self._rows = [], [], []
+        for prompt, answer, rows in whole:
+            known = list(takewhile(lambda token: token < n_vocab, answer))
+            end = len(prompt) + len(known) - (len(known) < len(answer))
+            if left := {at: row for at, row in rows.items() if at < end}:
+                self.prompts.append(prompt)
+                self.answers.append(known)
+                self._rows.append(left)
 
     def sequences(self) -> tuple[list[list[int]], list[Sequence[int]]]:
         """Each prompt with its answer, and the positions whose rows are kept."""
@@ -120,9 +128,7 @@ class _Kept:
         sums, kept = np.zeros(len(self.prompts)), self._rows
 
         def visit(index: int, position: int, row: npt.NDArray[np.float32]) -> None:
-            own = kept[index][position]
-            both = min(own.size, row.size)  # a fine-tune may have added tokens
-            value = kl_from_logits(log_softmax(own[:both]), log_softmax(row[:both]))
+            value = _kl(kept[index][position], row)
             sums[index] += value / len(kept[index])
 
         return visit, sums
@@ -241,6 +247,14 @@ class Reader:
     def margins(self, prompts: list[list[int]], scales: Any) -> Values:
         """The margin by which each answer opens with a refusal (nats); see `refusal_margin`."""
         return np.array(self.engine.margins(prompts, self.openers, adapters=scales))
+
+
+def _kl(own: npt.NDArray[np.float32], row: npt.NDArray[np.float32]) -> float:
+    """Of log-probabilities from a row of logits, over the tokens that both have."""
+    if own.size == row.size:
+        return kl_from_logits(own, log_softmax(row))
+    both = min(own.size, row.size)  # a fine-tune has added tokens
+    return kl_from_logits(log_softmax(own[:both]), log_softmax(row[:both]))
 
 
 def _ignore(*_: Any) -> None:

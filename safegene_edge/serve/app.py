@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from ..errors import LlamaCppError, SettingError
 from ..runtime.batcher import Ask, AskFinish, Batcher, QueueFullError
-from .answers import CompletionForm, Events, Form, Inbox, Relay, collect, reason_of, together
+from .answers import CompletionForm, Done, Events, Form, Inbox, Relay, collect, reason_of, together
 from .errors import ApiError, wrong
 from .guard import FILES, Guard, error_response
 from .messages import Turn
@@ -145,12 +145,11 @@ class _App:
             return list(tokenize(text.encode(), add_bos=True, special=False)), None
 
         form = CompletionForm(False, served.name, served.fingerprint, body.wants_usage)
-        asked = [
-            await self._tokens(partial(plain, text), len(text), body.source) for text in body.prompt
-        ]
-        if len(asked) > 1:
-            return await self._answer_all(request, body, served, asked, form)
-        return await self._answer(request, body, served, asked[0], form)
+        size = sum(map(len, body.prompt))
+        asked = [await self._tokens(partial(plain, one), size, body.source) for one in body.prompt]
+        if len(asked) == 1:
+            return await self._answer(request, body, served, asked[0], form)
+        return await self._answer_all(request, body, served, asked, form)
 
     # -- how it is answered -----------------------------------------------
 
@@ -200,25 +199,12 @@ class _App:
     async def _answer(
         self, request: Request, body: AnyRequest, served: Served, asked: _Asked, form: Form
     ) -> Response:
-        ask, inbox = self._ask(served, asked, body)
-        start = time.monotonic()
-
-        def done(finish: AskFinish | None) -> None:
-            served.batcher.cancel(ask)  # no more is wanted, whether it ended or not
-            self._count(ask, finish, time.monotonic() - start)
-
+        if not body.stream:
+            whole = await self._whole(request, body, served, asked, form)
+            return JSONResponse(whole) if whole else Response(status_code=499)
+        ask, inbox, done = self._ask(served, asked, body)
         self._submit(served.batcher, ask)
-        if body.stream:
-            return Events(form, ask, inbox, done=done)
-        finish: AskFinish | None = None
-        try:
-            answer = await collect(inbox, request.receive)
-            if answer is None:
-                return Response(status_code=499)  # nobody is there to read it
-            text, finish = answer
-            return JSONResponse(form.whole(text, reason_of(finish, ask), ask))
-        finally:
-            done(finish)
+        return Events(form, ask, inbox, done=done)
 
     async def _answer_all(
         self,
@@ -228,26 +214,42 @@ class _App:
         asked: Sequence[_Asked],
         form: Form,
     ) -> Response:
-        """Several prompts' answers, made at the same time, in one object."""
-        asks, start = [self._ask(served, one, body) for one in asked], time.monotonic()
-        parts, sent, finishes = [], list[Ask](), dict[int, AskFinish]()
-        try:
-            for ask, _ in asks:
-                self._submit(served.batcher, ask)
-                sent.append(ask)
-            for number, (ask, inbox) in enumerate(asks):
-                answer = await collect(inbox, request.receive)
-                if answer is None:
-                    return Response(status_code=499)
-                text, finishes[number] = answer
-                parts.append(form.whole(text, reason_of(finishes[number], ask), ask))
-            return JSONResponse(together(parts))
-        finally:
-            for number, ask in enumerate(sent):
-                served.batcher.cancel(ask)
-                self._count(ask, finishes.get(number), time.monotonic() - start)
+        """Several prompts' answers in one object; no more at a time than there are slots."""
+        for tokens, _ in asked:
+            self._limit(served, tokens, body)
+        slots = asyncio.Semaphore(min(served.batcher.engine.n_parallel, self.settings.queue))
 
-    def _ask(self, served: Served, asked: _Asked, body: AnyRequest) -> tuple[Ask, Inbox]:
+        async def one(part: _Asked) -> dict[str, Any] | None:
+            async with slots:
+                return await self._whole(request, body, served, part, form)
+
+        tasks = [asyncio.ensure_future(one(part)) for part in asked]
+        try:
+            parts = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()  # where one has failed, nobody waits for the others
+        found = [part for part in parts if part]
+        return JSONResponse(together(found)) if found == parts else Response(status_code=499)
+
+    async def _whole(
+        self, request: Request, body: AnyRequest, served: Served, asked: _Asked, form: Form
+    ) -> dict[str, Any] | None:
+        """An answer in one object; None if nobody is there to read it."""
+        ask, inbox, done = self._ask(served, asked, body)
+        self._submit(served.batcher, ask)
+        finish: AskFinish | None = None
+        try:
+            answer = await collect(inbox, request.receive)
+            if answer is None:
+                return None
+            text, finish = answer
+            return form.whole(text, reason_of(finish, ask), ask)
+        finally:
+            done(finish)
+
+    def _ask(self, served: Served, asked: _Asked, body: AnyRequest) -> tuple[Ask, Inbox, Done]:
+        """What a batcher is asked, where its answer arrives, and what to call in the end."""
         inbox, (tokens, alone) = Inbox(), asked
         ask = Ask(
             tokens,
@@ -259,7 +261,13 @@ class _App:
             alone=alone,
             deadline=time.monotonic() + self.settings.seconds,
         )
-        return ask, inbox
+        start = time.monotonic()
+
+        def done(finish: AskFinish | None) -> None:
+            served.batcher.cancel(ask)  # no more is wanted, whether it ended or not
+            self._count(ask, finish, time.monotonic() - start)
+
+        return ask, inbox, done
 
     def _submit(self, batcher: Batcher, ask: Ask) -> None:
         self.relay.start()
