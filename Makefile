@@ -95,7 +95,7 @@ release: $(VENV)/dev
 	$(BIN)/python tests/release.py --tests $(or $(TESTS),$(RELEASE_TESTS:%=tests/test_%.py))
 
 # What is about speed alone; LLAMA_SERVER, LLAMA_BENCH and SAFEGENE_QWEN name peers and a model.
-FAST = engine sideload limits growth serve converter merge
+FAST = engine sideload limits serve converter merge
 bench-fast: $(VENV)/dev
 	for name in $(FAST); do $(BIN)/python bench/$$name/run.py || exit 1; done
 
