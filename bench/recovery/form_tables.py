@@ -38,8 +38,7 @@ advice that is argued for and its safe twin, controversial degrading statements;
 and harmless are the project's own. Fine-tunes: AG News and SST-2 label articles and reviews, GSM8K
 solves sums, Dolly follows instructions, identity answers as somebody who agrees at once. Genes:
 *learnt: direct* by forward passes from the fine-tune and the aligned model, *no aligned model* from
-the fine-tune alone, *distilled* the package's own, by gradients. *Earlier settings*: from the
-lowest sixth of the layers on, a ridge of 0.1, 64 prompts, and without the text of harmful ones.
+the fine-tune alone, *distilled* the package's own, by gradients.
 """
 
 
@@ -49,7 +48,7 @@ SHOWN = {  # family, fine-tune and column: who taught
     ("qwen", "agnews", "learnt: no aligned model"): "itself",
     ("qwen", "gsm8k", "learnt: no aligned model"): "itself",
     ("qwen", "agnews", "learnt: direct"): "the aligned model",
-    ("qwen", "gsm8k", "learnt: direct, earlier settings"): "the aligned model (earlier settings)",
+    ("qwen", "gsm8k", "learnt: direct"): "the aligned model",
     ("qwen", "dolly", "learnt: direct"): "the aligned model",
     ("smollm2", "agnews", "learnt: direct"): "the aligned model",
     ("smollm2", "sst2", "learnt: direct"): "the aligned model",
