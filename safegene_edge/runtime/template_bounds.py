@@ -19,6 +19,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 STEPS = 500_000  # passes through loops, and calls, of one chat
+_MACRO = 10  # steps that a macro's call counts for: it takes as long as so many passes
 WRITTEN = 50_000_000  # characters that these may write
 LONGEST = 10_000_000  # characters or items of one value
 _NUMBER = 100_000  # that is handed to a filter or a method: a width, a count
@@ -80,9 +81,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
     def begin(self) -> None:
         self._local.steps = self._local.written = 0
 
-    def _step(self, writes: int) -> None:
+    def _step(self, writes: int, count: int = 1) -> None:
         local = self._local
-        local.steps = getattr(local, "steps", 0) + 1
+        local.steps = getattr(local, "steps", 0) + count
         if local.steps > STEPS:
             raise TemplateTooLargeError(f"it loops more than {STEPS:,} times")
         self._write(writes)
@@ -123,7 +124,8 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return _bounded(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, called: Any, /, *arguments: Any, **named: Any) -> Any:
-        self._step(self._macro if hasattr(called, "caller") else 0)
+        is_macro = hasattr(called, "caller")
+        self._step(self._macro if is_macro else 0, _MACRO if is_macro else 1)
         method = getattr(called, "__wrapped__", called)  # the sandbox wraps `format`
         subject = getattr(method, "__self__", None)
         if isinstance(subject, str):
