@@ -119,7 +119,6 @@ class Fit:
             _regression(states, rows, _goal(layer, target, rows, self.settings), gain)
             for states, (target, rows) in zip(lanes, self._of, strict=True)
         ]
-        assert self.settings.ridge is not None
         pair = reduced_rank(found, self.rank, self.settings.ridge)
         self.scores[layer] = explained(found, pair)
         if gain is not None:

@@ -16,9 +16,8 @@ class LearnSettings:
         rank: Rank of each layer's update; by default 8, or what the budget allows.
         layers: First and last layer; by default all but the last one and the lowest ones.
         lowest: Share of the layers that are the lowest ones, where no layers are named; by
-            default 3/8, or a sixth where a model teaches itself.
-        ridge: Ridge of the regression, against the features' own size; by default 0.3, or 0.1 where
-            a model teaches itself.
+            default 3/8, or half where a model teaches itself.
+        ridge: Ridge of the regression, against the features' own size.
         borderline: Share of the harmless prompts that are borderline, most of them twins of harmful
             ones; by default a fifth, or two thirds where a model teaches itself.
         harmless_weight: What a decision row of a harmless prompt counts; of a harmful one, 1. By
@@ -28,7 +27,7 @@ class LearnSettings:
             the teacher's: 1 is there, 2 as far again beyond. Refusals begin there; on prompts
             unlike those that were learnt from a gene reaches only part of the way.
         contrast: How far those of harmless prompts shall go the other way, away from the teacher's;
-            0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
+            0 keeps them. By default 0, or 3 where a model teaches itself: under a safety system
             prompt it refuses much that is harmless.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones. Memory and
             time go with it.
@@ -41,7 +40,7 @@ class LearnSettings:
     rank: int | None = None
     layers: tuple[int, int] | None = None
     lowest: float | None = None
-    ridge: float | None = None
+    ridge: float = 0.3
     borderline: float | None = None
     harmless_weight: float | None = None
     text_weight: float = 1.0
@@ -73,8 +72,8 @@ class LearnSettings:
     def for_teacher(self, *, itself: bool) -> LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
         known = {
-            "lowest": (3 / 8, 1 / 6), "ridge": (0.3, 0.1), "borderline": (0.2, 2 / 3),
-            "harmless_weight": (1.5, 2.0), "contrast": (0.0, 1.0),
+            "lowest": (3 / 8, 1 / 2), "borderline": (0.2, 2 / 3), "harmless_weight": (1.5, 2.0),
+            "contrast": (0.0, 3.0),
         }  # fmt: skip
         missing = {
             name: both[itself] for name, both in known.items() if getattr(self, name) is None
