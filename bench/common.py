@@ -69,11 +69,11 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
 
 
-def write(folder: Path, results: dict[str, Any], text: str) -> None:
-    """results.json, and results.md made from it."""
+def write(folder: Path, results: dict[str, Any], text: str, name: str = "results") -> None:
+    """NAME.json, and NAME.md made from it."""
     whole = {"machine": machine(), **results}
-    (folder / "results.json").write_text(json.dumps(whole, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
     lines = ", ".join(f"{key}: {value}" for key, value in whole["machine"].items())
-    note = "<!-- written by run.py from results.json -->"
-    (folder / "results.md").write_text(f"{note}\n\n{text}\nMachine: {lines}.\n")
+    note = f"<!-- written by run.py from {name}.json -->"
+    (folder / f"{name}.md").write_text(f"{note}\n\n{text}\nMachine: {lines}.\n")
     print(text)

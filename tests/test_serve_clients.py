@@ -83,6 +83,9 @@ def test_several_prompts_are_answered_in_their_order(client):
     with pytest.raises(openai.BadRequestError, match="not streamed") as found:
         create(model=model, prompt=texts, stream=True)
     assert found.value.param == "stream"
+    with pytest.raises(openai.BadRequestError, match="do not fit") as found:
+        create(model=model, prompt=["Hello", "a b c " * 9000, "Hello"])
+    assert found.value.param == "prompt[1]"
 
 
 # -- limits of an answer ------------------------------------------------------

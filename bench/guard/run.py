@@ -1,10 +1,10 @@
-"""What a gene's guard ends, what it ends wrongly, and what it costs: SmolLM2 tuned on AG News.
+"""What a gene's guard ends, what it ends wrongly, and what it costs: two fine-tunes on AG News.
 
-    python bench/guard/run.py [--limit 40] [--seconds 220] [--strength 1.1] [--so-far]
+    python bench/guard/run.py [smollm2|qwen] [--limit 40] [--seconds 220] [--so-far]
 
-The target and the gene, learnt from it, are the bench of recovery's. A run stops after the seconds
-given and the next goes on: finished answers lie in the cache folder until everything is measured.
-They are reported as labels and counts alone.
+The target, the gene that was learnt from it and its strength are the bench of recovery's. A run
+stops after the seconds given and the next goes on: finished answers lie in the cache folder until
+everything is measured. They are reported as labels and counts alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,8 @@ from safegene_edge.recalibrate import Examples
 from safegene_edge.recalibrate.guard import guard_threshold
 from safegene_edge.runtime.batcher import Ask, Batcher
 
-FOLDER = cache_folder() / "recovery" / "smollm2"
-TARGET = FOLDER / "targets" / "agnews.Q4_K_M.gguf"
-GENE = FOLDER / "learnt" / "agnews-learnt-direct.gguf"
-FITTED = cache_folder() / "bench-guard.gguf"
-JOURNAL = cache_folder() / "bench-guard.jsonl"
-CELLS = cache_folder() / "bench-guard.json"
+HERE = Path(__file__).parent
+RECOVERY = HERE.parent / "recovery"
 LONG, LONG_TOKENS = 100, 256
 ANSWER = 96  # tokens of an attack's answer: long enough for a look within it
 FIRST = ("prefill", "many_shot", "crescendo")  # what the guard is for
@@ -55,67 +52,112 @@ SPEEDS = {  # clients at once, and whether a history stands before the question
 }
 
 
+@dataclass(frozen=True)
+class Case:
+    """A fine-tune of a family and the gene that was learnt from it, by column of the bench."""
+
+    family: str
+    column: str
+    words: str
+    results: str
+
+    @property
+    def target(self) -> Path:
+        return cache_folder() / "recovery" / self.family / "targets" / "agnews.Q4_K_M.gguf"
+
+    @property
+    def gene(self) -> Path:
+        name = f"agnews-{self.column.replace(': ', '-')}.gguf"
+        return cache_folder() / "recovery" / self.family / "learnt" / name
+
+    @property
+    def strength(self) -> float:
+        """What recalibration found."""
+        found = json.loads((RECOVERY / f"forms-{self.family}.json").read_text())
+        return float(found["tasks"]["agnews"][self.column]["strength"])
+
+    def cached(self, suffix: str) -> Path:
+        return cache_folder() / f"bench-guard-{self.family}{suffix}"
+
+
+CASES = {
+    "smollm2": Case(
+        "smollm2", "learnt: direct",
+        "SmolLM2-135M-Instruct fine-tuned on AG News, Q4_K_M, with the gene learnt from it",
+        "results",
+    ),
+    "qwen": Case(
+        "qwen", "learnt: no aligned model",
+        "Qwen2.5-Coder-0.5B-Instruct fine-tuned on AG News, Q4_K_M, with the gene that it learnt "
+        "from itself",
+        "qwen",
+    ),
+}  # fmt: skip
+
+
 class OutOfTimeError(Exception):
     """The seconds are over; the next run goes on."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("case", nargs="?", choices=CASES, default="smollm2")
     parser.add_argument("--limit", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=220)
-    parser.add_argument("--strength", type=float, default=1.1)
     parser.add_argument("--so-far", action="store_true", help="write what is measured, and end")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
-    cells: dict[str, Any] = json.loads(CELLS.read_text()) if CELLS.exists() else {}
+    case = CASES[options.case]
+    known = case.cached(".json")
+    cells: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
     try:
-        for name, measure in [] if options.so_far else measurements(options, until):
+        for name, measure in [] if options.so_far else measurements(case, options.limit, until):
             if name not in cells:
                 cells[name] = measure()
-                CELLS.write_text(json.dumps(cells))
+                known.write_text(json.dumps(cells))
                 print(f"{name}: done", file=sys.stderr, flush=True)
     except OutOfTimeError:
         print("to be continued", file=sys.stderr)
         sys.exit(3)
-    write(Path(__file__).parent, cells, text_of(cells))
+    write(HERE, cells, text_of(case, cells), case.results)
     if not options.so_far:
-        JOURNAL.unlink(missing_ok=True)  # it holds answers to harmful prompts
+        case.cached(".jsonl").unlink(missing_ok=True)  # it holds answers to harmful prompts
 
 
-def measurements(options: argparse.Namespace, until: float) -> list[tuple[str, Any]]:
+def measurements(case: Case, limit: int, until: float) -> list[tuple[str, Any]]:
     """Every cell of the table, by name."""
     fixed = [name for name, attack in ATTACKS.items() if attack.apply and name != "direct"]
     fixed.sort(key=lambda name: name not in FIRST)
-    attacks = [(name, partial(attacked, name, options.limit, until)) for name in fixed]
+    attacks = [(name, partial(attacked, case, name, limit, until)) for name in fixed]
     return [
-        ("threshold", partial(fitted, options.strength)),
+        ("threshold", partial(fitted, case)),
         *attacks[: len(FIRST)],
-        ("long", long_answers),
-        *((name, partial(speed, *how)) for name, how in SPEEDS.items()),
+        ("long", partial(long_answers, case)),
+        *((name, partial(speed, case, *how)) for name, how in SPEEDS.items()),
         *attacks[len(FIRST) :],
-        ("adaptive", partial(attacked, "adaptive", ADAPTIVE_LIMIT, until)),
+        ("adaptive", partial(attacked, case, "adaptive", ADAPTIVE_LIMIT, until)),
     ]
 
 
-def fitted(strength: float) -> dict[str, Any]:
+def fitted(case: Case) -> dict[str, Any]:
     """Express the gene and measure its guard's threshold, as a recalibration does."""
-    gene = SafetyGene.load(GENE)
+    gene, strength = SafetyGene.load(case.gene), case.strength
     expression = Expression(dict.fromkeys(gene.layers, strength), gene.sha256)
-    with SafeLlama(TARGET, [gene.express(expression)], n_ctx=512) as llama:
+    with SafeLlama(case.target, [gene.express(expression)], n_ctx=512) as llama:
         prompts = [llama.render_answer(p.as_dicts()) for p in Examples.every_shipped().harmless]
         with Engine(llama, n_ctx=4096, flash_attn=True) as engine:
             found = guard_threshold(engine, llama.make_guard(), prompts, None)
     assert found is not None
     expression = Expression(expression.coefficients, gene.sha256, "", found.threshold)
-    gene.express(expression).save(FITTED)
+    gene.express(expression).save(case.cached(".gguf"))
     return {"strength": strength, "nats": found.threshold, "answers": found.answers,
             "ended_at_0": found.ended}  # fmt: skip
 
 
-def long_answers() -> dict[str, Any]:
+def long_answers(case: Case) -> dict[str, Any]:
     """Harmless answers of up to 256 tokens: how many does the guard end?"""
     prompts = [p for suite in load_suite("harmless") for p in suite.sample(LONG).prompts]
-    with SafeLlama(TARGET, [FITTED], n_ctx=512) as llama:
+    with SafeLlama(case.target, [case.cached(".gguf")], n_ctx=512) as llama:
         guard = llama.make_guard()
         with Engine(llama, n_ctx=8192, flash_attn=True, guarded=True) as engine:
             asked = [llama.render(p.as_dicts()) for p in prompts]
@@ -129,17 +171,17 @@ def long_answers() -> dict[str, Any]:
     }
 
 
-def attacked(name: str, limit: int, until: float) -> dict[str, Any]:
+def attacked(case: Case, name: str, limit: int, until: float) -> dict[str, Any]:
     """An attack and its harmless twins, without the gene, with it, and with its guard."""
 
     def in_time(done: int, total: int) -> None:
         if time.monotonic() > until:
             raise OutOfTimeError
 
-    with Journal(JOURNAL) as journal:
+    with Journal(case.cached(".jsonl")) as journal:
         report = evaluate(
-            TARGET,
-            FITTED,
+            case.target,
+            case.cached(".gguf"),
             suites=["harmful", "borderline"],
             settings=EvalSettings(max_tokens=ANSWER, limit=limit, attack_limit=limit, guard=True),
             attacks=[name],
@@ -165,12 +207,12 @@ def counted(result: AttackResult, labels: tuple[str, ...]) -> dict[str, list[int
 # -- what it costs ---------------------------------------------------------------
 
 
-def speed(clients: int, history: bool) -> dict[str, Any]:
+def speed(case: Case, clients: int, history: bool) -> dict[str, Any]:
     """Tokens a second and time to the first token, without the guard and with it, in turn."""
     texts = [p.text for suite in load_suite("harmless") for p in suite.sample(16).prompts]
     turns = [{"role": "user", "content": f"{text} Write at least ten sentences."} for text in texts]
     ways: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-    with SafeLlama(TARGET, [FITTED], n_ctx=512) as llama:
+    with SafeLlama(case.target, [case.cached(".gguf")], n_ctx=512) as llama:
         asked = [chat(turn, turns, history) for turn in turns]
         for _ in range(ROUNDS):
             for way, rounds in ways.items():
@@ -241,7 +283,7 @@ def _marked(made: list[_Timed]) -> list[_Timed]:
 # -- the tables ------------------------------------------------------------------
 
 
-def text_of(cells: dict[str, Any]) -> str:
+def text_of(case: Case, cells: dict[str, Any]) -> str:
     threshold, long = cells["threshold"], cells["long"]
     shares = [[name, *(str(Count(*row[key][column]))
                        for key in ("answered", "over_refused") if key in row
@@ -256,24 +298,26 @@ def text_of(cells: dict[str, Any]) -> str:
         for name in SPEEDS
         if name in cells
     ]  # fmt: skip
+    timing = (
+        f"\n{table(speeds, costs)}\nMedians of {ROUNDS} rounds in turn, answers of at most "
+        f"{SPEED_TOKENS} tokens{cells.get('speeds_of', '')}.\n"
+    )
+    adaptive = (
+        " The adaptive attack chooses among the others by the gene's openers, on "
+        f"{ADAPTIVE_LIMIT} prompts; it does not know of the guard."
+    ) * ("adaptive" in cells)
     return (
         "# The guard\n\n"
-        "SmolLM2-135M-Instruct fine-tuned on AG News, Q4_K_M, with the gene learnt from it at "
-        f"strength {threshold['strength']}. The guard ends an answer above {threshold['nats']:.2f} "
-        f"nats, measured on {threshold['answers']} harmless answers, of which "
-        f"{threshold['ended_at_0']} would be ended at 0.\n\n"
+        f"{case.words} at strength {threshold['strength']:.2f}. The guard ends an answer above "
+        f"{threshold['nats']:.2f} nats, measured on {threshold['answers']} harmless answers, of "
+        f"which {threshold['ended_at_0']} would be ended at 0.\n\n"
         "Greedy answers of at most "
         f"{ANSWER} tokens to prompts evenly sampled from the built-in suites, as the judge labels "
-        "them: n/N (share, 95 % Wilson interval). The harmless prompts are borderline in wording. "
-        "The adaptive attack chooses among the others by the gene's openers, on "
-        f"{ADAPTIVE_LIMIT} prompts; it does not know of the guard.\n\n"
-        f"{table(head, [[*row, '', '', ''][:7] for row in shares])}\n"
+        "them: n/N (share, 95 % Wilson interval). The harmless prompts are borderline in wording."
+        f"{adaptive}\n\n{table(head, [[*row, '', '', ''][:7] for row in shares])}\n"
         f"Of {long['prompts']} answers to plain harmless prompts of at most {LONG_TOKENS} tokens, "
         f"{long['looked_at']} were long enough to be looked at, and the guard ended "
-        f"{Count(long['ended'], long['prompts'])}.\n\n"
-        f"{table(speeds, costs)}\n"
-        f"Medians of {ROUNDS} rounds in turn, answers of at most {SPEED_TOKENS} tokens"
-        f"{cells.get('speeds_of', '')}.\n"
+        f"{Count(long['ended'], long['prompts'])}.\n{timing if costs else ''}"
     )
 
 

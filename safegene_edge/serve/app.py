@@ -146,7 +146,10 @@ class _App:
 
         form = CompletionForm(False, served.name, served.fingerprint, body.wants_usage)
         size = sum(map(len, body.prompt))
-        asked = [await self._tokens(partial(plain, one), size, body.source) for one in body.prompt]
+        asked = [
+            await self._tokens(partial(plain, one), size, source)
+            for one, source in zip(body.prompt, body.sources, strict=True)
+        ]
         if len(asked) == 1:
             return await self._answer(request, body, served, asked[0], form)
         return await self._answer_all(request, body, served, asked, form)
@@ -209,14 +212,14 @@ class _App:
     async def _answer_all(
         self,
         request: Request,
-        body: AnyRequest,
+        body: CompletionRequest,
         served: Served,
         asked: Sequence[_Asked],
         form: Form,
     ) -> Response:
         """Several prompts' answers in one object; no more at a time than there are slots."""
-        for tokens, _ in asked:
-            self._limit(served, tokens, body)
+        for (tokens, _), source in zip(asked, body.sources, strict=True):
+            self._limit(served, tokens, body, source)
         slots = asyncio.Semaphore(min(served.batcher.engine.n_parallel, self.settings.queue))
 
         async def one(part: _Asked) -> dict[str, Any] | None:
@@ -285,7 +288,7 @@ class _App:
         except SettingError as error:  # the last message alone is longer than the context
             raise ApiError(400, str(error), code="context_length_exceeded") from error
 
-    def _limit(self, served: Served, tokens: list[int], body: AnyRequest) -> int:
+    def _limit(self, served: Served, tokens: list[int], body: AnyRequest, source: str = "") -> int:
         """How long the answer may be: what was asked for, as far as server and context go."""
         left = served.batcher.n_ctx - len(tokens)
         if left < 1:
@@ -293,7 +296,7 @@ class _App:
                 400,
                 f"the prompt's {len(tokens)} tokens do not fit into the context of "
                 f"{served.batcher.n_ctx}, with one of answer",
-                param=body.source,
+                param=source or body.source,
                 code="context_length_exceeded",
             )
         most = self.settings.max_tokens

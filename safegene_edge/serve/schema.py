@@ -246,6 +246,12 @@ class CompletionRequest(_Request):
         list[str], Field(min_length=1, max_length=MOST_PROMPTS), BeforeValidator(_listed)
     ]
 
+    @property
+    def sources(self) -> list[str]:
+        """Each prompt's name in an error: of several, with its place."""
+        count = len(self.prompt)
+        return [f"prompt[{n}]" for n in range(count)] if count > 1 else [self.source]
+
 
 AnyRequest = ChatRequest | CompletionRequest | ResponseRequest
 RequestT = TypeVar("RequestT", bound=_Request)
