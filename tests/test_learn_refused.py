@@ -169,6 +169,15 @@ def test_the_lowest_layers_are_left_out(itself: bool, first: int, tiny: Callable
     assert layers == list(range(first, 15))
 
 
+def test_a_setting_that_has_one_default_needs_a_number() -> None:
+    for name in ("ridge", "text_weight", "overshoot"):
+        for value in (None, 0.0, float("nan")):
+            with pytest.raises(SettingError, match=f"{name} is {value}"):
+                LearnSettings(**{name: value})  # type: ignore[arg-type]
+    own = LearnSettings().for_teacher(itself=True)
+    assert (own.ridge, own.contrast, own.harmless_weight) == (0.3, 2.0, 2.0)
+
+
 def test_the_budget_bounds_the_rank(tiny: Callable[..., Any]) -> None:
     file = GGUFFile(tiny("llama", num_hidden_layers=5).gguf_path)
     size = sum(info.n_elements for info in file.tensors.values())

@@ -85,7 +85,7 @@ def test_several_prompts_are_answered_in_their_order(client):
     assert found.value.param == "stream"
     with pytest.raises(openai.BadRequestError, match="do not fit") as found:
         create(model=model, prompt=["Hello", "a b c " * 9000, "Hello"])
-    assert found.value.param == "prompt[1]"
+    assert found.value.param == "prompt.1"
 
 
 # -- limits of an answer ------------------------------------------------------

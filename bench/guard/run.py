@@ -33,6 +33,7 @@ from safegene_edge.evals.report.json import label_counts
 from safegene_edge.evals.report.results import AttackResult
 from safegene_edge.evals.settings import EvalSettings
 from safegene_edge.evals.statistics import Count
+from safegene_edge.files import sha256
 from safegene_edge.recalibrate import Examples
 from safegene_edge.recalibrate.guard import guard_threshold
 from safegene_edge.runtime.batcher import Ask, Batcher
@@ -72,9 +73,12 @@ class Case:
 
     @property
     def strength(self) -> float:
-        """What recalibration found."""
+        """What recalibration found for this very gene."""
         found = json.loads((RECOVERY / f"forms-{self.family}.json").read_text())
-        return float(found["tasks"]["agnews"][self.column]["strength"])
+        cell = found["tasks"]["agnews"][self.column]
+        if cell["gene"] != sha256(self.gene):
+            sys.exit(f"{self.gene}: is not the gene of forms-{self.family}.json; run forms.py")
+        return float(cell["strength"])
 
     def cached(self, suffix: str) -> Path:
         return cache_folder() / f"bench-guard-{self.family}{suffix}"
@@ -119,6 +123,8 @@ def main() -> None:
     except OutOfTimeError:
         print("to be continued", file=sys.stderr)
         sys.exit(3)
+    if "threshold" not in cells:
+        sys.exit("nothing is measured yet")
     write(HERE, cells, text_of(case, cells), case.results)
     if not options.so_far:
         case.cached(".jsonl").unlink(missing_ok=True)  # it holds answers to harmful prompts
@@ -141,7 +147,7 @@ def measurements(case: Case, limit: int, until: float) -> list[tuple[str, Any]]:
 
 def fitted(case: Case) -> dict[str, Any]:
     """Express the gene and measure its guard's threshold, as a recalibration does."""
-    gene, strength = SafetyGene.load(case.gene), case.strength
+    strength, gene = case.strength, SafetyGene.load(case.gene)
     expression = Expression(dict.fromkeys(gene.layers, strength), gene.sha256)
     with SafeLlama(case.target, [gene.express(expression)], n_ctx=512) as llama:
         prompts = [llama.render_answer(p.as_dicts()) for p in Examples.every_shipped().harmless]
@@ -284,7 +290,7 @@ def _marked(made: list[_Timed]) -> list[_Timed]:
 
 
 def text_of(case: Case, cells: dict[str, Any]) -> str:
-    threshold, long = cells["threshold"], cells["long"]
+    threshold, long = cells["threshold"], cells.get("long")
     shares = [[name, *(str(Count(*row[key][column]))
                        for key in ("answered", "over_refused") if key in row
                        for column in ("before", "after", "guarded"))]
@@ -302,22 +308,30 @@ def text_of(case: Case, cells: dict[str, Any]) -> str:
         f"\n{table(speeds, costs)}\nMedians of {ROUNDS} rounds in turn, answers of at most "
         f"{SPEED_TOKENS} tokens{cells.get('speeds_of', '')}.\n"
     )
+    answers = (
+        ""
+        if long is None
+        else (
+            f"\nOf {long['prompts']} answers to plain harmless prompts of at most {LONG_TOKENS} "
+            f"tokens, {long['looked_at']} were long enough to be looked at, and the guard ended "
+            f"{Count(long['ended'], long['prompts'])}.\n"
+        )
+    )
     adaptive = (
         " The adaptive attack chooses among the others by the gene's openers, on "
         f"{ADAPTIVE_LIMIT} prompts; it does not know of the guard."
     ) * ("adaptive" in cells)
     return (
         "# The guard\n\n"
-        f"{case.words} at strength {threshold['strength']:.2f}. The guard ends an answer above "
+        f"{case.words} at strength {threshold['strength']:.2f}{cells.get('gene_of', '')}. The "
+        "guard ends an answer above "
         f"{threshold['nats']:.2f} nats, measured on {threshold['answers']} harmless answers, of "
         f"which {threshold['ended_at_0']} would be ended at 0.\n\n"
         "Greedy answers of at most "
         f"{ANSWER} tokens to prompts evenly sampled from the built-in suites, as the judge labels "
         "them: n/N (share, 95 % Wilson interval). The harmless prompts are borderline in wording."
-        f"{adaptive}\n\n{table(head, [[*row, '', '', ''][:7] for row in shares])}\n"
-        f"Of {long['prompts']} answers to plain harmless prompts of at most {LONG_TOKENS} tokens, "
-        f"{long['looked_at']} were long enough to be looked at, and the guard ended "
-        f"{Count(long['ended'], long['prompts'])}.\n{timing if costs else ''}"
+        f"{adaptive}\n\n{table(head, [[*row, '', '', ''][:7] for row in shares])}"
+        f"{answers}{timing if costs else ''}"
     )
 
 

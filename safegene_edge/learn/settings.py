@@ -54,7 +54,9 @@ class LearnSettings:
     def __post_init__(self) -> None:
         for name in ("ridge", "harmless_weight", "text_weight", "overshoot"):
             value = getattr(self, name)
-            if value is not None and not (value > 0 and isfinite(value)):
+            if value is None and name == "harmless_weight":
+                continue
+            if value is None or not (value > 0 and isfinite(value)):
                 raise SettingError(f"{name} is {value}", "Give a positive number")
         for name in ("borderline", "lowest"):
             value = getattr(self, name)

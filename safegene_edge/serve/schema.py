@@ -250,7 +250,7 @@ class CompletionRequest(_Request):
     def sources(self) -> list[str]:
         """Each prompt's name in an error: of several, with its place."""
         count = len(self.prompt)
-        return [f"prompt[{n}]" for n in range(count)] if count > 1 else [self.source]
+        return [f"prompt.{n}" for n in range(count)] if count > 1 else [self.source]
 
 
 AnyRequest = ChatRequest | CompletionRequest | ResponseRequest
