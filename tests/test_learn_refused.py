@@ -175,7 +175,7 @@ def test_a_setting_that_has_one_default_needs_a_number() -> None:
             with pytest.raises(SettingError, match=f"{name} is {value}"):
                 LearnSettings(**{name: value})  # type: ignore[arg-type]
     own = LearnSettings().for_teacher(itself=True)
-    assert (own.ridge, own.contrast, own.harmless_weight) == (0.3, 2.0, 2.0)
+    assert (own.ridge, own.contrast, own.harmless_weight) == (0.3, 1.0, 2.0)
 
 
 def test_the_budget_bounds_the_rank(tiny: Callable[..., Any]) -> None:

@@ -27,7 +27,7 @@ class LearnSettings:
             the teacher's: 1 is there, 2 as far again beyond. Refusals begin there; on prompts
             unlike those that were learnt from a gene reaches only part of the way.
         contrast: How far those of harmless prompts shall go the other way, away from the teacher's;
-            0 keeps them. By default 0, or 2 where a model teaches itself: under a safety system
+            0 keeps them. By default 0, or 1 where a model teaches itself: under a safety system
             prompt it refuses much that is harmless.
         prompts: Harmful prompts that the teacher is asked, and as many harmless ones. Memory and
             time go with it.
@@ -75,7 +75,7 @@ class LearnSettings:
         """With the defaults that depend on who teaches; see design/learning.md."""
         known = {
             "lowest": (3 / 8, 1 / 2), "borderline": (0.2, 2 / 3), "harmless_weight": (1.5, 2.0),
-            "contrast": (0.0, 2.0),
+            "contrast": (0.0, 1.0),
         }  # fmt: skip
         missing = {
             name: both[itself] for name, both in known.items() if getattr(self, name) is None
