@@ -1,11 +1,12 @@
 """Deep, not only in the first word: would the model refuse, if it were asked again?
 
 A gene moves how an answer opens, and whoever writes the opening has stepped past it. The guard asks
-twice. Before an answer that follows a history, or that is begun for the model, it reads the user's
-last message alone. Within an answer it puts the template's own end of turn and assistant header
-behind what was said, as if another answer began (Any-Depth Alignment, arXiv 2510.18081). Each time
-it reads the margin of a refusal (`refusal_margin`), on a fork of the sequence that is dropped
-afterwards: the answer itself goes on from the same keys and values.
+twice. Before an answer that follows a history, or that is begun for the model, or whose request is
+encoded, it reads the user's last message alone and in the clear. Within an answer it puts the
+template's own end of turn and assistant header behind what was said, as if another answer began
+(Any-Depth Alignment, arXiv 2510.18081). Each time it reads the margin of a refusal
+(`refusal_margin`), on a fork of the sequence that is dropped afterwards: the answer itself goes on
+from the same keys and values.
 
 The guard is policy of whoever runs the model, and no proof; docs/guard.md says what gets past it.
 """
@@ -25,6 +26,7 @@ from ..aliases import Floats
 from ..errors import SettingError, UnsupportedError
 from ..gene import SafetyGene
 from .batch import Batch, common, logit_rows
+from .encodings import in_the_clear
 from .refusal_margin import Openers, Tokens
 
 EVERY = 64  # tokens of an answer between two looks at it
@@ -157,9 +159,21 @@ def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | No
     """What was said since the assistant last spoke, as one message of the user; or None.
 
     It stands under the system messages that open the chat; later ones are among what was said, as
-    are the words of tools, behind the user's. None where that is the whole chat.
+    are the words of tools, behind the user's. What it carries encoded is in the clear. None where
+    that is the whole chat as it stands.
     """
     turns = list(messages)
+    found = _since_spoken(turns)
+    *before, last = found or turns or [{"role": ""}]
+    if last["role"] != "user":
+        return found
+    said = last.get("content")
+    clear = _in_the_clear(said)
+    return found if clear == said else [*before, {**last, "content": clear}]
+
+
+def _since_spoken(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
+    """The same, as it was said."""
     opening = next((i for i, turn in enumerate(turns) if turn["role"] not in _SYSTEM), len(turns))
     system, rest = turns[:opening], turns[opening:]
     while rest and rest[-1]["role"] == "assistant":  # an answer that is begun
@@ -178,6 +192,17 @@ def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | No
         return None if len(system) + 1 == len(turns) else [*system, asked[0]]
     parts = [part for turn in asked for part in _parts(turn.get("content"))]
     return [*system, {"role": "user", "content": parts}]
+
+
+def _in_the_clear(content: Any) -> Any:
+    """A message's content with its texts in the clear."""
+    if isinstance(content, str):
+        return in_the_clear(content)
+    if isinstance(content, Mapping) and isinstance(content.get("text"), str):
+        return {**content, "text": in_the_clear(content["text"])}
+    if isinstance(content, (list, tuple)):
+        return type(content)(map(_in_the_clear, content))
+    return content
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:

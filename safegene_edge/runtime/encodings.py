@@ -1,0 +1,187 @@
+"""Texts that a message carries encoded, put back where they stand.
+
+Whoever asks in Base64 or with every letter moved asks the same thing, but a small model refuses by
+its words. The guard asks with the words in the clear. Undone are Base64, hexadecimal and binary
+digits, percent signs and HTML entities, letters that only look otherwise, letters moved by some
+places (ROT13), and letters in backward order. Languages, synonyms and digits for letters are not:
+the model reads these itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import re
+import string
+import unicodedata
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+
+_DEEP = 3  # encodings within each other
+_MARKS = "'\"-,.;:!?()\r\n\t"
+_LETTERS, _LONG = (0.85, 0.6), 12  # of what was decoded are letters and spaces; if it is long
+# The commonest words of English, and those that requests open with.
+_WORDS = """
+the and that have for not with you this but his from they say her she will one all would there their
+what out about who get which when make can like time just him know take people into year your good
+some could them see other than then now look only come its over think also back after use two how
+our work first well way even new want because any these give day most are was were been has had did
+does write create explain describe list tell show provide help teach develop design plan
+instructions steps guide step without someone should where why more need please build using find
+code program script story article post email letter ways best to of in it is on as at by my up if do
+go no so or an we he be me us
+"""
+_COMMON = frozenset(_WORDS.split())
+# Letters of English texts, in percent.
+_SHARES = (8.2, 1.5, 2.8, 4.3, 12.7, 2.2, 2.0, 6.1, 7.0, 0.15, 0.8, 4.0, 2.4, 6.7, 7.5, 1.9, 0.1,
+           6.0, 6.3, 9.1, 2.8, 1.0, 2.4, 0.15, 2.0, 0.07)  # fmt: skip
+_NATS = dict(zip(string.ascii_lowercase, map(math.log, _SHARES), strict=True))
+_BACKWARD = 26  # beside the places by which letters are moved
+_WAYS_TRIED = 3
+_FLIPPED = 3.0  # nats, for want of a letter that tells: a common word's worth in backward order
+_LEAST = 10.0  # nats by which words are likelier when moved
+_BASE64 = re.compile(
+    r"(?<![\w+/=-])(?:[\w+/-]{8,}(?:\r?\n[\w+/-]{4,})*|[\w+/-]{6,7}(?==))={0,2}(?![\w+/=-])",
+    re.ASCII,
+)
+_HEX = re.compile(r"(?<!\w)(?:(?:0x|\\x)?[\da-f]{2}[ ,:]?){8,}(?![\da-f])", re.I)
+_BINARY = re.compile(r"(?<!\d)(?:[01]{8}[ ,]?){6,}(?!\d)")
+_PERCENT = re.compile(r"(?:%[\da-f]{2})+", re.I)
+_HIDDEN = re.compile("(?<=[ -~])[\u00ad\u200b-\u200d\u2060\ufeff]+(?=[ -~])")
+_TAGS = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}  # invisible copies of ASCII
+_WORD = re.compile(r"[A-Za-z]+")
+
+
+def _moved(text: str, places: int) -> str:
+    """Text with its letters moved back by some places, or in backward order."""
+    if places == _BACKWARD:
+        return text[::-1]
+    lower, upper = string.ascii_lowercase, string.ascii_uppercase
+    turned = (letters[-places:] + letters[:-places] for letters in (lower, upper))
+    return text.translate(str.maketrans(lower + upper, "".join(turned)))
+
+
+def _ways() -> dict[str, int]:
+    """Every common word as it looks when moved, and by how many places."""
+    found: dict[str, int] = {}
+    for word in _COMMON:
+        found |= {_moved(word, 26 - places): places for places in range(1, 26)}
+        found[word[::-1]] = _BACKWARD
+    return {word: places for word, places in found.items() if word not in _COMMON}
+
+
+_WAYS = _ways()
+
+
+def in_the_clear(text: str) -> str:
+    """The text with whatever is encoded in it undone; the text itself where nothing is."""
+    for _ in range(_DEEP):
+        before = text
+        for undo in (_plain_letters, _digits, _entities, _turned):
+            text = undo(text)
+        if text == before:
+            break
+    return text
+
+
+def _plain_letters(text: str) -> str:
+    """Letters of other alphabets that are ASCII's in another dress, and none between them."""
+    if text.isascii():
+        return text
+    text = _HIDDEN.sub("", text.translate(_TAGS))
+    return "".join(map(_plain, text))
+
+
+def _plain(letter: str) -> str:
+    if not letter.isalpha():
+        return letter
+    dressed = unicodedata.normalize("NFKC", letter)
+    return dressed if dressed.isascii() else letter
+
+
+def _digits(text: str) -> str:
+    """Base64, hexadecimal and binary digits and percent signs that are a text."""
+    for pattern, decode in (
+        (_BINARY, lambda found: bytes(int(byte, 2) for byte in re.findall("[01]{8}", found))),
+        (_HEX, lambda found: bytes.fromhex(re.sub(r"0x|\\x|[ ,:]", "", found))),
+        (_BASE64, _of_base64),
+        (_PERCENT, urllib.parse.unquote_to_bytes),
+    ):
+        text = pattern.sub(partial(_decoded, decode), text)
+    return text
+
+
+def _decoded(decode: Callable[[str], bytes], found: re.Match[str]) -> str:
+    try:
+        said = decode(found[0]).decode()
+    except ValueError:
+        return found[0]
+    return said if _is_text(said) else found[0]
+
+
+def _of_base64(found: str) -> bytes:
+    digits = "".join(found.rstrip("=").split()).replace("-", "+").replace("_", "/")
+    return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+
+
+def _is_text(said: str) -> bool:
+    letters = sum(letter.isalpha() or letter == " " for letter in said)
+    printed = all(letter.isprintable() or letter in _MARKS for letter in said)
+    is_long = len(said) >= _LONG  # what is shorter may be so by chance
+    return printed and letters >= _LETTERS[is_long] * len(said) and (is_long or said.isascii())
+
+
+def _entities(text: str) -> str:
+    return html.unescape(text) if text.count("&#") > 2 else text
+
+
+def _turned(text: str) -> str:
+    """The span of words that are English when their letters are moved, moved back."""
+    words = list(_WORD.finditer(text))
+    lower = [word[0].lower() for word in words]
+    seen = Counter(_WAYS[word] for word in set(lower) & _WAYS.keys())
+    for places, count in seen.most_common(_WAYS_TRIED):
+        if count > 1 and (span := _best(list(map(cache(partial(_worth, places)), lower)))):
+            first, last = _wider(text, words, *span)
+            begin, end = words[first].start(), words[last].end()
+            if places == _BACKWARD:  # and the marks beside it
+                begin, end = text.rfind(" ", 0, begin) + 1, (text + " ").find(" ", end)
+            return text[:begin] + _moved(text[begin:end], places) + text[end:]
+    return text
+
+
+def _worth(places: int, word: str) -> float:
+    """By how many nats a word is likelier when moved."""
+    if places == _BACKWARD:
+        return _FLIPPED * ((_WAYS.get(word) == places) - (word in _COMMON)) - _FLIPPED / 10
+    moved = _moved(word, places)
+    return sum(_NATS[there] - _NATS[here] for here, there in zip(word, moved, strict=True))
+
+
+def _best(worth: Sequence[float]) -> tuple[int, int] | None:
+    """The first and the last of those that add up to most; None where it is too little."""
+    best, found, total, first = _LEAST, None, 0.0, 0
+    for number, value in enumerate(worth):
+        if total <= 0:
+            total, first = 0.0, number
+        total += value
+        if total >= best:
+            best, found = total, (first, number)
+    return found
+
+
+def _wider(text: str, words: Sequence[re.Match[str]], first: int, last: int) -> tuple[int, int]:
+    """The span with the words beside it, up to a common one, a line's end, a quote or a colon."""
+
+    def joined(one: int, new: int, other: int) -> bool:
+        gap = text[words[one].end() : words[other].start()]
+        return words[new][0].lower() not in _COMMON and not re.search(r'[\n":]', gap)
+
+    while first and joined(first - 1, first - 1, first):
+        first -= 1
+    while last + 1 < len(words) and joined(last, last + 1, last + 1):
+        last += 1
+    return first, last
