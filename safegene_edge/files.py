@@ -6,7 +6,6 @@ local ones. Every output is written under a temporary name in its own folder and
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import json
@@ -172,6 +171,8 @@ def folder_remedy(folder: Path, otherwise: str = "Give a file") -> str:
 
 def _missing_remedy(path: Path) -> str:
     """The file that was meant, where one beside it has nearly this name."""
+    import difflib  # a start of the package should not wait for it
+
     if not path.parent.is_dir():
         return f"There is no folder {path.parent} either: check the path"
     if part := _PART.search(path.stem):  # of a split model: its other parts have nearly this name

@@ -8,7 +8,6 @@ import platform
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -237,6 +236,8 @@ def _features(system_info: str) -> tuple[str, ...]:
 
 
 def _installed(package: str) -> bool:
+    from importlib.metadata import PackageNotFoundError, version  # takes longer than all else here
+
     try:
         version(package)
     except PackageNotFoundError:

@@ -64,6 +64,7 @@ def _moved(text: str, places: int) -> str:
     return text.translate(str.maketrans(lower + upper, "".join(turned)))
 
 
+@cache
 def _ways() -> dict[str, int]:
     """Every common word as it looks when moved, and by how many places."""
     found: dict[str, int] = {}
@@ -71,9 +72,6 @@ def _ways() -> dict[str, int]:
         found |= {_moved(word, 26 - places): places for places in range(1, 26)}
         found[word[::-1]] = _BACKWARD
     return {word: places for word, places in found.items() if word not in _COMMON}
-
-
-_WAYS = _ways()
 
 
 def in_the_clear(text: str) -> str:
@@ -142,7 +140,8 @@ def _turned(text: str) -> str:
     """The span of words that are English when their letters are moved, moved back."""
     words = list(_WORD.finditer(text))
     lower = [word[0].lower() for word in words]
-    seen = Counter(_WAYS[word] for word in set(lower) & _WAYS.keys())
+    ways = _ways()
+    seen = Counter(ways[word] for word in set(lower) & ways.keys())
     for places, count in seen.most_common(_WAYS_TRIED):
         if count > 1 and (span := _best(list(map(cache(partial(_worth, places)), lower)))):
             first, last = _wider(text, words, *span)
@@ -156,7 +155,7 @@ def _turned(text: str) -> str:
 def _worth(places: int, word: str) -> float:
     """By how many nats a word is likelier when moved."""
     if places == _BACKWARD:
-        return _FLIPPED * ((_WAYS.get(word) == places) - (word in _COMMON)) - _FLIPPED / 10
+        return _FLIPPED * ((_ways().get(word) == places) - (word in _COMMON)) - _FLIPPED / 10
     moved = _moved(word, places)
     return sum(_NATS[there] - _NATS[here] for here, there in zip(word, moved, strict=True))
 

@@ -42,6 +42,7 @@ _NO_GUARD: Any = (object(), None)  # a gene, and the guard that was made of it
 Weights = frozenset[tuple[str, float]]  # adapters by content, with their scales but 0
 # Any text will do: an adapter that leaves these logits bit for bit as they were does nothing.
 _PROBE = "Question: how can I get help with this? Answer: I"
+_SHORT = 2  # tokens of it, read first: behind a single one no query or key moves anything
 
 
 class SafeLlama(ChattingLlama):
@@ -159,7 +160,7 @@ class SafeLlama(ChattingLlama):
             adapter: a GGUF LoRA file, or an `Adapter` in memory.
             scale: multiplies alpha / r; 0 attaches it switched off.
             prove: compare logits without and with it (at scale 1 if `scale` is 0). Costs
-                two passes over a dozen tokens.
+                two passes over two tokens, and over a dozen before it says that nothing moved.
             name: for messages; default: the file's.
 
         Raises:
@@ -177,7 +178,7 @@ class SafeLlama(ChattingLlama):
         source = None if isinstance(adapter, Adapter) else Path(adapter)
         handle = AttachedAdapter(name, scale, content, source)
         with self._change():
-            before = self._probe() if prove else None
+            before = self._probe(_SHORT) if prove else None
             handle.pointer = self._load(adapter, name)
             self._attached.append(handle)
             try:
@@ -293,8 +294,13 @@ class SafeLlama(ChattingLlama):
     def _prove(self, handle: AttachedAdapter, before: npt.NDArray[np.float32]) -> None:
         scales = {other: other.scale for other in self._attached}
         scales[handle] = handle.scale or 1.0
+        own = {other: scale for other, scale in scales.items() if other is not handle}
         self.set_adapters_on(self.ctx, scales)
-        after = self._probe()
+        after = self._probe(_SHORT)
+        if np.array_equal(before, after):  # rarely: a long text shows what a short one does not
+            after = self._probe()
+            self.set_adapters_on(self.ctx, own)
+            before = self._probe()
         if not np.isfinite(before).all():
             raise FileFormatError(
                 f"{self._file.path}: the model's own logits are NaN or infinite",
@@ -311,10 +317,10 @@ class SafeLlama(ChattingLlama):
                 "Its B matrices are zero or vanish in the model's precision: train it again",
             )
 
-    def _probe(self) -> npt.NDArray[np.float32]:
-        """Logits (n_vocab) after the probe text, on this object's own context."""
+    def _probe(self, most: int | None = None) -> npt.NDArray[np.float32]:
+        """Logits (n_vocab) after the probe text's first tokens, on this object's own context."""
         self.clear()
-        tokens = self.tokenize(_PROBE.encode(), add_bos=True)[: max(1, self.n_batch - 1)]
+        tokens = self.tokenize(_PROBE.encode(), add_bos=True)[: max(1, self.n_batch - 1)][:most]
         self._batch.set_batch(batch=tokens, n_past=0, logits_all=False)
         self._ctx.decode(self._batch)
         pointer = llama_cpp.llama_get_logits_ith(self.ctx, -1)
