@@ -89,6 +89,17 @@ def test_an_adapter_that_does_nothing_is_refused(llama, model):
     np.testing.assert_array_equal(logits(llama), base)
 
 
+def test_an_adapter_that_moves_only_a_longer_text_is_attached(llama, model, monkeypatch):
+    queries = random_adapter(model)
+    pairs = {name: pair for name, pair in queries.pairs.items() if "attn_q" in name}
+    # Behind a single token no query moves anything, so that all tokens of the text are read.
+    monkeypatch.setattr("safegene_edge.runtime.llama._SHORT", 1)
+    own, base = llama._probe(1), logits(llama)
+    llama.attach(replace(queries, pairs=pairs))
+    np.testing.assert_array_equal(llama._probe(1), own)
+    assert not np.array_equal(logits(llama), base)
+
+
 def test_an_adapter_that_explodes_is_refused(llama, model):
     with pytest.raises(NoEffectError, match="NaN or infinite"):
         llama.attach(random_adapter(model, size=1e30))
