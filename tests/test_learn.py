@@ -458,3 +458,12 @@ def test_headers_are_compared_on_the_same_prompts(
     assert header is not None
     own = [sample.prompt for sample in target.samples if not sample.taught][: len(header.prompts)]
     assert [list(one) for one in own] == [list(one) for one in header.prompts]
+
+
+def test_reading_says_how_far_it_is(stack, tiny):
+    told: list[tuple[int, int]] = []
+    model = Model(stack, tiny("llama", num_hidden_layers=5).gguf_path)
+    model.captured([[1, 5, 6, 7 + n] for n in range(4)], tell=lambda *step: told.append(step))
+    total = told[0][1]
+    assert told[0] == (0, total) and told[-1] == (total, total) and total > len(LAYERS)
+    assert told == sorted(told) and {step[1] for step in told} == {total}

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -259,11 +260,10 @@ class _Learning:
     def _captured(
         self, what: str, model: _Model, asked: list[list[int]], layers: Sequence[int], **more: Any
     ) -> Captured:
-        self._begin(what, len(layers))
         more = {"tokens": self.settings.tokens, **more}
         captured = capture(
             model.llama, model.scales, asked, layers, header=header_of(model.llama),
-            lanes=self.lanes, tick=self._tick, **more,
+            lanes=self.lanes, tell=partial(self._tell, what), **more,
         )  # fmt: skip
         self.stack.enter_context(captured.goals)
         self._read += captured.read
@@ -334,8 +334,11 @@ class _Learning:
     def _tick(self) -> None:
         what, done, total = self._ticks
         self._ticks = what, done + 1, total
+        self._tell(*self._ticks)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
-            self.progress(*self._ticks)
+            self.progress(what, done, total)
 
 
 def _require_alike(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -146,6 +147,26 @@ def header_goals(header: Captured | None, number: int) -> int:
     return header._starts[number] + len(header._texts[number])
 
 
+class _Steps:
+    """How far lanes are: each layer of a first decode is a step, and each token of the answers."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self._total, self._tell, self._done, self._lock = total, tell, 0, threading.Lock()
+        tell(0, total)
+
+    def one_more(self, counts: bool) -> None:
+        """From any lane's thread."""
+        with self._lock:
+            self._done += counts
+            if counts:
+                self._tell(self._done, self._total)
+
+    def finish(self) -> None:
+        """Answers may have ended early."""
+        if self._done < self._total:
+            self._tell(self._total, self._total)
+
+
 def capture(
     llama: SafeLlama,
     scales: Scales,
@@ -157,7 +178,7 @@ def capture(
     look: int = 0,
     text: bool = False,
     lanes: int = 1,
-    tick: Callable[[], None] = lambda: None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Captured:
     """Let a model answer prompts, and keep the states of the rows that decide.
 
@@ -165,7 +186,7 @@ def capture(
         tokens: of each answer whose states are kept; look: tokens that it has, if more.
         text: keep every fourth row of the prompts' text, too.
         lanes: contexts side by side.
-        tick: called once a layer.
+        tell: called with the steps done and all of them, from the lanes' threads, one at a time.
     """
     prefix = common_prefix(prompts)
     texts = [
@@ -183,8 +204,11 @@ def capture(
         for own in numbers
     ]  # fmt: skip
 
+    steps = _Steps(len(made) * (len(layers) + max(look, tokens)), tell)
+
     def see(place: int, step: int, active: list[int], layer: int, states: States) -> None:
         lane, own = made[place], numbers[place]
+        steps.one_more(not step or layer == layers[0])
         if step > tokens:
             return
         if step:
@@ -201,10 +225,10 @@ def capture(
         if not place:
             rows += [lane.row(0, position) for position in range(prefix)]
             kept_rows += ends.tolist()
-            tick()
         goals.put(layer, np.array(kept_rows), goal_rows(states, np.array(rows)))
 
     said = answer(made, layers, max(look, tokens), see, lanes)
+    steps.finish()
     answers: list[list[int]] = [[] for _ in prompts]
     for own, found in zip(numbers, said, strict=True):
         for n, one in zip(own, found, strict=True):
