@@ -37,6 +37,7 @@ ENCODED = {
     "wide": lambda text: "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in text),
     "tags": lambda text: "".join(chr(0xE0000 + ord(letter)) for letter in text),
     "hidden": "\u200b".join,
+    "digits": lambda text: text.translate(str.maketrans("aeiost", "431057")),
     "rot13": rot13,
     "backward": lambda text: text[::-1],
     "twice": lambda text: base64_of(rot13(text)),
@@ -62,11 +63,12 @@ def test_a_single_word_is_put_in_the_clear():
 
 
 def test_most_requests_of_the_suites_are():
-    for name in ("base64", "rot13"):
+    for name, least in (("base64", 0.95), ("rot13", 0.95), ("leet", 0.8)):
         prompts = [p.text for suite in load_suite("harmful") for p in suite.prompts]
         asked = [ATTACKS[name].apply(Chat.user(text)).text for text in prompts]
-        found = [p[3:-3] in in_the_clear(a) for p, a in zip(prompts, asked, strict=True)]
-        assert sum(found) / len(found) > 0.95, name
+        clear = [in_the_clear(text).lower() for text in asked]
+        found = [text[3:-3].lower() in said for text, said in zip(prompts, clear, strict=True)]
+        assert sum(found) / len(found) > least, name
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,7 @@ def test_most_requests_of_the_suites_are():
         "Określa, czy okno wyboru plików w trybie zamkniętym będzie widoczne.",
         "iVBORw0KGgoAAAANSUhEUgAAAAUAAAAFCAYAAACNbyblAAAAHElEQVQI12P4",
         "for i in range(10): print(i, end='')",
+        "Is an mp3 of 320 kbit/s, h264 or a 4 GiB mp4 from 2021 what the W3C or U2 means by B2B?",
         "Anna Ott, Otto Nagy and Jan Vrba saw Noah at noon.",
         "",
     ],

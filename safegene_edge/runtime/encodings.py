@@ -3,8 +3,8 @@
 Whoever asks in Base64 or with every letter moved asks the same thing, but a small model refuses by
 its words. The guard asks with the words in the clear. Undone are Base64, hexadecimal and binary
 digits, percent signs and HTML entities, letters that only look otherwise, letters moved by some
-places (ROT13), and letters in backward order. Languages, synonyms and digits for letters are not:
-the model reads these itself.
+places (ROT13), digits that stand for letters, and letters in backward order. Languages and synonyms
+are not: the model reads these itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ _BINARY = re.compile(r"(?<!\d)(?:[01]{8}[ ,]?){6,}(?!\d)")
 _PERCENT = re.compile(r"(?:%[\da-f]{2})+", re.I)
 _HIDDEN = re.compile("(?<=[ -~])[\u00ad\u200b-\u200d\u2060\ufeff]+(?=[ -~])")
 _TAGS = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}  # invisible copies of ASCII
-_WORD = re.compile(r"[A-Za-z]+")
+_WORD, _SPELT = re.compile(r"[A-Za-z]+"), re.compile(r"[A-Za-z\d@$]+")
+_FOR_LETTERS = str.maketrans("@43105$7", "aaeiosst")
+_LEAST_SPELT = 2  # common words, of three letters or more, that have digits in them
 
 
 def _moved(text: str, places: int) -> str:
@@ -78,7 +80,7 @@ def in_the_clear(text: str) -> str:
     """The text with whatever is encoded in it undone; the text itself where nothing is."""
     for _ in range(_DEEP):
         before = text
-        for undo in (_plain_letters, _digits, _entities, _turned):
+        for undo in (_plain_letters, _digits, _entities, _spelt, _turned):
             text = undo(text)
         if text == before:
             break
@@ -134,6 +136,19 @@ def _is_text(said: str) -> bool:
 
 def _entities(text: str) -> str:
     return html.unescape(text) if text.count("&#") > 2 else text
+
+
+def _spelt(text: str) -> str:
+    """Letters in place of the digits that stand for them, where common words are spelt so."""
+    said = {word for word in _SPELT.findall(text) if not word.isalpha()}
+    clear = {word: word.translate(_FOR_LETTERS) for word in said}
+    known = {word for word in said if clear[word].lower() in _COMMON}
+    if sum(len(word) > 2 and not word.isdigit() for word in known) < _LEAST_SPELT:
+        return text
+    numbers = {word for word in said - known if word.isdigit()} - set("145")  # I, a, 's
+    return _SPELT.sub(
+        lambda found: found[0] if found[0] in numbers else clear.get(found[0], found[0]), text
+    )
 
 
 def _turned(text: str) -> str:
