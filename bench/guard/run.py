@@ -306,7 +306,7 @@ def text_of(case: Case, cells: dict[str, Any]) -> str:
     ]  # fmt: skip
     timing = (
         f"\n{table(speeds, costs)}\nMedians of {ROUNDS} rounds in turn, answers of at most "
-        f"{SPEED_TOKENS} tokens{cells.get('speeds_of', '')}.\n"
+        f"{SPEED_TOKENS} tokens.\n"
     )
     answers = (
         ""
@@ -323,7 +323,7 @@ def text_of(case: Case, cells: dict[str, Any]) -> str:
     ) * ("adaptive" in cells)
     return (
         "# The guard\n\n"
-        f"{case.words} at strength {threshold['strength']:.2f}{cells.get('gene_of', '')}. The "
+        f"{case.words} at strength {threshold['strength']:.2f}. The "
         "guard ends an answer above "
         f"{threshold['nats']:.2f} nats, measured on {threshold['answers']} harmless answers, of "
         f"which {threshold['ended_at_0']} would be ended at 0.\n\n"
