@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -122,7 +123,8 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
             rows[kind]["errors"] += "error" in entry
             continue
         own, text = alone[entry["number"]], entry["text"]
-        rows[kind] += Counter(requests=1, equal=text == own, crossed=_crossed(entry, alone))
+        rows[kind] += Counter(requests=1, equal=text == own)
+        rows[kind]["crossed"] += entry["finish"] != "left" and _crossed(entry, alone)
         rows[kind][entry["finish"]] += 1
         rows[kind]["stop string said"] += bool(every[entry["number"]]["stop"]) and STOP in text
     return {kind: dict(counts) for kind, counts in rows.items()}
@@ -166,13 +168,17 @@ def main() -> None:
     options = parser.parse_args()
     case = CASES[options.case]
     with ExitStack() as stack:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         command = [sys.executable, "-m", "safegene_edge", "serve", str(case.target),
-                   "--gene", str(case.cached(".gguf")), "--port", "0",
+                   "--gene", str(case.cached(".gguf")), "--port", str(port),
                    "--slots", str(CLIENTS), "--ctx", str(CONTEXT)]  # fmt: skip
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command)
         stack.callback(server.wait)
         stack.callback(server.terminate)
-        url = _address(server)
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(url)
         before = _rss(server.pid)
         clients = [sys.executable, __file__, "--load", url, str(options.seconds)]
         found = json.loads(subprocess.run(clients, stdout=subprocess.PIPE, check=True).stdout)
@@ -184,11 +190,13 @@ def main() -> None:
     write(HERE, results, text_of(results), f"{case.results}-clients")
 
 
-def _address(server: subprocess.Popen[str]) -> str:
-    assert server.stdout is not None
-    for line in server.stdout:
-        if "http://" in line:
-            return "http://" + line.split("http://")[1].split()[0].rstrip("/.,")
+def _wait_for(url: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=1):
+                return
+        except OSError:
+            time.sleep(0.2)
     raise RuntimeError("the server did not start")
 
 

@@ -19,11 +19,11 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import product
 
-_DEEP = 3  # encodings within each other
-_MARKS = "'\"-,.;:!?()\r\n\t"
+_DEEP = 8  # encodings within each other
 _LETTERS, _LONG = (0.85, 0.6), 12  # of what was decoded are letters and spaces; if it is long
-# The commonest words of English, and those that requests open with.
+_PRINTED, _SHORT = 0.9, 16  # of it can be shown; digits that may be a plain word
 _WORDS = """
 the and that have for not with you this but his from they say her she will one all would there their
 what out about who get which when make can like time just him know take people into year your good
@@ -43,17 +43,23 @@ _BACKWARD = 26  # beside the places by which letters are moved
 _WAYS_TRIED = 3
 _FLIPPED = 3.0  # nats, for want of a letter that tells: a common word's worth in backward order
 _LEAST = 10.0  # nats by which words are likelier when moved
+_HITS, _SHARE = 2, 0.15  # common words of a span when moved, different ones; and of all its words
 _BASE64 = re.compile(
-    r"(?<![\w+/=-])(?:[\w+/-]{8,}(?:\r?\n[\w+/-]{4,})*|[\w+/-]{6,7}(?==))={0,2}(?![\w+/=-])",
+    r"(?<![\w+/-])(?:[\w+/-]{8,}(?:\r?\n[\w+/-]{4,})*|[\w+/-]{6,7}(?==))={0,4}(?![\w+/=-])",
     re.ASCII,
 )
-_HEX = re.compile(r"(?<!\w)(?:(?:0x|\\x)?[\da-f]{2}[ ,:]?){8,}(?![\da-f])", re.I)
-_BINARY = re.compile(r"(?<!\d)(?:[01]{8}[ ,]?){6,}(?!\d)")
-_PERCENT = re.compile(r"(?:%[\da-f]{2})+", re.I)
-_HIDDEN = re.compile("(?<=[ -~])[\u00ad\u200b-\u200d\u2060\ufeff]+(?=[ -~])")
+_HEX = re.compile(r"(?<!\w)(?:(?:0x|\\x)?[\da-f]{2}[\s,:;-]{0,2}){8,}(?![\da-f])", re.I)
+_BINARY = re.compile(r"(?<!\d)(?:(?:0b)?[01]{8}[\s,;-]{0,2}){6,}(?!\d)")
+_PERCENT, _LEAST_PERCENT = re.compile(r"(?:%[\da-f]{2})+", re.I), 3
+_ENTITY = re.compile(r"&#(?:\d{1,7}|x[\da-f]{1,6});", re.I)
+_UNSEEN = "\u00ad\u034f\u0335-\u0338\u180e\u200b-\u200f\u2060-\u2064\u3164\ufe00-\ufe0f\ufeff"
+_HIDDEN = re.compile(f"(?<=[ -~])[{_UNSEEN}]+(?=[ -~])")
 _TAGS = {0xE0000 + code: chr(code) for code in range(0x20, 0x7F)}  # invisible copies of ASCII
+_ALIKE = str.maketrans("аеорсухіѕј", "aeopcyxisj")  # noqa: RUF001  # Cyrillic and Latin
+_MIXED = re.compile("[A-Za-zа-џ]+")  # noqa: RUF001
 _WORD, _SPELT = re.compile(r"[A-Za-z]+"), re.compile(r"[A-Za-z\d@$]+")
 _FOR_LETTERS = str.maketrans("@43105$7", "aaeiosst")
+_BESIDE = re.compile(r"[^\sA-Za-z]*")
 _LEAST_SPELT = 2  # common words, of three letters or more, that have digits in them
 
 
@@ -80,62 +86,97 @@ def in_the_clear(text: str) -> str:
     """The text with whatever is encoded in it undone; the text itself where nothing is."""
     for _ in range(_DEEP):
         before = text
-        for undo in (_plain_letters, _digits, _entities, _spelt, _turned):
+        for undo in (_plain_letters, _digits, _entities):
             text = undo(text)
+        if text == before:  # digits first: the words around them may look moved
+            text = _turned(_spelt(text))
         if text == before:
             break
     return text
 
 
 def _plain_letters(text: str) -> str:
-    """Letters of other alphabets that are ASCII's in another dress, and none between them."""
+    """Letters that are ASCII's in another dress, and none that cannot be seen between them."""
     if text.isascii():
         return text
-    text = _HIDDEN.sub("", text.translate(_TAGS))
-    return "".join(map(_plain, text))
+    text = "".join(map(_plain, _HIDDEN.sub("", text.translate(_TAGS))))
+    return _MIXED.sub(_of_one_alphabet, text)
+
+
+def _of_one_alphabet(found: re.Match[str]) -> str:
+    """A word that holds ASCII letters has no others that only look like them."""
+    word = found[0]
+    return word.translate(_ALIKE) if re.search("[A-Za-z]", word) else word
 
 
 def _plain(letter: str) -> str:
-    if not letter.isalpha():
-        return letter
     dressed = unicodedata.normalize("NFKC", letter)
-    return dressed if dressed.isascii() else letter
+    is_one = len(dressed) == 1 and dressed.isascii() and dressed.isalpha()
+    return dressed if is_one and letter not in "ªº" else letter  # 3º is a number
 
 
 def _digits(text: str) -> str:
     """Base64, hexadecimal and binary digits and percent signs that are a text."""
     for pattern, decode in (
         (_BINARY, lambda found: bytes(int(byte, 2) for byte in re.findall("[01]{8}", found))),
-        (_HEX, lambda found: bytes.fromhex(re.sub(r"0x|\\x|[ ,:]", "", found))),
-        (_BASE64, _of_base64),
-        (_PERCENT, urllib.parse.unquote_to_bytes),
+        (_HEX, lambda found: bytes.fromhex(re.sub(r"0x|\\x|[\s,:;-]", "", found, flags=re.I))),
     ):
         text = pattern.sub(partial(_decoded, decode), text)
-    return text
+    text = _BASE64.sub(_lines_of_base64, text)
+    if sum(map(len, _PERCENT.findall(text))) < 3 * _LEAST_PERCENT:  # "100 %d" is none
+        return text
+    return _PERCENT.sub(_of_percent, text)
 
 
-def _decoded(decode: Callable[[str], bytes], found: re.Match[str]) -> str:
+def _of_percent(found: re.Match[str]) -> str:
+    said = urllib.parse.unquote(found[0])
+    return said if all(map(_is_shown, said)) else found[0]
+
+
+def _decoded(decode: Callable[[str], bytes], found: re.Match[str], errors: str = "replace") -> str:
     try:
-        said = decode(found[0]).decode()
+        said = decode(found[0]).decode(errors=errors)
     except ValueError:
         return found[0]
     return said if _is_text(said) else found[0]
 
 
+def _lines_of_base64(found: re.Match[str]) -> str:
+    """A run of lines; or without the first or the last one, which may be words; or each alone."""
+    lines = found[0].splitlines()
+    for errors in ("strict", "replace"):
+        for first, last in product((0, 1), (0, 1)):
+            text = "\n".join(lines[first : len(lines) - last])
+            if one := _BASE64.fullmatch(text):
+                said = _decoded(_of_base64, one, errors)
+                if said != text:
+                    return "\n".join([*lines[:first], said, *lines[len(lines) - last :]])
+    return "\n".join(_BASE64.sub(partial(_decoded, _of_base64), line) for line in lines)
+
+
 def _of_base64(found: str) -> bytes:
+    if len(found) < _SHORT and (found.islower() or found.isupper()):
+        raise ValueError("a word")
     digits = "".join(found.rstrip("=").split()).replace("-", "+").replace("_", "/")
     return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
 
 
 def _is_text(said: str) -> bool:
-    letters = sum(letter.isalpha() or letter == " " for letter in said)
-    printed = all(letter.isprintable() or letter in _MARKS for letter in said)
-    is_long = len(said) >= _LONG  # what is shorter may be so by chance
-    return printed and letters >= _LETTERS[is_long] * len(said) and (is_long or said.isascii())
+    count, is_long = len(said), len(said) >= _LONG  # what is shorter may be so by chance
+    letters, shown = sum(c.isalpha() or c == " " for c in said), sum(map(_is_shown, said))
+    if shown < count * (_PRINTED if is_long else 1) or not (is_long or said.isascii()):
+        return False
+    known = {word for word in _WORD.findall(said.lower()) if len(word) > 2} & _COMMON
+    whole = shown == count and letters >= _LETTERS[is_long] * count > 0
+    return whole or len(known) >= _HITS
+
+
+def _is_shown(letter: str) -> bool:
+    return letter != "\ufffd" and (letter.isprintable() or letter in "\t\n\r\u00a0")
 
 
 def _entities(text: str) -> str:
-    return html.unescape(text) if text.count("&#") > 2 else text
+    return _ENTITY.sub(lambda found: html.unescape(found[0]), text)
 
 
 def _spelt(text: str) -> str:
@@ -154,17 +195,29 @@ def _spelt(text: str) -> str:
 def _turned(text: str) -> str:
     """The span of words that are English when their letters are moved, moved back."""
     words = list(_WORD.finditer(text))
-    lower = [word[0].lower() for word in words]
-    ways = _ways()
+    lower, ways = [word[0].lower() for word in words], _ways()
     seen = Counter(ways[word] for word in set(lower) & ways.keys())
     for places, count in seen.most_common(_WAYS_TRIED):
-        if count > 1 and (span := _best(list(map(cache(partial(_worth, places)), lower)))):
+        if count < _HITS:
+            break
+        span = _best(list(map(cache(partial(_worth, places)), lower)))
+        if span and _is_moved(lower[span[0] : span[1] + 1], places):
             first, last = _wider(text, words, *span)
             begin, end = words[first].start(), words[last].end()
             if places == _BACKWARD:  # and the marks beside it
-                begin, end = text.rfind(" ", 0, begin) + 1, (text + " ").find(" ", end)
+                begin -= len(_BESIDE.match(text[:begin][::-1])[0])  # type: ignore[index]
+                end = _BESIDE.match(text, end).end()  # type: ignore[union-attr]
             return text[:begin] + _moved(text[begin:end], places) + text[end:]
     return text
+
+
+def _is_moved(words: Sequence[str], places: int) -> bool:
+    """Whether enough of a span's words are common ones when moved, and more than as they stand."""
+    ways = _ways()
+    hits = [word for word in words if ways.get(word) == places]
+    known = sum(word in _COMMON for word in words)
+    long = {word for word in hits if len(word) > 2}
+    return len(long) >= _HITS and len(hits) >= max(_SHARE * len(words), known)
 
 
 def _worth(places: int, word: str) -> float:

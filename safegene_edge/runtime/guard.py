@@ -159,17 +159,19 @@ def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | No
     """What was said since the assistant last spoke, as one message of the user; or None.
 
     It stands under the system messages that open the chat; later ones are among what was said, as
-    are the words of tools, behind the user's. What it carries encoded is in the clear. None where
-    that is the whole chat as it stands.
+    are the words of tools, behind the user's. What it carries encoded stands behind it in the
+    clear. None where that is the whole chat as it stands.
     """
     turns = list(messages)
     found = _since_spoken(turns)
     *before, last = found or turns or [{"role": ""}]
     if last["role"] != "user":
         return found
-    said = last.get("content")
-    clear = _in_the_clear(said)
-    return found if clear == said else [*before, {**last, "content": clear}]
+    content = last.get("content")
+    if not (added := _hidden(content)):
+        return found
+    whole = f"{content}\n\n{added}" if isinstance(content, str) else [*_parts(content), added]
+    return [*before, {**last, "content": whole}]
 
 
 def _since_spoken(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
@@ -194,15 +196,12 @@ def _since_spoken(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]] | N
     return [*system, {"role": "user", "content": parts}]
 
 
-def _in_the_clear(content: Any) -> Any:
-    """A message's content with its texts in the clear."""
-    if isinstance(content, str):
-        return in_the_clear(content)
-    if isinstance(content, Mapping) and isinstance(content.get("text"), str):
-        return {**content, "text": in_the_clear(content["text"])}
-    if isinstance(content, (list, tuple)):
-        return type(content)(map(_in_the_clear, content))
-    return content
+def _hidden(content: Any) -> str:
+    """What a message carries encoded, in the clear: the lines that are others then."""
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in _parts(content)]
+    text = "\n".join(part for part in parts if isinstance(part, str))
+    lines = set(text.splitlines())
+    return "\n".join(line for line in in_the_clear(text).splitlines() if line not in lines)
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:
