@@ -2,7 +2,7 @@
 
 Whoever asks in Base64 or with every letter moved asks the same thing, but a small model refuses by
 its words. The guard asks with the words in the clear. Undone are Base64, hexadecimal and binary
-digits, percent signs and HTML entities, letters that only look otherwise, letters moved by some
+digits, percent signs and numeric entities, letters that only look otherwise, letters moved by some
 places (ROT13), digits that stand for letters, and letters in backward order. Languages and synonyms
 are not: the model reads these itself.
 """
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import product
 
-_DEEP = 8  # encodings within each other
+_DEEP = 8  # rounds: encodings lie within each other
 _LETTERS, _LONG = (0.85, 0.6), 12  # of what was decoded are letters and spaces; if it is long
 _PRINTED, _SHORT = 0.9, 16  # of it can be shown; digits that may be a plain word
 _WORDS = """

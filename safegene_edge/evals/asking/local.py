@@ -200,7 +200,8 @@ class LocalModel:
                 asked = Chat(tuple((turn["role"], turn["content"]) for turn in turns))
                 alones[name] = self.prompt(asked, answering=True)
         # One that is longer than the context is not answered either.
-        alones = {name: one for name, one in alones.items() if len(one) < self.engine.n_ctx}
+        most = self.engine.n_ctx - guard.room
+        alones = {name: one for name, one in alones.items() if len(one) <= most}
         if not alones:
             return []
         scales = self.scales[GUARDED]
