@@ -82,14 +82,27 @@ def _ways() -> dict[str, int]:
     return {word: places for word, places in found.items() if word not in _COMMON}
 
 
-def in_the_clear(text: str) -> str:
-    """The text with whatever is encoded in it undone; the text itself where nothing is."""
+def in_the_clear(text: str) -> tuple[str, str]:
+    """The text with whatever is encoded in it undone, where it stands.
+
+    Returns:
+        With what can be decoded and was certainly code, and then with what only looks as if it were
+        moved or spelt otherwise. There a decoy may have drawn plain words along.
+    """
+    decoded = guessed = _decode(text)
+    for _ in range(_DEEP):
+        before = guessed
+        guessed = _decode(_turned(_spelt(before)))
+        if guessed == before:
+            break
+    return decoded, guessed
+
+
+def _decode(text: str) -> str:
     for _ in range(_DEEP):
         before = text
         for undo in (_plain_letters, _digits, _entities):
             text = undo(text)
-        if text == before:  # digits first: the words around them may look moved
-            text = _turned(_spelt(text))
         if text == before:
             break
     return text

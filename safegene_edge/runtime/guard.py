@@ -159,8 +159,8 @@ def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | No
     """What was said since the assistant last spoke, as one message of the user; or None.
 
     It stands under the system messages that open the chat; later ones are among what was said, as
-    are the words of tools, behind the user's. What it carries encoded stands behind it in the
-    clear. None where that is the whole chat as it stands.
+    are the words of tools, behind the user's. What it carries encoded is in the clear. None where
+    that is the whole chat as it stands.
     """
     turns = list(messages)
     found = _since_spoken(turns)
@@ -168,10 +168,8 @@ def alone(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]] | No
     if last["role"] != "user":
         return found
     content = last.get("content")
-    if not (added := _hidden(content)):
-        return found
-    whole = f"{content}\n\n{added}" if isinstance(content, str) else [*_parts(content), added]
-    return [*before, {**last, "content": whole}]
+    clear = _in_the_clear(content)
+    return found if clear == content else [*before, {**last, "content": clear}]
 
 
 def _since_spoken(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]] | None:
@@ -196,12 +194,24 @@ def _since_spoken(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]] | N
     return [*system, {"role": "user", "content": parts}]
 
 
-def _hidden(content: Any) -> str:
-    """What a message carries encoded, in the clear: the lines that are others then."""
+def _in_the_clear(content: Any) -> Any:
+    """A message's content with what it carries encoded undone.
+
+    What is decoded takes its code's place. What only looks moved may be a decoy that draws plain
+    words along: such lines stand behind the message, which stays. Parts become one text if they
+    carry anything.
+    """
     parts = [part.get("text") if isinstance(part, Mapping) else part for part in _parts(content)]
-    text = "\n".join(part for part in parts if isinstance(part, str))
-    lines = set(text.splitlines())
-    return "\n".join(line for line in in_the_clear(text).splitlines() if line not in lines)
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        return content  # an image, say; `render` refuses it
+    text = "\n".join(texts)
+    decoded, guessed = in_the_clear(text)
+    if text == decoded == guessed:
+        return content
+    lines = set(decoded.splitlines())
+    added = [line for line in guessed.splitlines() if line not in lines]
+    return "\n".join([decoded, *([""] if added else []), *added])
 
 
 def _speaks(turn: Mapping[str, Any]) -> bool:
