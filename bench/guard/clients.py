@@ -4,9 +4,9 @@
 
 The clients are OpenAI's, in a process of their own. Each request is first asked alone. Then all
 clients ask at once: streams and whole answers, behind a history or not, harmful and harmless, with
-stop strings, and some that are left in the midst. An answer that is more like another request's
-than like its own has crossed over. Batches round otherwise, so that answers may part from those
-that were given alone.
+stop strings, and some that are left in the midst. An answer that opens like the one to another
+prompt, and to no third one, and longer than like its own, has crossed over. Batches round
+otherwise, so that answers may part from those that were given alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -124,22 +125,30 @@ def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         own, text = alone[entry["number"]], entry["text"]
         rows[kind] += Counter(requests=1, equal=text == own)
-        rows[kind]["crossed"] += entry["finish"] != "left" and _crossed(entry, alone)
+        rows[kind]["crossed"] += entry["finish"] != "left" and _crossed(entry, alone, every)
         rows[kind][entry["finish"]] += 1
         rows[kind]["stop string said"] += bool(every[entry["number"]]["stop"]) and STOP in text
     return {kind: dict(counts) for kind, counts in rows.items()}
 
 
-def _crossed(entry: dict[str, Any], alone: dict[int, str]) -> bool:
-    """Whether an answer opens like another request's answer, and longer than like its own."""
-    text = entry["text"]
+def _crossed(entry: dict[str, Any], alone: dict[int, str], every: list[dict[str, Any]]) -> bool:
+    """Whether an answer opens like that to one other prompt, and longer than like its own.
+
+    An opening that several prompts' answers have, such as a refusal's, tells nothing.
+    """
+    text, asked = entry["text"], every[entry["number"]]["messages"][-1]
 
     def alike(other: str) -> int:
         pairs = enumerate(zip(text, other, strict=False))
         return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
-    own = alike(alone[entry["number"]])
-    return own < len(text) and any(alike(other) > max(own, 40) for other in alone.values())
+    prompts = [(request["messages"][-1], alone[n]) for n, request in enumerate(every)]
+    own = max(alike(said) for prompt, said in prompts if prompt == asked)
+    others = {
+        prompt["content"] for prompt, said in prompts
+        if prompt != asked and alike(said) > max(own, 40)
+    }  # fmt: skip
+    return own < len(text) and len(others) == 1
 
 
 def text_of(results: dict[str, Any]) -> str:
@@ -182,6 +191,8 @@ def main() -> None:
         before = _rss(server.pid)
         clients = [sys.executable, __file__, "--load", url, str(options.seconds)]
         found = json.loads(subprocess.run(clients, stdout=subprocess.PIPE, check=True).stdout)
+        if keep := os.environ.get("CLIENTS_KEEP"):  # to look at what has crossed over
+            Path(keep).write_text(json.dumps(found))
         with urllib.request.urlopen(f"{url}/health", timeout=10) as answer:
             assert answer.status == 200
         memory = [before, _rss(server.pid)]
