@@ -74,6 +74,6 @@ def write(folder: Path, results: dict[str, Any], text: str, name: str = "results
     whole = {"machine": machine(), **results}
     (folder / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n")
     lines = ", ".join(f"{key}: {value}" for key, value in whole["machine"].items())
-    note = f"<!-- written by run.py from {name}.json -->"
+    note = f"<!-- written by {Path(sys.argv[0]).name} from {name}.json -->"
     (folder / f"{name}.md").write_text(f"{note}\n\n{text}\nMachine: {lines}.\n")
     print(text)
