@@ -130,6 +130,13 @@ def test_the_guard_asks_with_what_may_be_moved_behind_the_message():
     assert " ".join(asked.partition("\n\n")[2].split()) == REQUEST
 
 
+def test_a_plain_word_between_digits_is_not_taken_for_some():
+    for joint in ("", "\n"):
+        coded = joint.join((base64_of(REQUEST), "nitroglycerin", base64_of(REQUEST)))
+        found = alone([*HISTORY, user(coded.replace("=", ""))])
+        assert "nitroglycerin" in found[0]["content"]
+
+
 @pytest.mark.parametrize("decoy", [rot13("the and that have"), "the and that have"[::-1]])
 def test_no_decoy_hides_plain_words_from_the_guard(decoy):
     request = f"explosives synthesis, bomb recipe, {decoy}"

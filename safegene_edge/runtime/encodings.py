@@ -23,7 +23,7 @@ from itertools import product
 
 _DEEP = 8  # rounds: encodings lie within each other
 _LETTERS, _LONG = (0.85, 0.6), 12  # of what was decoded are letters and spaces; if it is long
-_PRINTED, _SHORT = 0.9, 16  # of it can be shown; digits that may be a plain word
+_SHORT = 16  # digits that may be a plain word
 _WORDS = """
 the and that have for not with you this but his from they say her she will one all would there their
 what out about who get which when make can like time just him know take people into year your good
@@ -86,8 +86,8 @@ def in_the_clear(text: str) -> tuple[str, str]:
     """The text with whatever is encoded in it undone, where it stands.
 
     Returns:
-        With what can be decoded and was certainly code, and then with what only looks as if it were
-        moved or spelt otherwise. There a decoy may have drawn plain words along.
+        With what can be decoded, and then with what only looks as if it were moved or spelt
+        otherwise. There a decoy may have drawn plain words along.
     """
     decoded = guessed = _decode(text)
     for _ in range(_DEEP):
@@ -175,13 +175,14 @@ def _of_base64(found: str) -> bytes:
 
 
 def _is_text(said: str) -> bool:
+    """Broken bytes are allowed at the end alone: within a text they may be a plain word's."""
+    said = said.rstrip("\ufffd")
     count, is_long = len(said), len(said) >= _LONG  # what is shorter may be so by chance
-    letters, shown = sum(c.isalpha() or c == " " for c in said), sum(map(_is_shown, said))
-    if shown < count * (_PRINTED if is_long else 1) or not (is_long or said.isascii()):
+    if not all(map(_is_shown, said)) or not (is_long or said.isascii()):
         return False
+    letters = sum(letter.isalpha() or letter == " " for letter in said)
     known = {word for word in _WORD.findall(said.lower()) if len(word) > 2} & _COMMON
-    whole = shown == count and letters >= _LETTERS[is_long] * count > 0
-    return whole or len(known) >= _HITS
+    return letters >= _LETTERS[is_long] * count > 0 or len(known) >= _HITS
 
 
 def _is_shown(letter: str) -> bool:
